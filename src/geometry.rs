@@ -1,0 +1,52 @@
+//! Page and folio sizes, and the limits that every other file may rely on.
+
+use crate::addr::ByteSize;
+
+/// log2 of the page size in bytes.
+pub const PAGE_SHIFT: u32 = 12;
+/// The page: 4 KiB, the unit of visibility, pins and stage-2 leaves.
+pub const PAGE_SIZE: ByteSize = ByteSize::from_bytes(1 << PAGE_SHIFT);
+/// log2 of the pages in a huge folio.
+pub(crate) const HUGE_ORDER: u8 = 9;
+/// Pages in a huge folio.
+pub(crate) const HUGE_PAGES: u64 = 1 << HUGE_ORDER;
+/// [`PAGE_SIZE`] where an index is wanted.
+pub(crate) const PAGE_BYTES: usize = 1 << PAGE_SHIFT;
+/// The largest byte position that any address space may reach: Linux's `loff_t`.
+pub(crate) const MAX_BYTES: u64 = i64::MAX as u64;
+/// The same in whole pages.
+pub(crate) const MAX_PAGES: u64 = MAX_BYTES >> PAGE_SHIFT;
+
+const _: () = assert!(PAGE_BYTES as u64 == PAGE_SIZE.get());
+const _: () = assert!(MAX_PAGES << PAGE_SHIFT <= MAX_BYTES);
+// Buffers are indexed with usize and positions are u64: the two must agree.
+const _: () = assert!(size_of::<usize>() == size_of::<u64>());
+
+/// How large the folios of an object are. A folio is allocated and freed as one and is
+/// never split because a subpage changed sides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub enum FolioSize {
+    /// 4 KiB.
+    Base,
+    /// 2 MiB. What is left of an object behind its last whole 2 MiB is made of 4 KiB folios.
+    #[default]
+    Huge2M,
+}
+
+impl FolioSize {
+    pub(crate) const fn order(self) -> u8 {
+        match self {
+            Self::Base => 0,
+            Self::Huge2M => HUGE_ORDER,
+        }
+    }
+
+    pub(crate) const fn nr_pages(self) -> u64 {
+        1 << self.order()
+    }
+
+    /// The size of one folio.
+    pub const fn bytes(self) -> ByteSize {
+        ByteSize::from_bytes(self.nr_pages() << PAGE_SHIFT)
+    }
+}
