@@ -182,6 +182,15 @@ impl fmt::Display for Hva {
     }
 }
 
+/// Which way an access to memory goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Access {
+    /// A load.
+    Read,
+    /// A store.
+    Write,
+}
+
 number! {
     /// A number of bytes.
     ByteSize

@@ -1,0 +1,183 @@
+//! Mappings: the pool's own alias of its arena, and the address range that a host view is built in.
+
+// UNSAFETY: mmap, munmap and madvise on address ranges that this file alone owns.
+#![expect(unsafe_code, reason = "the only file that maps memory")]
+
+use std::os::fd::BorrowedFd;
+use std::ptr::{self, NonNull};
+
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+
+use crate::addr::{ByteSize, Hva};
+use crate::error::{Error, ErrorKind, Op};
+use crate::os::failed;
+
+/// A range of addresses that stays ours, whatever is mapped into it, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    base: NonNull<u8>,
+    len: usize,
+    op: Op,
+}
+
+// SAFETY: the pointer is an address range, not a reference; all access goes through system calls
+// here or through the raw copies in backing.rs, which are safe to run from any thread.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps a whole file, shared, readable and writable. Children of a fork do not get it and core
+    /// dumps leave it out: guest memory stays in this process.
+    pub(crate) fn of_file(op: Op, fd: BorrowedFd<'_>, len: ByteSize) -> Result<Self, Error> {
+        let len = to_usize(op, len)?;
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: no address is asked for, so nothing that exists is replaced.
+        let base = unsafe { mmap(ptr::null_mut(), len, prot, MapFlags::SHARED, fd, 0) }
+            .map_err(|e| failed(op, "mmap", e))?;
+        let mapping = Self::adopt(op, base.cast(), len)?;
+        mapping.keep_private(0, len)?;
+        Ok(mapping)
+    }
+
+    /// Reserves `len` bytes of addresses at a multiple of `align` with nothing behind them, then
+    /// covers them with `empty`, a file of no bytes: every touch is a `SIGBUS`.
+    pub(crate) fn of_nothing(
+        op: Op,
+        empty: BorrowedFd<'_>,
+        len: ByteSize,
+        align: ByteSize,
+    ) -> Result<Self, Error> {
+        let (len, align) = (to_usize(op, len)?, to_usize(op, align)?);
+        let total = len.checked_add(align).ok_or_else(|| Error::new(op, ErrorKind::Overflow))?;
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: no address is asked for, so nothing that exists is replaced.
+        let base = unsafe { mmap_anonymous(ptr::null_mut(), total, ProtFlags::empty(), flags) }
+            .map_err(|e| failed(op, "mmap", e))?;
+        let whole = Self::adopt(op, base.cast(), total)?;
+        let start = whole.base.as_ptr().align_offset(align);
+        let mapping = whole.keep_only(start, len);
+        mapping.map_over(0, len, empty, 0)?;
+        Ok(mapping)
+    }
+
+    fn adopt(op: Op, base: *mut u8, len: usize) -> Result<Self, Error> {
+        let base = NonNull::new(base).ok_or_else(|| Error::new(op, ErrorKind::Os))?;
+        Ok(Self { base, len, op })
+    }
+
+    /// Gives back all but `start..start + len`.
+    fn keep_only(self, start: usize, len: usize) -> Self {
+        let whole = std::mem::ManuallyDrop::new(self);
+        let base = whole.base.as_ptr().wrapping_add(start);
+        let behind = start + len;
+        release(whole.base.as_ptr(), start);
+        release(whole.base.as_ptr().wrapping_add(behind), whole.len - behind);
+        // `start <= align` and the reservation is `align` longer than `len`: still inside.
+        Self { base: NonNull::new(base).unwrap_or(whole.base), len, op: whole.op }
+    }
+
+    pub(crate) fn hva(&self) -> Hva {
+        Hva::new(self.base.as_ptr().addr())
+    }
+
+    pub(crate) fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Replaces what is mapped at `at..at + len` by the file's bytes from `file_at` on.
+    pub(crate) fn map_over(
+        &self,
+        at: usize,
+        len: usize,
+        fd: BorrowedFd<'_>,
+        file_at: u64,
+    ) -> Result<(), Error> {
+        let target = self.at(at, len)?;
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        // Sealed against writing, the empty file may only be mapped readable; a touch is a SIGBUS
+        // either way.
+        let attempt = |prot| {
+            let flags = MapFlags::SHARED | MapFlags::FIXED;
+            // SAFETY: `at` has checked that the target lies in our own reservation, to which
+            // nobody has a reference (bytes are only copied through raw pointers).
+            unsafe { mmap(target.cast(), len, prot, flags, fd, file_at) }
+        };
+        attempt(prot)
+            .or_else(|e| match e {
+                rustix::io::Errno::PERM => attempt(ProtFlags::READ),
+                _ => Err(e),
+            })
+            .map_err(|e| failed(self.op, "mmap", e))?;
+        self.keep_private(at, len)
+    }
+
+    /// Makes the pages of a shared file mapping vanish from it; their contents stay in the file.
+    pub(crate) fn unmap_pages(&self, at: usize, len: usize) -> Result<(), Error> {
+        self.advise(at, len, Advice::LinuxDontNeed, "madvise(MADV_DONTNEED)")
+    }
+
+    /// Asks for huge pages in all of the mapping.
+    pub(crate) fn want_huge(&self) -> Result<(), Error> {
+        self.advise(0, self.len, Advice::LinuxHugepage, "madvise(MADV_HUGEPAGE)")
+    }
+
+    /// Makes every page of the mapping present and writable now.
+    pub(crate) fn populate(&self) -> Result<(), Error> {
+        self.advise(0, self.len, Advice::LinuxPopulateWrite, "madvise(MADV_POPULATE_WRITE)")
+    }
+
+    fn keep_private(&self, at: usize, len: usize) -> Result<(), Error> {
+        self.advise(at, len, Advice::LinuxDontFork, "madvise(MADV_DONTFORK)")?;
+        self.advise(at, len, Advice::LinuxDontDump, "madvise(MADV_DONTDUMP)")
+    }
+
+    fn advise(
+        &self,
+        at: usize,
+        len: usize,
+        advice: Advice,
+        call: &'static str,
+    ) -> Result<(), Error> {
+        let target = self.at(at, len)?;
+        loop {
+            // SAFETY: 1. the range lies in our own mapping. 2. nobody has a reference into it, so
+            // pages may come and go.
+            match unsafe { madvise(target.cast(), len, advice) } {
+                Ok(()) => return Ok(()),
+                Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
+                Err(e) => return Err(failed(self.op, call, e)),
+            }
+        }
+    }
+
+    fn at(&self, at: usize, len: usize) -> Result<*mut u8, Error> {
+        match at.checked_add(len) {
+            Some(end) if end <= self.len => Ok(self.base.as_ptr().wrapping_add(at)),
+            _ => Err(Error::new(self.op, ErrorKind::OutOfRange)),
+        }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        release(self.base.as_ptr(), self.len);
+    }
+}
+
+/// Unmaps addresses that the caller owns and gives up.
+fn release(base: *mut u8, len: usize) {
+    if len > 0 {
+        // SAFETY: both callers own the range and drop their claim to it with this call. An error
+        // (more mappings than allowed after a split) leaves an inaccessible range behind, no more.
+        let _ = unsafe { munmap(base.cast(), len) };
+    }
+}
+
+fn to_usize(op: Op, size: ByteSize) -> Result<usize, Error> {
+    usize::try_from(size.get()).map_err(|_| Error::new(op, ErrorKind::Overflow))
+}

@@ -1,0 +1,27 @@
+//! The operating system: the only floor that makes system calls, and with `backing` the only one
+//! that is allowed `unsafe`. What it offers upwards is safe.
+
+pub(crate) mod barrier;
+pub(crate) mod mapping;
+pub(crate) mod memfd;
+pub(crate) mod thp;
+pub(crate) mod uffd;
+
+pub mod sigbus;
+
+use crate::error::{Errno, Error, ErrorKind, Op};
+
+impl From<rustix::io::Errno> for Errno {
+    fn from(errno: rustix::io::Errno) -> Self {
+        Self::new(errno.raw_os_error())
+    }
+}
+
+/// The error of a failed system call. Running out is told apart, because callers act on it.
+pub(crate) fn failed(op: Op, call: &'static str, errno: rustix::io::Errno) -> Error {
+    let kind = match errno {
+        rustix::io::Errno::NOMEM | rustix::io::Errno::NOSPC => ErrorKind::Exhausted,
+        _ => ErrorKind::Os,
+    };
+    Error::new(op, kind).errno_is(errno.into()).because(call)
+}

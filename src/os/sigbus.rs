@@ -1,0 +1,328 @@
+//! An opt-in `SIGBUS` handler, and a touch of one byte that survives the signal.
+//!
+//! Without it a touch of private memory through a raw pointer kills the process, as it does with
+//! the kernel's own object. With it, [`HostView::touch`](crate::HostView::touch) reports the fault
+//! instead. A fault from any other instruction goes to whatever handler stood before, or kills.
+
+// UNSAFETY: sigaction, and instructions that may fault and are known by their addresses.
+#![expect(unsafe_code, reason = "signal handling is outside of what safe Rust can say")]
+
+use std::mem::MaybeUninit;
+use std::ptr;
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use libc::{c_int, c_void, siginfo_t};
+
+use crate::addr::{Access, Hva};
+use crate::error::{Errno, Error, ErrorKind, Op};
+use crate::os::mapping::Mapping;
+
+/// Proof that the handler stands. It stays for the life of the process, since a handler that was
+/// installed later may chain to it.
+#[derive(Clone, Copy, Debug)]
+pub struct SigbusHandler(());
+
+/// A `SIGBUS` that a touch ran into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RawFault {
+    pub(crate) hva: Hva,
+    pub(crate) code: i32,
+}
+
+/// The action that stood before ours; written before ours is installed, so that the handler finds
+/// it always.
+static PREVIOUS: OnceLock<libc::sigaction> = OnceLock::new();
+static INSTALLED: Mutex<bool> = Mutex::new(false);
+
+impl SigbusHandler {
+    /// Installs the handler, once for the process; later calls only return the proof.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] on architectures other than x86_64 and aarch64;
+    /// [`ErrorKind::Os`] if `sigaction` fails.
+    pub fn install() -> Result<Self, Error> {
+        let op = Op::InstallSigbusHandler;
+        if !cfg!(any(target_arch = "x86_64", target_arch = "aarch64")) {
+            return Err(Error::new(op, ErrorKind::Unsupported).because("unknown architecture"));
+        }
+        let mut installed = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
+        if !*installed {
+            let before = sigaction(None).map_err(|e| os_error(op, e))?;
+            PREVIOUS.get_or_init(|| before);
+            sigaction(Some(&ours())).map_err(|e| os_error(op, e))?;
+            *installed = true;
+        }
+        Ok(Self(()))
+    }
+
+    /// Loads the byte at `at` of the mapping, or stores it back unchanged.
+    pub(crate) fn touch(
+        self,
+        map: &Mapping,
+        at: usize,
+        access: Access,
+    ) -> Result<u8, Option<RawFault>> {
+        if at >= map.len() {
+            return Err(None);
+        }
+        let target = map.base().as_ptr().wrapping_add(at);
+        match arch::touch(target, access) {
+            arch::Touched { value, code: 0 } => Ok(value.to_le_bytes()[0]),
+            arch::Touched { value, code } => {
+                Err(Some(RawFault { hva: Hva::new(value), code: code.cast_signed() as i32 }))
+            }
+        }
+    }
+}
+
+fn os_error(op: Op, errno: Errno) -> Error {
+    Error::new(op, ErrorKind::Os).errno_is(errno).because("sigaction")
+}
+
+fn ours() -> libc::sigaction {
+    // SAFETY: all-zero is a valid `sigaction`: no flags, an empty mask, the default action.
+    let mut action: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
+    let handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void) = on_sigbus;
+    action.sa_sigaction = handler as usize;
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+    action
+}
+
+/// Sets the action of SIGBUS where one is given; returns the one that stood before.
+fn sigaction(new: Option<&libc::sigaction>) -> Result<libc::sigaction, Errno> {
+    let new = new.map_or(ptr::null(), ptr::from_ref);
+    let mut old = MaybeUninit::uninit();
+    // SAFETY: both pointers are null or valid for the call; the handler that may be installed is
+    // async-signal-safe (see `on_sigbus`).
+    if unsafe { libc::sigaction(libc::SIGBUS, new, old.as_mut_ptr()) } != 0 {
+        let raw = std::io::Error::last_os_error().raw_os_error().unwrap_or(0);
+        return Err(Errno::new(raw));
+    }
+    // SAFETY: the call succeeded, so it has written the old action.
+    Ok(unsafe { old.assume_init() })
+}
+
+/// The handler. Async-signal-safe: it reads one initialised `OnceLock`, edits the saved registers,
+/// or calls `sigaction` and `raise`, which POSIX lists as safe.
+extern "C" fn on_sigbus(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
+    // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler.
+    let code = unsafe { (*info).si_code };
+    // SAFETY: as above; si_addr is only meaningful for faults, and only used for those.
+    let address = unsafe { (*info).si_addr() }.addr();
+    let is_fault = code > 0;
+    // SAFETY: the kernel passes a valid ucontext, and nobody else refers to it while we run.
+    if is_fault && unsafe { arch::recover(context, address, code) } {
+        return;
+    }
+    match PREVIOUS.get() {
+        Some(previous) if previous.sa_sigaction == libc::SIG_IGN && !is_fault => {}
+        Some(previous) if !matches!(previous.sa_sigaction, libc::SIG_DFL | libc::SIG_IGN) => {
+            // SAFETY: the previous owner installed this function for exactly this call.
+            unsafe { chain(previous, signal, info, context) };
+        }
+        _ => die(signal, is_fault),
+    }
+}
+
+/// # Safety
+/// `previous` must be an action with a handler function, called with what the kernel passed.
+unsafe fn chain(
+    previous: &libc::sigaction,
+    signal: c_int,
+    info: *mut siginfo_t,
+    context: *mut c_void,
+) {
+    let handler = ptr::with_exposed_provenance::<c_void>(previous.sa_sigaction);
+    if previous.sa_flags & libc::SA_SIGINFO != 0 {
+        type WithInfo = extern "C" fn(c_int, *mut siginfo_t, *mut c_void);
+        // SAFETY: the flag says that the function has this signature.
+        let handler = unsafe { std::mem::transmute::<*const c_void, WithInfo>(handler) };
+        handler(signal, info, context);
+    } else {
+        type Plain = extern "C" fn(c_int);
+        // SAFETY: without the flag it has this one.
+        let handler = unsafe { std::mem::transmute::<*const c_void, Plain>(handler) };
+        handler(signal);
+    }
+}
+
+/// Puts the default action back. The instruction then faults again and the process dies of the
+/// fault itself; a signal that was sent has to be sent again.
+fn die(signal: c_int, is_fault: bool) {
+    // SAFETY: all-zero is the default action.
+    let default: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
+    let _ = sigaction(Some(&default));
+    if !is_fault {
+        // SAFETY: raise takes no pointers.
+        unsafe { libc::raise(signal) };
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod arch {
+    use std::arch::global_asm;
+
+    use libc::{REG_RAX, REG_RDX, REG_RIP, c_int, c_void, greg_t, ucontext_t};
+
+    use crate::addr::Access;
+
+    // A store of the same value must be one instruction, or it could undo somebody else's store.
+    global_asm!(
+        ".pushsection .text.gmem_touch, \"ax\", @progbits",
+        "gmem_touch_load:",
+        "xor edx, edx",
+        "gmem_touch_begin:",
+        "movzx eax, byte ptr [rdi]",
+        "ret",
+        "gmem_touch_store:",
+        "xor edx, edx",
+        "xor eax, eax",
+        "lock xadd byte ptr [rdi], al",
+        "gmem_touch_end:",
+        "gmem_touch_recover:",
+        "ret",
+        ".popsection",
+    );
+
+    /// In RAX and RDX: the byte and 0, or the faulting address and the signal's code.
+    #[repr(C)]
+    pub(super) struct Touched {
+        pub(super) value: usize,
+        pub(super) code: usize,
+    }
+
+    unsafe extern "C" {
+        fn gmem_touch_load(at: *mut u8) -> Touched;
+        fn gmem_touch_store(at: *mut u8) -> Touched;
+        safe static gmem_touch_begin: u8;
+        safe static gmem_touch_end: u8;
+        safe static gmem_touch_recover: u8;
+    }
+
+    pub(super) fn touch(at: *mut u8, access: Access) -> Touched {
+        match access {
+            // SAFETY: a fault is recovered from, since a `SigbusHandler` exists; the byte belongs
+            // to a mapping of guest memory, to which there are no references.
+            Access::Read => unsafe { gmem_touch_load(at) },
+            // SAFETY: as above; the value stored is the value found.
+            Access::Write => unsafe { gmem_touch_store(at) },
+        }
+    }
+
+    /// If the fault came from a touch: makes it return address and code.
+    ///
+    /// # Safety
+    /// `context` must be the `ucontext_t` of the interrupted thread, with no other reference to it.
+    pub(super) unsafe fn recover(context: *mut c_void, address: usize, code: c_int) -> bool {
+        // SAFETY: the caller's promise.
+        let context = unsafe { &mut *context.cast::<ucontext_t>() };
+        let registers = &mut context.uc_mcontext.gregs;
+        let pc = registers[REG_RIP as usize].cast_unsigned();
+        let touch = (&raw const gmem_touch_begin).addr() as u64
+            ..(&raw const gmem_touch_end).addr() as u64;
+        if !touch.contains(&pc) {
+            return false;
+        }
+        registers[REG_RAX as usize] = (address as u64).cast_signed();
+        registers[REG_RDX as usize] = greg_t::from(code);
+        registers[REG_RIP as usize] =
+            ((&raw const gmem_touch_recover).addr() as u64).cast_signed();
+        true
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod arch {
+    use std::arch::global_asm;
+
+    use libc::{c_int, c_void, ucontext_t};
+
+    use crate::addr::Access;
+
+    // The exclusive pair stores the value it loaded only if nobody stored in between.
+    global_asm!(
+        ".pushsection .text.gmem_touch, \"ax\", %progbits",
+        "gmem_touch_load:",
+        "mov x1, #0",
+        "gmem_touch_begin:",
+        "ldrb w0, [x0]",
+        "ret",
+        "gmem_touch_store:",
+        "mov x1, #0",
+        "1: ldxrb w2, [x0]",
+        "stxrb w3, w2, [x0]",
+        "cbnz w3, 1b",
+        "mov x0, x2",
+        "gmem_touch_end:",
+        "gmem_touch_recover:",
+        "ret",
+        ".popsection",
+    );
+
+    /// In X0 and X1: the byte and 0, or the faulting address and the signal's code.
+    #[repr(C)]
+    pub(super) struct Touched {
+        pub(super) value: usize,
+        pub(super) code: usize,
+    }
+
+    unsafe extern "C" {
+        fn gmem_touch_load(at: *mut u8) -> Touched;
+        fn gmem_touch_store(at: *mut u8) -> Touched;
+        safe static gmem_touch_begin: u8;
+        safe static gmem_touch_end: u8;
+        safe static gmem_touch_recover: u8;
+    }
+
+    pub(super) fn touch(at: *mut u8, access: Access) -> Touched {
+        match access {
+            // SAFETY: a fault is recovered from, since a `SigbusHandler` exists; the byte belongs
+            // to a mapping of guest memory, to which there are no references.
+            Access::Read => unsafe { gmem_touch_load(at) },
+            // SAFETY: as above; the value stored is the value found.
+            Access::Write => unsafe { gmem_touch_store(at) },
+        }
+    }
+
+    /// If the fault came from a touch: makes it return address and code.
+    ///
+    /// # Safety
+    /// `context` must be the `ucontext_t` of the interrupted thread, with no other reference to it.
+    pub(super) unsafe fn recover(context: *mut c_void, address: usize, code: c_int) -> bool {
+        // SAFETY: the caller's promise.
+        let context = unsafe { &mut *context.cast::<ucontext_t>() };
+        let machine = &mut context.uc_mcontext;
+        let touch = (&raw const gmem_touch_begin).addr() as u64
+            ..(&raw const gmem_touch_end).addr() as u64;
+        if !touch.contains(&machine.pc) {
+            return false;
+        }
+        machine.regs[0] = address as u64;
+        machine.regs[1] = u64::from(code.cast_unsigned());
+        machine.pc = (&raw const gmem_touch_recover).addr() as u64;
+        true
+    }
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod arch {
+    use libc::{c_int, c_void};
+
+    use crate::addr::Access;
+
+    pub(super) struct Touched {
+        pub(super) value: usize,
+        pub(super) code: usize,
+    }
+
+    /// Never reached: no `SigbusHandler` exists here. Answers as a fault would.
+    pub(super) fn touch(at: *mut u8, _access: Access) -> Touched {
+        Touched { value: at.addr(), code: 1 }
+    }
+
+    /// # Safety
+    /// None needed.
+    pub(super) unsafe fn recover(_: *mut c_void, _: usize, _: c_int) -> bool {
+        false
+    }
+}

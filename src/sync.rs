@@ -1,0 +1,74 @@
+//! The seam to the scheduler: everything that synchronises comes from here, so that loom can take
+//! its place.
+//!
+//! The list is closed. Locks do not poison: what they guard is consistent at every point where a
+//! panic could start, and a VMM that survives one must still be able to tear down.
+
+#[cfg(all(loom, feature = "loom"))]
+mod facade {
+    pub(crate) use loom::sync::atomic::{AtomicU64, fence};
+    pub(crate) use loom::sync::{Arc, MutexGuard};
+    pub(crate) use loom::thread::yield_now;
+
+    pub(super) type RawMutex<T> = loom::sync::Mutex<T>;
+
+    /// Under loom every step is a scheduling point already, and a sleep has no meaning.
+    pub(crate) fn relax(_spins: u32) {
+        yield_now();
+    }
+}
+
+#[cfg(not(all(loom, feature = "loom")))]
+mod facade {
+    pub(crate) use std::sync::atomic::{AtomicU64, fence};
+    pub(crate) use std::sync::{Arc, MutexGuard};
+
+    pub(super) type RawMutex<T> = std::sync::Mutex<T>;
+
+    /// Waits a little, longer the longer it has been going on: a few spins, then yields, then
+    /// sleeps of 50 us, so that a descheduled thread gets its core back.
+    pub(crate) fn relax(spins: u32) {
+        match spins {
+            0..=63 => std::hint::spin_loop(),
+            64..=127 => std::thread::yield_now(),
+            _ => std::thread::sleep(std::time::Duration::from_micros(50)),
+        }
+    }
+}
+
+pub(crate) use facade::*;
+
+/// Whether loom has really taken the place of `std`: models assert it first.
+pub const MODELLED: bool = cfg!(all(loom, feature = "loom"));
+
+/// A mutex without poisoning.
+#[derive(Debug)]
+pub(crate) struct Mutex<T>(RawMutex<T>);
+
+impl<T> Mutex<T> {
+    pub(crate) fn new(value: T) -> Self {
+        Self(RawMutex::new(value))
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, T> {
+        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// A reader-writer lock without poisoning. Models do not reach the floors that use it.
+#[derive(Debug)]
+pub(crate) struct RwLock<T>(std::sync::RwLock<T>);
+
+impl<T> RwLock<T> {
+    pub(crate) fn new(value: T) -> Self {
+        Self(std::sync::RwLock::new(value))
+    }
+
+    pub(crate) fn read(&self) -> std::sync::RwLockReadGuard<'_, T> {
+        self.0.read().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    pub(crate) fn write(&self) -> std::sync::RwLockWriteGuard<'_, T> {
+        self.0.write().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
