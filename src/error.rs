@@ -205,11 +205,6 @@ pub enum Found {
         /// The names under which the owners registered.
         owners: Vec<Arc<str>>,
     },
-    /// So many mappings that cannot be revoked.
-    Mapped {
-        /// How many held mappings the subpage has.
-        maps: u32,
-    },
     /// A conversion by somebody else is under way.
     Converting,
     /// Private memory where shared was needed.
@@ -222,17 +217,15 @@ pub enum Found {
 
 impl fmt::Display for Found {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let plural = |n: &u32| if *n == 1 { "" } else { "s" };
         match self {
             Self::Pinned { pins, owners } => {
-                write!(f, "has {pins} pin{}", plural(pins))?;
+                write!(f, "has {pins} pin{}", if *pins == 1 { "" } else { "s" })?;
                 write_owners(f, owners)
             }
             Self::ExclusivelyPinned { owners } => {
                 f.write_str("is pinned exclusively")?;
                 write_owners(f, owners)
             }
-            Self::Mapped { maps } => write!(f, "has {maps} held mapping{}", plural(maps)),
             Self::Converting => f.write_str("is being converted"),
             Self::Private => f.write_str("is private"),
             Self::Shared => f.write_str("is shared"),

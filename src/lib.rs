@@ -3,7 +3,19 @@
 pub mod addr;
 mod backing;
 pub mod error;
+mod folio;
 pub mod geometry;
 mod os;
 pub mod range;
+mod state;
 mod sync;
+
+#[cfg(all(loom, feature = "loom"))]
+#[doc(hidden)]
+pub use crate::state::modelled;
+
+pub use crate::folio::{ArenaBacking, FolioPool, PoolStat, Unscrubbed};
+pub use crate::os::sigbus::SigbusHandler;
+pub use crate::state::Visibility;
+#[doc(hidden)]
+pub use crate::sync::MODELLED;

@@ -7,7 +7,7 @@ pub(crate) mod memfd;
 pub(crate) mod thp;
 pub(crate) mod uffd;
 
-pub mod sigbus;
+pub(crate) mod sigbus;
 
 use crate::error::{Errno, Error, ErrorKind, Op};
 
