@@ -7,6 +7,7 @@ mod folio;
 pub mod geometry;
 mod os;
 pub mod range;
+pub mod stage2;
 mod state;
 mod sync;
 
