@@ -275,6 +275,11 @@ impl Error {
         Self(Box::new(Report { op, kind, errno, range: None, culprit: None, detail: None }))
     }
 
+    pub(crate) fn of(mut self, op: Op) -> Self {
+        self.0.op = op;
+        self
+    }
+
     pub(crate) fn on(mut self, range: PgoffRange) -> Self {
         self.0.range = Some(range);
         self

@@ -5,6 +5,7 @@ mod backing;
 pub mod error;
 mod folio;
 pub mod geometry;
+mod gmem;
 mod os;
 pub mod range;
 pub mod stage2;
@@ -16,6 +17,10 @@ mod sync;
 pub use crate::state::modelled;
 
 pub use crate::folio::{ArenaBacking, FolioPool, PoolStat, Unscrubbed};
+pub use crate::gmem::{
+    ContentPolicy, Conversion, FaultCause, GuestMemfd, GuestMemfdBuilder, HostFault, HostView,
+    ObjectStat, OwnerTag, PageInfo, PageStatus, PinGuard, PinMode, Residency, Touch,
+};
 pub use crate::os::sigbus::SigbusHandler;
 pub use crate::state::Visibility;
 #[doc(hidden)]

@@ -153,7 +153,8 @@ mod tests {
     #[test]
     fn byte_ranges_must_be_aligned() {
         let kind = |start, len| {
-            PgoffRange::from_bytes(Offset::new(start), ByteSize::from_bytes(len)).map_err(|e| e.kind())
+            PgoffRange::from_bytes(Offset::new(start), ByteSize::from_bytes(len))
+                .map_err(|e| e.kind())
         };
         assert_eq!(kind(1, 4096), Err(ErrorKind::Unaligned));
         assert_eq!(kind(0, 4097), Err(ErrorKind::Unaligned));

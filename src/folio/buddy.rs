@@ -132,12 +132,14 @@ mod tests {
             let mut held = Vec::new();
             while let Some(pfn) = buddy.allocate((seed % 4) as u8) {
                 held.push((pfn, (seed % 4) as u8));
-                seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407) >> 1;
+                seed =
+                    seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407) >> 1;
             }
             let taken: u64 = held.iter().map(|(_, order)| 1 << order).sum();
             assert_eq!(buddy.nr_free() + taken, 1024);
             while !held.is_empty() {
-                seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407) >> 1;
+                seed =
+                    seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407) >> 1;
                 let (pfn, order) = held.swap_remove(seed as usize % held.len());
                 buddy.free(pfn, order);
             }

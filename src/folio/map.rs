@@ -162,10 +162,7 @@ impl FolioMap {
     }
 }
 
-fn join(
-    a: (PgoffRange, PfnRange),
-    b: (PgoffRange, PfnRange),
-) -> Option<(PgoffRange, PfnRange)> {
+fn join(a: (PgoffRange, PfnRange), b: (PgoffRange, PfnRange)) -> Option<(PgoffRange, PfnRange)> {
     if a.0.end() != b.0.start() || a.1.end() != b.1.start() {
         return None;
     }

@@ -92,8 +92,8 @@ impl Frames {
     /// Huge blocks and frames that could be promised.
     fn unreserved(&self) -> (u64, u64) {
         let huge = self.buddy.nr_free_huge().saturating_sub(self.reserved_huge);
-        let small = (huge * HUGE_PAGES + self.buddy.nr_free_small())
-            .saturating_sub(self.reserved_base);
+        let small =
+            (huge * HUGE_PAGES + self.buddy.nr_free_small()).saturating_sub(self.reserved_base);
         (huge.min(small / HUGE_PAGES), small)
     }
 }
@@ -255,8 +255,8 @@ impl Reservation {
 
     /// Scrubs a folio and gives it back; the promise is as before.
     pub(crate) fn give_back(&self, pfn: Pfn, size: FolioSize) {
-        let scrubbed = PfnRange::new(pfn, size.nr_pages())
-            .and_then(|frames| self.pool.0.arena.zero(frames));
+        let scrubbed =
+            PfnRange::new(pfn, size.nr_pages()).and_then(|frames| self.pool.0.arena.zero(frames));
         if scrubbed.is_err() {
             self.quarantine(size);
             return;

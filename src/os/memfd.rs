@@ -74,14 +74,15 @@ fn commit(fd: &OwnedFd, kind: PageKind, size: ByteSize) -> Result<(), Error> {
 /// touch with `SIGBUS`, as a guest_memfd does whose pages are all private.
 pub(crate) fn create_identity(name: &str) -> Result<OwnedFd, Error> {
     let op = Op::CreateObject;
-    let fd = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).map_err(
-        |e| match e {
-            Errno::INVAL => Error::new(op, ErrorKind::Unsupported)
-                .errno_is(e.into())
-                .because("the name is longer than a memfd's may be (249 bytes)"),
-            _ => failed(op, "memfd_create", e),
-        },
-    )?;
+    let fd =
+        memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).map_err(
+            |e| match e {
+                Errno::INVAL => Error::new(op, ErrorKind::Unsupported)
+                    .errno_is(e.into())
+                    .because("the name is longer than a memfd's may be (249 bytes)"),
+                _ => failed(op, "memfd_create", e),
+            },
+        )?;
     let seals = SealFlags::GROW | SealFlags::SHRINK | SealFlags::WRITE | SealFlags::SEAL;
     fcntl_add_seals(&fd, seals).map_err(|e| failed(op, "F_ADD_SEALS", e))?;
     Ok(fd)

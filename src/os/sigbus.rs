@@ -218,15 +218,14 @@ mod arch {
         let context = unsafe { &mut *context.cast::<ucontext_t>() };
         let registers = &mut context.uc_mcontext.gregs;
         let pc = registers[REG_RIP as usize].cast_unsigned();
-        let touch = (&raw const gmem_touch_begin).addr() as u64
-            ..(&raw const gmem_touch_end).addr() as u64;
+        let touch =
+            (&raw const gmem_touch_begin).addr() as u64..(&raw const gmem_touch_end).addr() as u64;
         if !touch.contains(&pc) {
             return false;
         }
         registers[REG_RAX as usize] = (address as u64).cast_signed();
         registers[REG_RDX as usize] = greg_t::from(code);
-        registers[REG_RIP as usize] =
-            ((&raw const gmem_touch_recover).addr() as u64).cast_signed();
+        registers[REG_RIP as usize] = ((&raw const gmem_touch_recover).addr() as u64).cast_signed();
         true
     }
 }
@@ -292,8 +291,8 @@ mod arch {
         // SAFETY: the caller's promise.
         let context = unsafe { &mut *context.cast::<ucontext_t>() };
         let machine = &mut context.uc_mcontext;
-        let touch = (&raw const gmem_touch_begin).addr() as u64
-            ..(&raw const gmem_touch_end).addr() as u64;
+        let touch =
+            (&raw const gmem_touch_begin).addr() as u64..(&raw const gmem_touch_end).addr() as u64;
         if !touch.contains(&machine.pc) {
             return false;
         }

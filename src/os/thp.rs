@@ -12,7 +12,8 @@ const SHMEM_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 /// # Errors
 /// [`ErrorKind::MissingCapability`] names the setting and what it says.
 pub(crate) fn require_shmem() -> Result<(), Error> {
-    let missing = |why: String| Error::new(Op::CreatePool, ErrorKind::MissingCapability).because(why);
+    let missing =
+        |why: String| Error::new(Op::CreatePool, ErrorKind::MissingCapability).because(why);
     let text = fs::read_to_string(SHMEM_ENABLED)
         .map_err(|e| missing(format!("transparent huge pages: {SHMEM_ENABLED}: {e}")))?;
     match selected(&text) {
@@ -55,7 +56,8 @@ mod tests {
 
     #[test]
     fn finds_the_counter_of_the_right_mapping() {
-        let smaps = "1000-2000 rw-s\nShmemPmdMapped: 4 kB\n7f00-8f00 rw-s\nShmemPmdMapped: 2048 kB\n";
+        let smaps =
+            "1000-2000 rw-s\nShmemPmdMapped: 4 kB\n7f00-8f00 rw-s\nShmemPmdMapped: 2048 kB\n";
         assert_eq!(huge_mapped_kib(smaps, 0x7f00), Some(2048));
         assert_eq!(huge_mapped_kib(smaps, 0x9000), None);
     }

@@ -27,10 +27,7 @@ impl StateCell {
     ///
     /// # Errors
     /// What the rule said of the word that was found last.
-    pub fn step(
-        &self,
-        rule: impl Fn(Word) -> Result<Word, Refusal>,
-    ) -> Result<Word, Refusal> {
+    pub fn step(&self, rule: impl Fn(Word) -> Result<Word, Refusal>) -> Result<Word, Refusal> {
         let mut found = self.load();
         loop {
             let next = rule(found)?;

@@ -67,9 +67,7 @@ impl Word {
     /// What stands in the way.
     pub const fn pin_exclusive(self) -> Result<Self, Refusal> {
         match self.pin() {
-            Ok(_) | Err(Refusal::Saturated) if self.pins() > 0 => {
-                Err(Refusal::Pinned(self.pins()))
-            }
+            Ok(_) | Err(Refusal::Saturated) if self.pins() > 0 => Err(Refusal::Pinned(self.pins())),
             Err(refusal) => Err(refusal),
             Ok(_) => Ok(self.with_exclusive()),
         }

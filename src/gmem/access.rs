@@ -1,0 +1,182 @@
+//! Checked accesses of the host: they never fault, and never see a conversion half way.
+//!
+//! An access goes through the pool's own alias of the memory, not through a view. It is transient:
+//! it holds no pin, so it never makes a conversion fail; a conversion waits for it instead.
+
+use super::object::{GuestMemfd, Inner};
+use crate::addr::{ByteSize, Offset, Pa};
+use crate::error::{Error, ErrorKind, Op};
+use crate::geometry::PAGE_SIZE;
+use crate::range::PgoffRange;
+use crate::state::in_section;
+
+/// The most that is copied inside of one section, since a conversion waits for it.
+const MOST_AT_ONCE: usize = 64 << 10;
+
+impl GuestMemfd {
+    /// Copies bytes of shared memory out. What has no folio reads as zeroes and gets none.
+    ///
+    /// All of the range is checked before anything is copied. A conversion to private that begins
+    /// during a read of more than 64 KiB may end it half way, with the error below.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`]; [`ErrorKind::NotShared`], [`ErrorKind::Busy`] (being converted)
+    /// or [`ErrorKind::Quarantined`], with the first culprit.
+    pub fn read(&self, at: Offset, buf: &mut [u8]) -> Result<(), Error> {
+        let object = &*self.0;
+        let Some(pages) = object.pages_of(Op::Read, at, buf.len())? else { return Ok(()) };
+        object.check_open(Op::Read, pages)?;
+        let mut at = at;
+        for chunk in buf.chunks_mut(MOST_AT_ONCE) {
+            let pages = object.pages_of(Op::Read, at, chunk.len())?;
+            in_section(|| match pages {
+                Some(pages) => {
+                    object.check_open(Op::Read, pages)?;
+                    object.copy_out(at, chunk)
+                }
+                None => Ok(()),
+            })?;
+            at = advance(Op::Read, at, chunk.len())?;
+        }
+        Ok(())
+    }
+
+    /// Copies bytes into shared memory. What has no folio gets one.
+    ///
+    /// All of the range is checked before anything is copied. A conversion to private that begins
+    /// during a write of more than 64 KiB may end it half way, with the error below.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read), and those of [`allocate`](Self::allocate).
+    pub fn write(&self, at: Offset, buf: &[u8]) -> Result<(), Error> {
+        let object = &*self.0;
+        let Some(pages) = object.pages_of(Op::Write, at, buf.len())? else { return Ok(()) };
+        object.check_open(Op::Write, pages)?;
+        let mut at = at;
+        for chunk in buf.chunks(MOST_AT_ONCE) {
+            if let Some(pages) = object.pages_of(Op::Write, at, chunk.len())? {
+                object.access_resident(Op::Write, pages, || object.copy_in(at, chunk))?;
+            }
+            at = advance(Op::Write, at, chunk.len())?;
+        }
+        Ok(())
+    }
+
+    /// Loads eight bytes of shared memory at once, sequentially consistent.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write); [`ErrorKind::Unaligned`] unless the offset is a multiple of 8.
+    pub fn load_u64(&self, at: Offset) -> Result<u64, Error> {
+        self.0.atomic(at, |object, place| object.arena.load_u64(place))
+    }
+
+    /// Stores eight bytes of shared memory at once, sequentially consistent.
+    ///
+    /// # Errors
+    /// As [`load_u64`](Self::load_u64).
+    pub fn store_u64(&self, at: Offset, value: u64) -> Result<(), Error> {
+        self.0.atomic(at, |object, place| object.arena.store_u64(place, value))
+    }
+}
+
+impl Inner {
+    /// The pages that hold a byte range; `None` for no bytes at all.
+    fn pages_of(&self, op: Op, at: Offset, len: usize) -> Result<Option<PgoffRange>, Error> {
+        let out_of_range = || Error::new(op, ErrorKind::OutOfRange);
+        let end = at.checked_add(ByteSize::from_bytes(len as u64)).ok_or_else(out_of_range)?;
+        if end.get() > self.pages.len_bytes().get() {
+            return Err(out_of_range());
+        }
+        let Some(last) = (len as u64).checked_sub(1) else { return Ok(None) };
+        let first = at.pgoff();
+        let last = Offset::new(at.get() + last).pgoff();
+        PgoffRange::new(first, last.get() - first.get() + 1).map(Some)
+    }
+
+    fn check_open(&self, op: Op, pages: PgoffRange) -> Result<(), Error> {
+        self.table.check_open(pages).map_err(|stop| self.stopped(op, pages, stop))
+    }
+
+    /// Runs an access inside of a section in which the pages are shared and all have folios.
+    fn access_resident<R>(
+        &self,
+        op: Op,
+        pages: PgoffRange,
+        mut access: impl FnMut() -> Result<R, Error>,
+    ) -> Result<R, Error> {
+        loop {
+            let outcome = in_section(|| {
+                self.check_open(op, pages)?;
+                let resident = pages.iter().all(|page| self.frames.frame(page).is_some());
+                if resident { access().map(Some) } else { Ok(None) }
+            })?;
+            if let Some(result) = outcome {
+                return Ok(result);
+            }
+            // Whoever punches it away again before the next attempt has made progress.
+            self.populate(op, &mut self.layout.write(), pages)?;
+        }
+    }
+
+    fn atomic<R>(
+        &self,
+        at: Offset,
+        access: impl Fn(&Self, Pa) -> Result<R, Error>,
+    ) -> Result<R, Error> {
+        let op = Op::Atomic;
+        if at.get() % 8 != 0 {
+            return Err(Error::new(op, ErrorKind::Unaligned));
+        }
+        let Some(pages) = self.pages_of(op, at, 8)? else {
+            return Err(Error::new(op, ErrorKind::OutOfRange));
+        };
+        self.access_resident(op, pages, || match self.place(at) {
+            Some(place) => access(self, place),
+            None => Err(Error::new(op, ErrorKind::OutOfRange)),
+        })
+    }
+
+    /// Where in the arena a byte is, if it has a frame.
+    fn place(&self, at: Offset) -> Option<Pa> {
+        self.frames.frame(at.pgoff())?.pa().checked_add(at.in_page())
+    }
+
+    fn copy_out(&self, at: Offset, buf: &mut [u8]) -> Result<(), Error> {
+        let mut at = at;
+        let mut rest = buf;
+        while !rest.is_empty() {
+            let (part, behind) = rest.split_at_mut(left_in_page(at).min(rest.len()));
+            match self.place(at) {
+                Some(place) => self.arena.read(place, part)?,
+                None => part.fill(0),
+            }
+            at = advance(Op::Read, at, part.len())?;
+            rest = behind;
+        }
+        Ok(())
+    }
+
+    fn copy_in(&self, at: Offset, buf: &[u8]) -> Result<(), Error> {
+        let mut at = at;
+        let mut rest = buf;
+        while !rest.is_empty() {
+            let (part, behind) = rest.split_at(left_in_page(at).min(rest.len()));
+            let place =
+                self.place(at).ok_or_else(|| Error::new(Op::Write, ErrorKind::OutOfRange))?;
+            self.arena.write(place, part)?;
+            at = advance(Op::Write, at, part.len())?;
+            rest = behind;
+        }
+        Ok(())
+    }
+}
+
+/// Bytes from here to the end of the page.
+fn left_in_page(at: Offset) -> usize {
+    (PAGE_SIZE.get() - at.in_page().get()) as usize
+}
+
+fn advance(op: Op, at: Offset, len: usize) -> Result<Offset, Error> {
+    at.checked_add(ByteSize::from_bytes(len as u64))
+        .ok_or_else(|| Error::new(op, ErrorKind::OutOfRange))
+}

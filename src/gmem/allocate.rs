@@ -1,0 +1,101 @@
+//! Where folios come and go by the VMM's wish: `fallocate` and its hole punching.
+
+use super::layout::Layout;
+use super::object::{GuestMemfd, Inner};
+use crate::error::{Error, ErrorKind, Op};
+use crate::range::{PfnRange, PgoffRange};
+use crate::state::wait_for_sections;
+
+impl GuestMemfd {
+    /// Gives every page of the range a folio, as `fallocate(FALLOC_FL_KEEP_SIZE)` does. Cannot fail
+    /// for want of frames: they were reserved when the object was created.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`]; [`ErrorKind::Exhausted`] or [`ErrorKind::Os`] if the host has no
+    /// room for the mappings of a view. Nothing is allocated then.
+    pub fn allocate(&self, range: PgoffRange) -> Result<(), Error> {
+        self.0.check_range(Op::Allocate, range)?;
+        self.0.populate(Op::Allocate, &mut self.0.layout.write(), range)
+    }
+
+    /// Forgets the contents of the range, as `fallocate(FALLOC_FL_PUNCH_HOLE)` does: it reads as
+    /// zeroes from then on, its visibility is as before, and folios that lie in it whole go back to
+    /// the pool, where they stay reserved for this object. A folio that is punched in part keeps
+    /// its memory.
+    ///
+    /// What lies past the end is ignored. In a host view a folio that went back answers with
+    /// `SIGBUS` until something is written or [allocated](Self::allocate) there.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] if a page is pinned, with the first culprit;
+    /// [`ErrorKind::HypervisorRefused`] if the guest owns a page and lives;
+    /// [`ErrorKind::Quarantined`]. Nothing is changed then.
+    pub fn punch_hole(&self, range: PgoffRange) -> Result<(), Error> {
+        let object = &*self.0;
+        let Some(range) = object.pages.intersection(&range) else { return Ok(()) };
+        let layout = &mut *object.layout.write();
+        let frozen = object
+            .table
+            .freeze(range)
+            .map_err(|stop| object.stopped(Op::PunchHole, range, stop))?;
+        let outcome = object.punch_frozen(layout, range);
+        if outcome.is_err() {
+            // Folios that have left a view already come back into it.
+            object.reinstall(layout, range);
+        }
+        // Conversions are locked out, so nothing can turn private between the two.
+        frozen.thaw();
+        object.show_shared(layout, range);
+        outcome.map_err(|error| error.on(range))
+    }
+}
+
+impl Inner {
+    fn punch_frozen(&self, layout: &Layout, range: PgoffRange) -> Result<(), Error> {
+        let op = Op::PunchHole;
+        if !wait_for_sections() {
+            return Err(Error::new(op, ErrorKind::MissingCapability).because("membarrier"));
+        }
+        let guest = self.guest_runs(op, layout, &[range])?;
+        self.hide(layout, range)?;
+        let shape = self.frames.shape();
+        let whole = || shape.slots(range).filter(|slot| range.covers(&slot.pages()));
+        for slot in whole().filter(|slot| self.frames.get(slot).is_some()) {
+            for (_, view) in &layout.views {
+                view.remove(self, slot.pages())?;
+            }
+        }
+        if let Some(hypervisor) = layout.hypervisor() {
+            hypervisor
+                .reclaim(&guest)
+                .map_err(|errno| Error::new(op, ErrorKind::HypervisorRefused).errno_is(errno))?;
+            hypervisor.invalidate_range(&guest);
+        }
+        for slot in whole() {
+            if let Some(pfn) = self.frames.get(&slot) {
+                self.frames.set(&slot, None);
+                self.reservation.give_back(pfn, slot.size());
+            }
+        }
+        // What is left of the range lies in folios that are punched in part.
+        self.zero_resident(range)
+    }
+
+    /// Fills what the range has of resident memory with zeroes.
+    pub(super) fn zero_resident(&self, range: PgoffRange) -> Result<(), Error> {
+        self.frames
+            .resident(range)
+            .try_for_each(|(_, frames): (_, PfnRange)| self.arena.zero(frames))
+    }
+
+    /// Puts the folios of the range behind the views' pages once more. A view that has no room for
+    /// one goes on faulting there, and says so in `mapped`.
+    fn reinstall(&self, layout: &Layout, range: PgoffRange) {
+        for slot in self.frames.shape().slots(range) {
+            let Some(pfn) = self.frames.get(&slot) else { continue };
+            for (_, view) in &layout.views {
+                let _ = view.install(slot.pages(), pfn);
+            }
+        }
+    }
+}

@@ -1,0 +1,82 @@
+//! The door for hypervisors: where a guest sees the object, and what happens when it touches a page
+//! that its stage 2 does not have yet.
+
+use std::sync::Weak;
+
+use super::layout::Binding;
+use super::object::GuestMemfd;
+use crate::addr::{Gfn, Pgoff};
+use crate::error::{Error, ErrorKind, Found, Op};
+use crate::range::{GfnRange, PgoffRange};
+use crate::stage2::Stage2;
+use crate::state::{Phase, Visibility};
+
+/// A binding, to be undone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct BindingId(usize);
+
+impl GuestMemfd {
+    /// Makes the pages visible to a guest at `gfn`. A page is bound once at most, and all bindings
+    /// of an object are one machine's, as with the kernel's guest_memfd.
+    pub(crate) fn bind(
+        &self,
+        vm: Weak<dyn Stage2>,
+        gfn: Gfn,
+        pages: PgoffRange,
+    ) -> Result<BindingId, Error> {
+        let op = Op::BindSlot;
+        self.0.check_range(op, pages)?;
+        GfnRange::new(gfn, pages.nr_pages()).map_err(|error| error.of(op).on(pages))?;
+        let mut layout = self.0.layout.write();
+        let exists = |why| Err(Error::new(op, ErrorKind::Exists).on(pages).because(why));
+        let taken = layout.bindings.iter().any(|(_, b)| b.pages.intersection(&pages).is_some());
+        if taken {
+            return exists("part of it is bound already");
+        }
+        match &layout.vm {
+            Some(other) if !layout.bindings.is_empty() && !Weak::ptr_eq(other, &vm) => {
+                return exists("the object is bound to another machine");
+            }
+            _ => layout.vm = Some(vm),
+        }
+        Ok(BindingId(layout.bindings.insert(Binding { pages, gfn })))
+    }
+
+    /// Ends a binding. The hypervisor has given the memory back before.
+    pub(crate) fn unbind(&self, id: BindingId) {
+        let mut layout = self.0.layout.write();
+        layout.bindings.try_remove(id.0);
+        if layout.bindings.is_empty() {
+            layout.vm = None;
+        }
+    }
+
+    /// Resolves a guest's fault on a bound page: gives it a folio, and gives it to the guest if it is
+    /// private. For a shared page it says so and does nothing: whether the guest may have it like
+    /// that is the hypervisor's affair.
+    ///
+    /// Conversions wait meanwhile, so a fault never makes one fail.
+    pub(crate) fn guest_fault(&self, page: Pgoff) -> Result<Visibility, Error> {
+        let op = Op::GuestFault;
+        let object = &*self.0;
+        let range = PgoffRange::single(page)?;
+        object.check_range(op, range)?;
+        let mut layout = object.layout.write();
+        let word = object.table.load(page);
+        if word.is_none_or(|word| word.phase() == Phase::Quarantined) {
+            let error = Error::new(op, ErrorKind::Quarantined);
+            return Err(error.at(page.offset(), Found::Quarantined));
+        }
+        if word.is_some_and(|word| word.visibility() == Visibility::Shared) {
+            return Ok(Visibility::Shared);
+        }
+        object.populate(op, &mut layout, range)?;
+        let guest = object.guest_runs(op, &layout, &[range])?;
+        if let Some(hypervisor) = layout.hypervisor() {
+            hypervisor.make_private(&guest).map_err(|errno| {
+                Error::new(op, ErrorKind::HypervisorRefused).errno_is(errno).on(range)
+            })?;
+        }
+        Ok(Visibility::Private)
+    }
+}

@@ -1,0 +1,310 @@
+//! The object mapped into the VMM: shared pages are there, private ones fault.
+//!
+//! A view is a range of addresses that begins as a mapping of the object's empty file, where every
+//! touch is a `SIGBUS`. Folios of the arena are mapped over it and registered with userfaultfd, so
+//! that a page without a page-table entry is a `SIGBUS` too. To share a page is to give it an entry,
+//! to make it private is to take that away: no mapping is split, no byte moves.
+//!
+//! What this covers: loads, stores and system calls of this process through this view. What it does
+//! not: a child after fork (it gets no mapping at all), other mappings of the arena, and pins that
+//! the kernel took through the view earlier (io_uring, O_DIRECT, VFIO).
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bitvec::vec::BitVec;
+
+use super::object::{GuestMemfd, Inner};
+use crate::addr::{Access, ByteSize, Hva, Offset, Pfn};
+use crate::backing::Arena;
+use crate::error::{Error, ErrorKind, Op};
+use crate::geometry::{FolioSize, PAGE_BYTES};
+use crate::os::mapping::Mapping;
+use crate::os::sigbus::{RawFault, SigbusHandler};
+use crate::os::uffd::Userfault;
+use crate::range::PgoffRange;
+use crate::state::Visibility;
+
+/// One mapping of an object.
+#[derive(Debug)]
+pub(super) struct ViewMap {
+    // Before the mapping: closing it makes no page appear, unmapping first would waste work.
+    uffd: Userfault,
+    map: Mapping,
+    arena: Arc<Arena>,
+    granule_bytes: usize,
+    /// Which pages have a page-table entry, as far as it is ours to say. Held across the system
+    /// call that changes it, so that the two never differ.
+    shown: Mutex<BitVec>,
+}
+
+impl ViewMap {
+    pub(super) fn new(object: &Inner) -> Result<Self, Error> {
+        use std::os::fd::AsFd;
+
+        let op = Op::MapView;
+        if object.arena.fd().is_none() {
+            return Err(Error::new(op, ErrorKind::Unsupported)
+                .because("a pool on the heap has no file that could be mapped"));
+        }
+        let uffd = Userfault::open()?;
+        let size = object.pages.len_bytes();
+        let align = FolioSize::Huge2M.bytes();
+        let map = Mapping::of_nothing(op, object.identity.as_fd(), size, align)?;
+        let granule = object.reservation.pool().view_granule();
+        let granule_bytes = granule.nr_pages() as usize * PAGE_BYTES;
+        let shown = Mutex::new(BitVec::repeat(false, object.pages.nr_pages() as usize));
+        Ok(Self { uffd, map, arena: Arc::clone(&object.arena), granule_bytes, shown })
+    }
+
+    /// Puts a folio behind the pages. Nothing of it is shown yet.
+    pub(super) fn install(&self, pages: PgoffRange, pfn: Pfn) -> Result<(), Error> {
+        let fd = self
+            .arena
+            .fd()
+            .ok_or_else(|| Error::new(Op::MapView, ErrorKind::Unsupported).on(pages))?;
+        let (at, len) = bytes(pages);
+        self.map.map_over(at, len, fd, pfn.pa().get())?;
+        self.uffd.register(&self.map, at, len)
+    }
+
+    /// Gives the pages their entries. Should the kernel have no memory for page tables, the pages
+    /// go on faulting, which is safe, and `shown` says so.
+    pub(super) fn show(&self, pages: PgoffRange) {
+        let mut shown = self.shown();
+        let (at, len) = bytes(pages);
+        let done = self.uffd.map_pages(&self.map, at, len, self.granule_bytes).is_ok();
+        set(&mut shown, pages, done);
+        if !done {
+            // Whatever was mapped of them is taken out again, to agree with `shown`.
+            let _ = self.map.unmap_pages(at, len);
+        }
+    }
+
+    /// Takes the pages' entries away.
+    pub(super) fn hide(&self, pages: PgoffRange) -> Result<(), Error> {
+        let mut shown = self.shown();
+        let (at, len) = bytes(pages);
+        self.map.unmap_pages(at, len)?;
+        set(&mut shown, pages, false);
+        Ok(())
+    }
+
+    /// Takes the folio behind the pages away; a touch is a SIGBUS from then on.
+    pub(super) fn remove(&self, object: &Inner, pages: PgoffRange) -> Result<(), Error> {
+        use std::os::fd::AsFd;
+
+        let mut shown = self.shown();
+        let (at, len) = bytes(pages);
+        self.map.map_over(at, len, object.identity.as_fd(), 0)?;
+        set(&mut shown, pages, false);
+        Ok(())
+    }
+
+    pub(super) fn shown(&self) -> MutexGuard<'_, BitVec> {
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn set(shown: &mut BitVec, pages: PgoffRange, value: bool) {
+    let range = pages.start().get() as usize..pages.end().get() as usize;
+    if let Some(bits) = shown.get_mut(range) {
+        bits.fill(value);
+    }
+}
+
+/// Where the pages are in a mapping of the whole object. The object fits in an address space, or
+/// there would be no view.
+fn bytes(pages: PgoffRange) -> (usize, usize) {
+    (pages.start().get() as usize * PAGE_BYTES, pages.nr_pages() as usize * PAGE_BYTES)
+}
+
+/// A whole object mapped into this process.
+///
+/// Raw pointers into it are the caller's affair: they are valid addresses as long as the view lives,
+/// and a touch of private or absent memory is a `SIGBUS` (`BUS_ADRERR`, exact address), which kills
+/// the process unless somebody handles it. System calls on such memory get `EFAULT`. Children of a
+/// fork do not inherit the mapping.
+#[derive(Debug)]
+pub struct HostView {
+    memfd: GuestMemfd,
+    map: Arc<ViewMap>,
+    key: usize,
+}
+
+/// What a [`HostView::touch`] met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Touch {
+    /// The byte that is there.
+    Byte(u8),
+    /// A `SIGBUS`.
+    Fault(HostFault),
+}
+
+/// A `SIGBUS`, decoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct HostFault {
+    /// The address that was touched, as the kernel reports it.
+    pub hva: Hva,
+    /// Where in the object that is.
+    pub offset: Offset,
+    /// What the kernel gave as the reason.
+    pub cause: FaultCause,
+}
+
+/// The `si_code` of a `SIGBUS`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FaultCause {
+    /// `BUS_ADRERR`: nothing is mapped there; the page is private or absent.
+    NotMapped,
+    /// `BUS_MCEERR_AR`: the memory itself failed.
+    MemoryFailure,
+    /// Something else.
+    Other,
+}
+
+impl GuestMemfd {
+    /// Maps the whole object. Shared pages get folios first, so that a raw access to one never
+    /// faults.
+    ///
+    /// # Errors
+    /// [`ErrorKind::MissingCapability`], which names what userfaultfd lacks on this host;
+    /// [`ErrorKind::Unsupported`] for a pool on the heap; [`ErrorKind::Exhausted`] or
+    /// [`ErrorKind::Os`] if the process has no room for mappings or descriptors.
+    pub fn map_view(&self) -> Result<HostView, Error> {
+        let object = &*self.0;
+        let mut layout = object.layout.write();
+        let map = Arc::new(ViewMap::new(object)?);
+        object.populate_shared(Op::MapView, &mut layout, object.pages)?;
+        for (pages, frames) in object.frames.resident(object.pages) {
+            map.install(pages, frames.start())?;
+        }
+        let key = layout.views.insert(Arc::clone(&map));
+        object.show_shared(&layout, object.pages);
+        Ok(HostView { memfd: self.clone(), map, key })
+    }
+}
+
+impl Inner {
+    /// Gives every shared page of the range a folio.
+    pub(super) fn populate_shared(
+        &self,
+        op: Op,
+        layout: &mut super::layout::Layout,
+        range: PgoffRange,
+    ) -> Result<(), Error> {
+        let words = self.words(range).map(|(page, word)| (page, word.visibility()));
+        for (pages, visibility) in super::object::runs(words) {
+            if visibility == Visibility::Shared {
+                self.populate(op, layout, pages)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl HostView {
+    /// The object that is mapped.
+    pub fn memfd(&self) -> &GuestMemfd {
+        &self.memfd
+    }
+
+    /// How many bytes are mapped: the object's size.
+    pub fn size(&self) -> ByteSize {
+        self.memfd.size()
+    }
+
+    /// Where the object's first byte is mapped; a multiple of 2 MiB.
+    pub fn hva(&self) -> Hva {
+        self.map.map.hva()
+    }
+
+    /// Where a byte of the object is mapped; `None` past the end.
+    pub fn hva_of(&self, at: Offset) -> Option<Hva> {
+        if at.get() >= self.size().get() {
+            return None;
+        }
+        self.hva().checked_add(ByteSize::from_bytes(at.get()))
+    }
+
+    /// A raw pointer to `len` bytes of the object; `None` if they are not all inside. Whether they
+    /// can be touched is for the caller to know: see [`GuestMemfd::pin`].
+    pub fn pointer(&self, at: Offset, len: ByteSize) -> Option<std::ptr::NonNull<u8>> {
+        let end = at.checked_add(len)?;
+        if end.get() > self.size().get() {
+            return None;
+        }
+        let base = self.map.map.base().as_ptr();
+        std::ptr::NonNull::new(base.wrapping_add(usize::try_from(at.get()).ok()?))
+    }
+
+    /// Copies bytes out of shared memory; as [`GuestMemfd::read`].
+    ///
+    /// # Errors
+    /// As [`GuestMemfd::read`].
+    pub fn read(&self, at: Offset, buf: &mut [u8]) -> Result<(), Error> {
+        self.memfd.read(at, buf)
+    }
+
+    /// Copies bytes into shared memory; as [`GuestMemfd::write`].
+    ///
+    /// # Errors
+    /// As [`GuestMemfd::write`].
+    pub fn write(&self, at: Offset, buf: &[u8]) -> Result<(), Error> {
+        self.memfd.write(at, buf)
+    }
+
+    /// An atomic load of shared memory; as [`GuestMemfd::load_u64`].
+    ///
+    /// # Errors
+    /// As [`GuestMemfd::load_u64`].
+    pub fn load_u64(&self, at: Offset) -> Result<u64, Error> {
+        self.memfd.load_u64(at)
+    }
+
+    /// An atomic store to shared memory; as [`GuestMemfd::store_u64`].
+    ///
+    /// # Errors
+    /// As [`GuestMemfd::store_u64`].
+    pub fn store_u64(&self, at: Offset, value: u64) -> Result<(), Error> {
+        self.memfd.store_u64(at, value)
+    }
+
+    /// Touches one byte as a raw pointer would, and survives: a load, or a store of what is there.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`] past the end.
+    pub fn touch(
+        &self,
+        handler: SigbusHandler,
+        at: Offset,
+        access: Access,
+    ) -> Result<Touch, Error> {
+        let op = match access {
+            Access::Read => Op::Read,
+            Access::Write => Op::Write,
+        };
+        let out_of_range = || Error::new(op, ErrorKind::OutOfRange);
+        let place = usize::try_from(at.get()).map_err(|_| out_of_range())?;
+        match handler.touch(&self.map.map, place, access) {
+            Ok(byte) => Ok(Touch::Byte(byte)),
+            Err(None) => Err(out_of_range()),
+            Err(Some(RawFault { hva, code })) => {
+                let into = hva.get().wrapping_sub(self.hva().get());
+                let cause = match code {
+                    libc::BUS_ADRERR => FaultCause::NotMapped,
+                    libc::BUS_MCEERR_AR => FaultCause::MemoryFailure,
+                    _ => FaultCause::Other,
+                };
+                Ok(Touch::Fault(HostFault { hva, offset: Offset::new(into as u64), cause }))
+            }
+        }
+    }
+}
+
+impl Drop for HostView {
+    fn drop(&mut self) {
+        self.memfd.0.layout.write().views.try_remove(self.key);
+    }
+}

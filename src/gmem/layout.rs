@@ -1,0 +1,179 @@
+//! What folios, views and bindings change together, under one lock.
+//!
+//! Conversions hold the lock for reading: the words keep two of them apart. Whatever puts a folio
+//! somewhere or takes it away holds it for writing, and then no conversion is under way. Lock order:
+//! this one, then the hypervisor's, then the pool's.
+
+use std::sync::{Arc, Weak};
+
+use slab::Slab;
+
+use super::host_view::ViewMap;
+use super::object::{Inner, runs};
+use crate::addr::{Gfn, Pfn};
+use crate::error::{Error, ErrorKind, Op};
+use crate::folio::Slot;
+use crate::geometry::FolioSize;
+use crate::range::PgoffRange;
+use crate::stage2::{GuestRun, Stage2};
+use crate::state::{Phase, Visibility};
+
+/// A part of the object that a guest sees.
+#[derive(Debug)]
+pub(super) struct Binding {
+    pub(super) pages: PgoffRange,
+    pub(super) gfn: Gfn,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Layout {
+    pub(super) views: Slab<Arc<ViewMap>>,
+    pub(super) bindings: Slab<Binding>,
+    /// The one virtual machine that the bindings are of. Not kept alive: it keeps the object alive.
+    pub(super) vm: Option<Weak<dyn Stage2>>,
+}
+
+impl Layout {
+    /// The hypervisor's side of the guest, while there is one.
+    pub(super) fn hypervisor(&self) -> Option<Arc<dyn Stage2>> {
+        self.vm.as_ref()?.upgrade()
+    }
+
+    /// How many pages at least one view has mapped.
+    pub(super) fn nr_mapped(&self) -> u64 {
+        let mut views = self.views.iter().map(|(_, view)| view);
+        let Some(first) = views.next() else { return 0 };
+        let mut mapped = first.shown().clone();
+        for view in views {
+            mapped |= &*view.shown();
+        }
+        mapped.count_ones() as u64
+    }
+}
+
+impl Inner {
+    /// The runs of guest memory behind the given pages: those that a binding covers and a folio
+    /// backs.
+    pub(super) fn guest_runs(
+        &self,
+        op: Op,
+        layout: &Layout,
+        pages: &[PgoffRange],
+    ) -> Result<Vec<GuestRun>, Error> {
+        let mut runs = Vec::new();
+        for range in pages {
+            for (_, binding) in &layout.bindings {
+                let Some(part) = binding.pages.intersection(range) else { continue };
+                for (pages, frames) in self.frames.resident(part) {
+                    let skip = pages.start().get() - binding.pages.start().get();
+                    let Some(gfn) = binding.gfn.checked_add(skip) else { continue };
+                    runs.try_reserve(1).map_err(|_| Error::new(op, ErrorKind::Exhausted))?;
+                    let nr_pages = frames.nr_pages();
+                    runs.push(GuestRun { gfn, pfn: frames.start(), nr_pages });
+                }
+            }
+        }
+        Ok(runs)
+    }
+
+    /// Makes sure that every page of the range has a folio: all of them, or none more than before.
+    pub(super) fn populate(
+        &self,
+        op: Op,
+        layout: &mut Layout,
+        range: PgoffRange,
+    ) -> Result<(), Error> {
+        let mut taken: Vec<(Slot, Pfn)> = Vec::new();
+        let absent = |slot: &Slot| self.frames.get(slot).is_none();
+        for slot in self.frames.shape().slots(range).filter(absent) {
+            let outcome = match taken.try_reserve(1) {
+                Ok(()) => self.take_folio(layout, &slot),
+                Err(_) => Err(Error::new(op, ErrorKind::Exhausted)),
+            };
+            match outcome {
+                Ok(pfn) => taken.push((slot, pfn)),
+                Err(error) => {
+                    for (slot, pfn) in taken {
+                        self.reservation.give_back(pfn, slot.size());
+                    }
+                    return Err(error.of(op).on(range));
+                }
+            }
+        }
+        for (slot, pfn) in taken {
+            self.frames.set(&slot, Some(pfn));
+            self.show_shared(layout, slot.pages());
+        }
+        Ok(())
+    }
+
+    /// A folio for the slot, installed in every view but not shown, and not yet the object's.
+    fn take_folio(&self, layout: &Layout, slot: &Slot) -> Result<Pfn, Error> {
+        let pfn = self.reservation.take(slot.size())?;
+        for (_, view) in &layout.views {
+            if let Err(error) = view.install(slot.pages(), pfn) {
+                // The views that have it already answer with SIGBUS there, as before.
+                self.reservation.give_back(pfn, slot.size());
+                return Err(error);
+            }
+        }
+        Ok(pfn)
+    }
+
+    /// Maps into the views what the range has of shared pages with folios. The caller has excluded
+    /// conversions, or has frozen all of the range.
+    pub(super) fn show_shared(&self, layout: &Layout, range: PgoffRange) {
+        if layout.views.is_empty() {
+            return;
+        }
+        let shared = self.words(range).map(|(page, word)| {
+            let shared = word.visibility() == Visibility::Shared;
+            (page, shared && word.phase() != Phase::Quarantined)
+        });
+        for (pages, shared) in runs(shared) {
+            if shared {
+                self.show(layout, pages);
+            }
+        }
+    }
+
+    /// Maps the pages into the views, as far as they have folios, whatever their words say.
+    ///
+    /// Where views only take whole huge folios, one is mapped if the rest of it is shared. The
+    /// layout is then locked for writing, so frozen pages are the caller's own.
+    pub(super) fn show(&self, layout: &Layout, pages: PgoffRange) {
+        match self.reservation.pool().view_granule() {
+            FolioSize::Base => {
+                for (pages, _) in self.frames.resident(pages) {
+                    layout.views.iter().for_each(|(_, view)| view.show(pages));
+                }
+            }
+            FolioSize::Huge2M => {
+                let is_shared = |slot: &Slot| {
+                    self.words(slot.pages())
+                        .all(|(_, word)| word.is_open() || word.phase() == Phase::Converting)
+                };
+                let resident = |slot: &Slot| self.frames.get(slot).is_some();
+                for slot in self.frames.shape().slots(pages).filter(resident).filter(is_shared) {
+                    layout.views.iter().for_each(|(_, view)| view.show(slot.pages()));
+                }
+            }
+        }
+    }
+
+    /// Takes the pages out of every view, and with them whatever a view cannot tell from them.
+    pub(super) fn hide(&self, layout: &Layout, pages: PgoffRange) -> Result<(), Error> {
+        let granule = self.reservation.pool().view_granule();
+        for (_, view) in &layout.views {
+            match granule {
+                FolioSize::Base => view.hide(pages)?,
+                FolioSize::Huge2M => {
+                    for slot in self.frames.shape().slots(pages) {
+                        view.hide(slot.pages())?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}

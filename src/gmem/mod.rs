@@ -1,0 +1,27 @@
+//! The fd-like object: the only door to a guest's memory.
+//!
+//! | file | holds |
+//! |---|---|
+//! | `object` | the object: creating it, its size and counters, what it looks like now |
+//! | `allocate` | where folios come and go: allocate, populate, punch a hole |
+//! | `convert` | where a conversion is ordered, step by step |
+//! | `pin` | where a pin is taken, and by whom |
+//! | `access` | checked reads, writes and atomics of the host |
+//! | `host_view` | the object mapped into the VMM, where private memory faults |
+//! | `guest_fault` | the door for hypervisors: memslots, and the faults of guests |
+//! | `layout` | what all of these change together: folios, views and bindings, under one lock |
+
+mod access;
+mod allocate;
+mod convert;
+mod guest_fault;
+mod host_view;
+mod layout;
+mod object;
+mod pin;
+
+pub use convert::{ContentPolicy, Conversion};
+pub(crate) use guest_fault::BindingId;
+pub use host_view::{FaultCause, HostFault, HostView, Touch};
+pub use object::{GuestMemfd, GuestMemfdBuilder, ObjectStat, PageInfo, PageStatus, Residency};
+pub use pin::{OwnerTag, PinGuard, PinMode};

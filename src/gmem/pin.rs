@@ -1,0 +1,194 @@
+//! Where a pin is taken: a promise that pages are neither converted nor punched, with the name of
+//! whoever holds it.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use slab::Slab;
+
+use super::object::GuestMemfd;
+use crate::addr::Pgoff;
+use crate::error::{Error, ErrorKind, Op};
+use crate::range::PgoffRange;
+
+/// How a pin gets on with others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PinMode {
+    /// One of several.
+    Counted,
+    /// The only one: refused if there is any other, and refuses every other.
+    Exclusive,
+}
+
+/// The name of somebody who takes pins, registered with one object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct OwnerTag {
+    ledger: u64,
+    index: usize,
+}
+
+/// Who is registered, and who holds what.
+#[derive(Debug)]
+pub(super) struct Ledger {
+    /// A number that no other ledger of the process has, to know one's own tags by.
+    id: u64,
+    records: Mutex<Records>,
+}
+
+#[derive(Debug, Default)]
+struct Records {
+    names: Vec<Arc<str>>,
+    /// A pin is in here from before it is counted in the words until after it is not any more.
+    pins: Slab<Record>,
+}
+
+#[derive(Debug)]
+struct Record {
+    range: PgoffRange,
+    owner: usize,
+}
+
+impl Ledger {
+    pub(super) fn new() -> Self {
+        static NEXT: Mutex<u64> = Mutex::new(0);
+        let mut next = NEXT.lock().unwrap_or_else(PoisonError::into_inner);
+        *next += 1;
+        Self { id: *next, records: Mutex::default() }
+    }
+
+    fn records(&self) -> MutexGuard<'_, Records> {
+        self.records.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The names of those who hold a pin on the page, each once.
+    pub(super) fn owners_of_page(&self, page: Pgoff) -> Vec<Arc<str>> {
+        self.owners(|range| range.contains(page))
+    }
+
+    fn owners(&self, holds: impl Fn(&PgoffRange) -> bool) -> Vec<Arc<str>> {
+        let records = self.records();
+        let mut owners: Vec<usize> = records
+            .pins
+            .iter()
+            .filter(|(_, record)| holds(&record.range))
+            .map(|(_, record)| record.owner)
+            .collect();
+        owners.sort_unstable();
+        owners.dedup();
+        owners.into_iter().filter_map(|owner| records.names.get(owner).cloned()).collect()
+    }
+
+    /// How many pins are written down for each page of the range: for the audit.
+    pub(super) fn pins_of_page(&self, page: Pgoff) -> u64 {
+        let records = self.records();
+        records.pins.iter().filter(|(_, record)| record.range.contains(page)).count() as u64
+    }
+}
+
+impl GuestMemfd {
+    /// Registers a name for pins to be taken under. The same name gives the same tag.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exhausted`].
+    pub fn register_owner(&self, name: &str) -> Result<OwnerTag, Error> {
+        let ledger = self.0.ledger.id;
+        let names = &mut self.0.ledger.records().names;
+        if let Some(index) = names.iter().position(|known| **known == *name) {
+            return Ok(OwnerTag { ledger, index });
+        }
+        names.try_reserve(1).map_err(|_| Error::new(Op::RegisterOwner, ErrorKind::Exhausted))?;
+        names.push(name.into());
+        Ok(OwnerTag { ledger, index: names.len() - 1 })
+    }
+
+    /// Pins every page of the range until the guard is dropped. All pages, or none.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`]; [`ErrorKind::NotFound`] for a tag of another object;
+    /// [`ErrorKind::NotShared`], [`ErrorKind::Busy`] (being converted, pinned exclusively, or for an
+    /// exclusive pin pinned at all), [`ErrorKind::Saturated`] (65,535 pins on a page) or
+    /// [`ErrorKind::Quarantined`], each with the first culprit.
+    pub fn pin(
+        &self,
+        range: PgoffRange,
+        owner: OwnerTag,
+        mode: PinMode,
+    ) -> Result<PinGuard, Error> {
+        let object = &*self.0;
+        let op = match mode {
+            PinMode::Counted => Op::Pin,
+            PinMode::Exclusive => Op::PinExclusive,
+        };
+        object.check_range(op, range)?;
+        let mut records = object.ledger.records();
+        if owner.ledger != object.ledger.id || owner.index >= records.names.len() {
+            return Err(Error::new(op, ErrorKind::NotFound)
+                .on(range)
+                .because("the owner tag is another object's"));
+        }
+        let key = records.pins.insert(Record { range, owner: owner.index });
+        drop(records);
+        let outcome = match mode {
+            PinMode::Counted => object.table.pin(range),
+            PinMode::Exclusive => object.table.pin_exclusive(range),
+        };
+        match outcome {
+            Ok(()) => Ok(PinGuard { memfd: self.clone(), range, owner, mode, key }),
+            Err(stop) => {
+                object.ledger.records().pins.try_remove(key);
+                Err(object.stopped(op, range, stop))
+            }
+        }
+    }
+
+    /// The names of those who hold a pin on any page of the range, each once.
+    pub fn owners(&self, range: PgoffRange) -> Vec<Arc<str>> {
+        self.0.ledger.owners(|held| held.intersection(&range).is_some())
+    }
+}
+
+/// A pin. The pages stay shared and in place until it is dropped.
+///
+/// It cannot be copied, and it keeps the object alive: there is no way to drop it twice, and if it
+/// is forgotten its pages stay pinned for good.
+#[derive(Debug)]
+#[must_use = "the pin ends when the guard is dropped"]
+pub struct PinGuard {
+    memfd: GuestMemfd,
+    range: PgoffRange,
+    owner: OwnerTag,
+    mode: PinMode,
+    key: usize,
+}
+
+impl PinGuard {
+    /// The pages that are pinned.
+    pub fn range(&self) -> PgoffRange {
+        self.range
+    }
+
+    /// Under whose name.
+    pub fn owner(&self) -> OwnerTag {
+        self.owner
+    }
+
+    /// How the pin gets on with others.
+    pub fn mode(&self) -> PinMode {
+        self.mode
+    }
+
+    /// The object whose pages these are.
+    pub fn memfd(&self) -> &GuestMemfd {
+        &self.memfd
+    }
+}
+
+impl Drop for PinGuard {
+    fn drop(&mut self) {
+        let object = &*self.memfd.0;
+        match self.mode {
+            PinMode::Counted => object.table.unpin(self.range),
+            PinMode::Exclusive => object.table.unpin_exclusive(self.range),
+        }
+        object.ledger.records().pins.try_remove(self.key);
+    }
+}
