@@ -1,6 +1,7 @@
 //! Guest memory for confidential VMs.
 
 pub mod addr;
+pub mod audit;
 mod backing;
 pub mod error;
 mod folio;

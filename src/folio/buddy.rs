@@ -84,6 +84,11 @@ impl Buddy {
         })
     }
 
+    /// Whether a frame is in a free block.
+    pub(super) fn is_free(&self, pfn: Pfn) -> bool {
+        (0..=HUGE_ORDER).any(|order| self.get(pfn.get(), order))
+    }
+
     fn get(&self, pfn: u64, order: u8) -> bool {
         self.free[usize::from(order)].get((pfn >> order) as usize).is_some_and(|bit| *bit)
     }

@@ -190,6 +190,11 @@ impl FolioPool {
         Ok(ByteSize::from_pages(frames.buddy.nr_free()))
     }
 
+    /// Whether a frame is in the free map.
+    pub(crate) fn is_free(&self, pfn: Pfn) -> bool {
+        self.frames().buddy.is_free(pfn)
+    }
+
     pub(crate) fn arena(&self) -> &Arc<Arena> {
         &self.0.arena
     }

@@ -100,6 +100,11 @@ impl ViewMap {
         Ok(())
     }
 
+    /// Which pages the kernel's page tables really have, for the audit.
+    pub(super) fn present(&self, nr_pages: usize) -> std::io::Result<Vec<bool>> {
+        crate::os::pagemap::present(self.map.hva(), nr_pages)
+    }
+
     pub(super) fn shown(&self) -> MutexGuard<'_, BitVec> {
         self.shown.lock().unwrap_or_else(PoisonError::into_inner)
     }

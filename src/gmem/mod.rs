@@ -9,6 +9,7 @@
 //! | `access` | checked reads, writes and atomics of the host |
 //! | `host_view` | the object mapped into the VMM, where private memory faults |
 //! | `guest_fault` | the door for hypervisors: memslots, and the faults of guests |
+//! | `invariants` | what must hold of an object: its part of the audit |
 //! | `layout` | what all of these change together: folios, views and bindings, under one lock |
 
 mod access;
@@ -16,6 +17,7 @@ mod allocate;
 mod convert;
 mod guest_fault;
 mod host_view;
+mod invariants;
 mod layout;
 mod object;
 mod pin;

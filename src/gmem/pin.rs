@@ -77,10 +77,9 @@ impl Ledger {
         owners.into_iter().filter_map(|owner| records.names.get(owner).cloned()).collect()
     }
 
-    /// How many pins are written down for each page of the range: for the audit.
-    pub(super) fn pins_of_page(&self, page: Pgoff) -> u64 {
-        let records = self.records();
-        records.pins.iter().filter(|(_, record)| record.range.contains(page)).count() as u64
+    /// The range of every pin that is written down: for the audit.
+    pub(super) fn held(&self) -> Vec<PgoffRange> {
+        self.records().pins.iter().map(|(_, record)| record.range).collect()
     }
 }
 

@@ -1,0 +1,73 @@
+//! What must hold of an object whenever nobody is changing it.
+
+use std::collections::BTreeMap;
+
+use super::object::GuestMemfd;
+use crate::addr::{Pfn, Pgoff};
+use crate::range::PfnRange;
+use crate::state::{Phase, Visibility, Word};
+
+impl GuestMemfd {
+    /// Adds a sentence for everything that is not as it should be.
+    pub(crate) fn check_invariants(&self, findings: &mut Vec<String>) {
+        let object = &*self.0;
+        // No folio, view or binding comes or goes, and no conversion is under way, meanwhile.
+        let layout = object.layout.write();
+        let words: Vec<(Pgoff, Word)> = object.words(object.pages).collect();
+        let mut say = |page: Pgoff, what: String| {
+            findings.push(format!("{} page {page}: {what}", object.name));
+        };
+
+        let mut held: BTreeMap<Pgoff, u32> = BTreeMap::new();
+        for page in object.ledger.held().iter().flat_map(|range| range.iter()) {
+            *held.entry(page).or_default() += 1;
+        }
+        for &(page, word) in &words {
+            let counted = word.pins() + u32::from(word.is_exclusive());
+            let written = held.get(&page).copied().unwrap_or(0);
+            if counted != written {
+                say(page, format!("{counted} pins counted, {written} written down"));
+            }
+            if counted > 0 && !word.is_open() {
+                say(page, format!("pinned though it is {word:?}"));
+            }
+            if word.phase() != Phase::Settled {
+                say(page, format!("not settled: {word:?}"));
+            }
+        }
+        for (_, view) in &layout.views {
+            let shown = view.shown();
+            let present = match view.present(words.len()) {
+                Ok(present) => present,
+                Err(error) => {
+                    say(Pgoff::new(0), format!("no look at the page tables: {error}"));
+                    continue;
+                }
+            };
+            for ((&(page, word), shown), present) in words.iter().zip(shown.iter()).zip(present) {
+                if *shown && word.visibility() == Visibility::Private {
+                    say(page, String::from("private and mapped in a view"));
+                }
+                if *shown != present {
+                    say(page, format!("mapped in a view: we say {shown}, the kernel {present}"));
+                }
+                if *shown && object.frames.frame(page).is_none() {
+                    say(page, String::from("mapped in a view without a folio"));
+                }
+            }
+        }
+    }
+
+    /// The frames that hold the object.
+    pub(crate) fn frames(&self) -> Vec<PfnRange> {
+        self.0.frames.resident(self.0.pages).map(|(_, frames)| frames).collect()
+    }
+
+    /// Who may see the page with this frame, if the object has it.
+    pub(crate) fn visibility_of_frame(&self, pfn: Pfn) -> Option<Visibility> {
+        let (pages, frames) =
+            self.0.frames.resident(self.0.pages).find(|(_, frames)| frames.contains(pfn))?;
+        let page = pages.start().checked_add(pfn.get() - frames.start().get())?;
+        Some(self.0.table.load(page)?.visibility())
+    }
+}
