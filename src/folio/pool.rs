@@ -17,11 +17,12 @@ use crate::geometry::{FolioSize, HUGE_PAGES};
 use crate::os::memfd::PageKind;
 use crate::range::PfnRange;
 
-/// What the bytes of a pool are made of. All of it is committed when the pool is created.
+/// What the bytes of a pool are made of. Memory files are committed when the pool is created.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ArenaBacking {
-    /// The process's own heap. Needs no operating system; has no host views.
+    /// The process's own heap. Needs no operating system; has no host views, and is committed by
+    /// the kernel when it is touched, as heaps are.
     Heap,
     /// A memory file on 4 KiB pages.
     Memfd,

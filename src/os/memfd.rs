@@ -10,6 +10,7 @@ use rustix::io::Errno;
 use crate::addr::ByteSize;
 use crate::error::{Error, ErrorKind, Op};
 use crate::os::failed;
+use crate::os::memory::require_available;
 
 /// What the kernel makes the file's pages of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +22,9 @@ pub(crate) enum PageKind {
 /// A file of `size` bytes whose size nobody can change any more. Plain pages are committed here,
 /// so that no later touch of them can fail.
 pub(crate) fn create_arena(kind: PageKind, size: ByteSize) -> Result<OwnedFd, Error> {
+    if kind == PageKind::Plain {
+        require_available(size)?;
+    }
     let fd = create_sealed(kind, size)?;
     commit(&fd, kind, size)?;
     Ok(fd)
@@ -28,6 +32,7 @@ pub(crate) fn create_arena(kind: PageKind, size: ByteSize) -> Result<OwnedFd, Er
 
 /// The same without the commitment, for a caller who has advice to give before pages exist.
 pub(crate) fn create_sparse_arena(size: ByteSize) -> Result<OwnedFd, Error> {
+    require_available(size)?;
     create_sealed(PageKind::Plain, size)
 }
 

@@ -4,6 +4,7 @@
 pub(crate) mod barrier;
 pub(crate) mod mapping;
 pub(crate) mod memfd;
+pub(crate) mod memory;
 pub(crate) mod pagemap;
 pub(crate) mod thp;
 pub(crate) mod uffd;

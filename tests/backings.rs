@@ -1,0 +1,182 @@
+//! Pools on every kind of memory, and what happens where the host has none of it.
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+
+use common::Capability;
+use gmem::addr::{Access, ByteSize, Offset, Pgoff};
+use gmem::audit;
+use gmem::error::ErrorKind;
+use gmem::range::PgoffRange;
+use gmem::{
+    ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, HostView, SigbusHandler, Touch, Visibility,
+};
+
+const PRESERVE: ContentPolicy = ContentPolicy::Preserve;
+const NR_HUGEPAGES: &str = "/proc/sys/vm/nr_hugepages";
+const SHMEM_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+
+/// A host setting that is put back when the test ends, however it ends. Only one test of all
+/// processes holds one at a time.
+struct Setting {
+    path: &'static str,
+    before: String,
+    _lock: fs::File,
+}
+
+impl Setting {
+    fn set(path: &'static str, value: &str) -> Self {
+        let lock = fs::File::open(path).unwrap();
+        rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
+        let text = fs::read_to_string(path).unwrap();
+        let before = match text.split_once('[').and_then(|(_, rest)| rest.split_once(']')) {
+            Some((word, _)) => word.to_owned(),
+            None => text.trim().to_owned(),
+        };
+        fs::write(path, value).unwrap();
+        Self { path, before, _lock: lock }
+    }
+}
+
+impl Drop for Setting {
+    fn drop(&mut self) {
+        let restored = fs::write(self.path, &self.before);
+        assert!(restored.is_ok() || std::thread::panicking(), "{} not restored", self.path);
+    }
+}
+
+fn range(start: u64, nr_pages: u64) -> PgoffRange {
+    PgoffRange::new(Pgoff::new(start), nr_pages).unwrap()
+}
+
+fn is_readable(view: &HostView, page: u64) -> bool {
+    let handler = SigbusHandler::install().unwrap();
+    let touch = view.touch(handler, Offset::new(page << 12), Access::Read).unwrap();
+    matches!(touch, Touch::Byte(_))
+}
+
+fn shared_object(pool: &FolioPool, mib: u64) -> GuestMemfd {
+    GuestMemfd::builder(ByteSize::from_mib(mib)).initial(Visibility::Shared).create(pool).unwrap()
+}
+
+#[test]
+fn transparent_huge_pages_stay_whole_while_their_pages_change_sides() {
+    if !(common::require(Capability::Thp) && common::require(Capability::Uffd)) {
+        return;
+    }
+    let _setting = Setting::set(SHMEM_ENABLED, "advise");
+    let pool = FolioPool::new(ArenaBacking::MemfdThp, ByteSize::from_mib(16)).unwrap();
+    let huge = pool.stat().huge;
+    assert!(huge.get() > 0, "the kernel found no huge page at all");
+    let memfd = shared_object(&pool, 16);
+    let view = memfd.map_view().unwrap();
+    for page in (0..4096).step_by(3) {
+        let _ = memfd.convert(range(page, 1), Visibility::Private, PRESERVE).unwrap();
+    }
+    assert!(!is_readable(&view, 0) && is_readable(&view, 1) && is_readable(&view, 2));
+    assert_eq!(pool.stat().huge, huge, "a conversion split a huge page");
+    assert_eq!(audit::check(&pool, &[&memfd]).to_string(), "clean");
+}
+
+#[test]
+fn without_transparent_huge_pages_the_setting_is_named() {
+    if !common::require(Capability::Thp) {
+        return;
+    }
+    let _setting = Setting::set(SHMEM_ENABLED, "never");
+    let error = FolioPool::new(ArenaBacking::MemfdThp, ByteSize::from_mib(2)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::MissingCapability);
+    assert!(error.to_string().contains("shmem_enabled says `never`"), "{error}");
+
+    let preference = [ArenaBacking::MemfdThp, ArenaBacking::Memfd];
+    let (pool, passed_over) =
+        FolioPool::with_preference(&preference, ByteSize::from_mib(2)).unwrap();
+    assert_eq!(pool.backing(), ArenaBacking::Memfd);
+    assert_eq!(passed_over.len(), 1);
+    assert_eq!(passed_over[0].0, ArenaBacking::MemfdThp);
+}
+
+#[test]
+fn hugetlb_views_change_sides_by_whole_folios_and_accesses_by_pages() {
+    if !(common::require(Capability::Hugetlb) && common::require(Capability::Uffd)) {
+        return;
+    }
+    let _setting = Setting::set(NR_HUGEPAGES, "8");
+    let pool = FolioPool::new(ArenaBacking::MemfdHugetlb2M, ByteSize::from_mib(8)).unwrap();
+    assert_eq!(pool.stat().huge, ByteSize::from_mib(8));
+    let memfd = shared_object(&pool, 8);
+    let view = memfd.map_view().unwrap();
+    memfd.write(Offset::new(0), &[5; 8192]).unwrap();
+    assert!(is_readable(&view, 0));
+
+    let _ = memfd.convert(range(3, 1), Visibility::Private, PRESERVE).unwrap();
+    // The view goes by 2 MiB ...
+    assert!(!is_readable(&view, 0) && !is_readable(&view, 3) && is_readable(&view, 512));
+    // ... and a checked access by 4 KiB.
+    let mut byte = [0];
+    memfd.read(Offset::new(4096), &mut byte).unwrap();
+    assert_eq!(byte, [5]);
+    assert_eq!(
+        memfd.read(Offset::new(3 << 12), &mut byte).unwrap_err().kind(),
+        ErrorKind::NotShared
+    );
+    assert_eq!(audit::check(&pool, &[&memfd]).to_string(), "clean");
+
+    let _ = memfd.convert(range(3, 1), Visibility::Shared, PRESERVE).unwrap();
+    assert!(is_readable(&view, 0) && is_readable(&view, 3));
+    assert_eq!(memfd.stat().mapped, ByteSize::from_mib(8));
+
+    let odd = GuestMemfd::builder(ByteSize::from_pages(1)).create(&pool).unwrap_err();
+    assert_eq!(odd.kind(), ErrorKind::InvalidSize);
+    drop((view, memfd));
+    assert_eq!(pool.verify_scrubbed(), Ok(ByteSize::from_mib(8)));
+}
+
+#[test]
+fn too_few_hugetlb_pages_are_an_error_at_creation() {
+    if !common::require(Capability::Hugetlb) {
+        return;
+    }
+    let _setting = Setting::set(NR_HUGEPAGES, "1");
+    let error = FolioPool::new(ArenaBacking::MemfdHugetlb2M, ByteSize::from_mib(8)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Exhausted);
+    assert!(error.to_string().contains("nr_hugepages"), "{error}");
+}
+
+#[test]
+fn a_pool_larger_than_the_host_is_refused() {
+    for backing in [ArenaBacking::Memfd, ArenaBacking::Heap] {
+        let error = FolioPool::new(backing, ByteSize::from_mib(1 << 40)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Exhausted, "{error}");
+    }
+}
+
+#[test]
+fn a_heap_pool_has_no_views() {
+    let pool = FolioPool::new(ArenaBacking::Heap, ByteSize::from_mib(2)).unwrap();
+    let error = shared_object(&pool, 2).map_view().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+}
+
+#[test]
+fn views_leave_nothing_behind() {
+    if !common::require(Capability::Uffd) {
+        return;
+    }
+    let count = |path: &str| fs::read_dir(path).map_or(0, Iterator::count);
+    let maps = || fs::read_to_string("/proc/self/maps").unwrap().matches("gmem").count();
+    let pool = FolioPool::new(ArenaBacking::Memfd, ByteSize::from_mib(4)).unwrap();
+    let memfd = shared_object(&pool, 4);
+    let fds = Path::new("/proc/self/fd");
+    let before = (count(fds.to_str().unwrap()), maps());
+    for _ in 0..50 {
+        let view = memfd.map_view().unwrap();
+        assert!(is_readable(&view, 0));
+    }
+    // Other tests of this process open descriptors meanwhile, so a few more are no leak.
+    assert!(count(fds.to_str().unwrap()) < before.0 + 25);
+    assert!(maps() < before.1 + 25);
+    assert_eq!(memfd.stat().mapped, ByteSize::default());
+}

@@ -1,0 +1,87 @@
+//! What remains where a seccomp filter refuses a system call.
+
+// UNSAFETY: prctl, to install a filter for the calling thread.
+#![expect(unsafe_code, reason = "a seccomp filter is installed by a raw system call")]
+
+use std::thread;
+
+use gmem::addr::{ByteSize, Offset, Pgoff};
+use gmem::audit;
+use gmem::error::{Errno, ErrorKind};
+use gmem::range::PgoffRange;
+use gmem::{ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, Visibility};
+
+const PRESERVE: ContentPolicy = ContentPolicy::Preserve;
+
+fn object() -> (FolioPool, GuestMemfd) {
+    let pool = FolioPool::new(ArenaBacking::Memfd, ByteSize::from_mib(2)).unwrap();
+    let builder = GuestMemfd::builder(ByteSize::from_mib(2)).initial(Visibility::Shared);
+    let memfd = builder.create(&pool).unwrap();
+    (pool, memfd)
+}
+
+/// From here on the system call answers `EPERM` to this thread, and to no other.
+fn refuse(syscall: libc::c_long) {
+    let statement = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
+    let number = u32::try_from(syscall).unwrap();
+    let mut program = [
+        // The system call's number is the first word of seccomp_data.
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0),
+        libc::sock_filter {
+            code: (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16,
+            jt: 0,
+            jf: 1,
+            k: number,
+        },
+        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
+        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW),
+    ];
+    let filter = libc::sock_fprog { len: 4, filter: program.as_mut_ptr() };
+    // SAFETY: takes no pointers.
+    let privileges = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+    let mode = libc::SECCOMP_MODE_FILTER;
+    // SAFETY: the filter and its program outlive the call, which copies them.
+    let installed = unsafe { libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const filter) };
+    assert_eq!((privileges, installed), (0, 0), "{}", std::io::Error::last_os_error());
+}
+
+#[test]
+fn without_userfaultfd_only_views_are_missing_and_the_error_says_why() {
+    thread::spawn(|| {
+        refuse(libc::SYS_userfaultfd);
+        let (pool, memfd) = object();
+        let error = memfd.map_view().unwrap_err();
+        assert_eq!((error.kind(), error.errno()), (ErrorKind::MissingCapability, Errno::EPERM));
+        assert_eq!(
+            error.to_string(),
+            "map a view: the host lacks a capability: userfaultfd(2): not permitted (a seccomp \
+             filter?) (EPERM)"
+        );
+        memfd.write(Offset::new(0), b"still works").unwrap();
+        let _ = memfd.convert(memfd.pages(), Visibility::Private, PRESERVE).unwrap();
+        assert_eq!(audit::check(&pool, &[&memfd]).to_string(), "clean");
+    })
+    .join()
+    .unwrap();
+}
+
+#[test]
+fn without_membarrier_a_conversion_to_private_changes_nothing() {
+    let (pool, memfd) = object();
+    memfd.write(Offset::new(0), b"seen").unwrap();
+    // The process registers for membarrier here, before it is refused.
+    let page = PgoffRange::new(Pgoff::new(9), 1).unwrap();
+    let _ = memfd.convert(page, Visibility::Private, PRESERVE).unwrap();
+    thread::spawn(move || {
+        refuse(libc::SYS_membarrier);
+        let error = memfd.convert(memfd.pages(), Visibility::Private, PRESERVE).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::MissingCapability);
+        let mut buf = [0; 4];
+        memfd.read(Offset::new(0), &mut buf).unwrap();
+        assert_eq!(&buf, b"seen");
+        assert_eq!(memfd.stat().private, ByteSize::from_pages(1));
+        assert_eq!(audit::check(&pool, &[&memfd]).to_string(), "clean");
+    })
+    .join()
+    .unwrap();
+}
