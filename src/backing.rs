@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use crate::addr::{ByteSize, Hva, Pa};
 use crate::error::{Error, ErrorKind, Op};
-use crate::geometry::{FolioSize, MAX_PAGES, PAGE_BYTES};
+use crate::geometry::{FolioSize, MAX_PAGES, PAGE_BYTES, index};
 use crate::os::mapping::Mapping;
 use crate::os::memfd::{PageKind, create_arena};
 use crate::range::PfnRange;
@@ -96,7 +96,7 @@ impl Arena {
         let size = ByteSize::from_pages(self.nr_pages).get();
         match at.get().checked_add(len as u64) {
             // Inside the arena, whose size fits in usize.
-            Some(end) if end <= size => Ok(self.base().as_ptr().wrapping_add(at.get() as usize)),
+            Some(end) if end <= size => Ok(self.base().as_ptr().wrapping_add(index(at.get()))),
             _ => Err(Error::new(op, ErrorKind::OutOfRange)),
         }
     }
@@ -158,7 +158,7 @@ impl Arena {
         if frames.end().get() > self.nr_pages {
             return Err(Error::new(op, ErrorKind::OutOfRange));
         }
-        let len = frames.nr_pages() as usize * PAGE_BYTES;
+        let len = index(frames.nr_pages()) * PAGE_BYTES;
         Ok((self.at(op, frames.start().pa(), len)?, 0..len / WORD))
     }
 
@@ -202,7 +202,7 @@ fn len_bytes(nr_pages: u64) -> Result<usize, Error> {
     if nr_pages == 0 || nr_pages > MAX_PAGES {
         return Err(Error::new(Op::CreatePool, ErrorKind::InvalidSize));
     }
-    Ok(nr_pages as usize * PAGE_BYTES)
+    Ok(index(nr_pages) * PAGE_BYTES)
 }
 
 /// Bytes up to the first aligned word, and whole words from there on.
@@ -255,11 +255,8 @@ impl HeapMemory {
     fn new(len: usize) -> Result<Self, Error> {
         let exhausted = || Error::new(Op::CreatePool, ErrorKind::Exhausted);
         // As on a memory file: a huge folio starts at a multiple of its size.
-        let align = if len % (FolioSize::Huge2M.bytes().get() as usize) == 0 {
-            FolioSize::Huge2M.bytes().get() as usize
-        } else {
-            PAGE_BYTES
-        };
+        let huge = index(FolioSize::Huge2M.bytes().get());
+        let align = if len % huge == 0 { huge } else { PAGE_BYTES };
         let layout = Layout::from_size_align(len, align).map_err(|_| exhausted())?;
         // SAFETY: the layout is not empty: a pool has at least a page.
         let base = unsafe { alloc_zeroed(layout) };

@@ -22,6 +22,12 @@ const _: () = assert!(MAX_PAGES << PAGE_SHIFT <= MAX_BYTES);
 // Buffers are indexed with usize and positions are u64: the two must agree.
 const _: () = assert!(size_of::<usize>() == size_of::<u64>());
 
+/// A page number or byte position that is known to be inside of something in memory, as an index.
+#[expect(clippy::cast_possible_truncation, reason = "asserted above: the widths are the same")]
+pub(crate) const fn index(position: u64) -> usize {
+    position as usize
+}
+
 /// How large the folios of an object are. A folio is allocated and freed as one and is
 /// never split because a subpage changed sides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]

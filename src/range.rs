@@ -4,7 +4,7 @@ use std::fmt;
 
 use crate::addr::{ByteSize, Gfn, Offset, PageNumber, Pfn, Pgoff};
 use crate::error::{Error, ErrorKind, Op};
-use crate::geometry::{MAX_PAGES, PAGE_SHIFT};
+use crate::geometry::{MAX_PAGES, PAGE_SHIFT, index};
 
 /// A run of pages in one address space.
 ///
@@ -68,9 +68,9 @@ impl<T: PageNumber> PageRange<T> {
 
     /// The pages in ascending order.
     pub fn iter(&self) -> impl DoubleEndedIterator<Item = T> + ExactSizeIterator + use<T> {
-        // A range of usize has an exact length; geometry.rs asserts usize == u64 in width.
-        let start = self.start.to_raw() as usize;
-        (start..start + self.nr_pages as usize).map(|raw| T::from_raw(raw as u64))
+        // A range of usize has an exact length, one of u64 has not.
+        let start = index(self.start.to_raw());
+        (start..start + index(self.nr_pages)).map(|raw| T::from_raw(raw as u64))
     }
 
     /// Whether the page is one of these.

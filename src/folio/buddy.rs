@@ -3,7 +3,7 @@
 use bitvec::vec::BitVec;
 
 use crate::addr::{PageNumber, Pfn};
-use crate::geometry::{HUGE_ORDER, HUGE_PAGES};
+use crate::geometry::{HUGE_ORDER, HUGE_PAGES, index};
 use crate::range::PfnRange;
 
 const NR_ORDERS: usize = HUGE_ORDER as usize + 1;
@@ -19,7 +19,7 @@ pub(super) struct Buddy {
 impl Buddy {
     /// All of `nr_pages` frames free.
     pub(super) fn new(nr_pages: u64) -> Self {
-        let blocks = |order: usize| BitVec::repeat(false, (nr_pages >> order) as usize);
+        let blocks = |order: usize| BitVec::repeat(false, index(nr_pages >> order));
         let mut buddy = Self { free: std::array::from_fn(blocks), nr_free: nr_pages };
         let mut pfn = 0;
         for order in (0..=HUGE_ORDER).rev() {
@@ -90,11 +90,11 @@ impl Buddy {
     }
 
     fn get(&self, pfn: u64, order: u8) -> bool {
-        self.free[usize::from(order)].get((pfn >> order) as usize).is_some_and(|bit| *bit)
+        self.free[usize::from(order)].get(index(pfn >> order)).is_some_and(|bit| *bit)
     }
 
     fn set(&mut self, pfn: u64, order: u8, free: bool) {
-        if let Some(mut bit) = self.free[usize::from(order)].get_mut((pfn >> order) as usize) {
+        if let Some(mut bit) = self.free[usize::from(order)].get_mut(index(pfn >> order)) {
             *bit = free;
         }
     }

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::addr::{Pfn, Pgoff};
 use crate::error::{Error, ErrorKind, Op};
-use crate::geometry::FolioSize;
+use crate::geometry::{FolioSize, index};
 use crate::range::{PfnRange, PgoffRange};
 
 /// How an object is cut into folios: whole ones of the wanted size from the start on, and 4 KiB ones
@@ -66,14 +66,14 @@ impl Shape {
             return None;
         }
         let large_end = self.nr_large() << self.size.order();
-        let (index, start, nr_pages) = if page.get() < large_end {
-            let index = page.get() >> self.size.order();
-            (index, index << self.size.order(), self.size.nr_pages())
+        let (place, start, nr_pages) = if page.get() < large_end {
+            let place = page.get() >> self.size.order();
+            (place, place << self.size.order(), self.size.nr_pages())
         } else {
             (self.nr_large() + page.get() - large_end, page.get(), 1)
         };
         let pages = PgoffRange::new(Pgoff::new(start), nr_pages).ok()?;
-        Some(Slot { index: index as usize, pages })
+        Some(Slot { index: index(place), pages })
     }
 
     /// The folios that hold any page of the range, in ascending order.
@@ -99,7 +99,7 @@ pub(crate) struct FolioMap {
 impl FolioMap {
     pub(crate) fn new(shape: Shape) -> Result<Self, Error> {
         let exhausted = |_| Error::new(Op::CreateObject, ErrorKind::Exhausted);
-        let len = shape.nr_slots() as usize;
+        let len = index(shape.nr_slots());
         let mut slots = Vec::new();
         slots.try_reserve_exact(len).map_err(exhausted)?;
         slots.resize_with(len, || AtomicU64::new(0));

@@ -6,7 +6,7 @@
 use super::object::{GuestMemfd, Inner};
 use crate::addr::{ByteSize, Offset, Pa};
 use crate::error::{Error, ErrorKind, Op};
-use crate::geometry::PAGE_SIZE;
+use crate::geometry::{PAGE_SIZE, index};
 use crate::range::PgoffRange;
 use crate::state::in_section;
 
@@ -173,7 +173,7 @@ impl Inner {
 
 /// Bytes from here to the end of the page.
 fn left_in_page(at: Offset) -> usize {
-    (PAGE_SIZE.get() - at.in_page().get()) as usize
+    index(PAGE_SIZE.get() - at.in_page().get())
 }
 
 fn advance(op: Op, at: Offset, len: usize) -> Result<Offset, Error> {

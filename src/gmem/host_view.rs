@@ -17,7 +17,7 @@ use super::object::{GuestMemfd, Inner};
 use crate::addr::{Access, ByteSize, Hva, Offset, Pfn};
 use crate::backing::Arena;
 use crate::error::{Error, ErrorKind, Op};
-use crate::geometry::{FolioSize, PAGE_BYTES};
+use crate::geometry::{FolioSize, index};
 use crate::os::mapping::Mapping;
 use crate::os::sigbus::{RawFault, SigbusHandler};
 use crate::os::uffd::Userfault;
@@ -51,8 +51,8 @@ impl ViewMap {
         let align = FolioSize::Huge2M.bytes();
         let map = Mapping::of_nothing(op, object.identity.as_fd(), size, align)?;
         let granule = object.reservation.pool().view_granule();
-        let granule_bytes = granule.nr_pages() as usize * PAGE_BYTES;
-        let shown = Mutex::new(BitVec::repeat(false, object.pages.nr_pages() as usize));
+        let granule_bytes = index(granule.bytes().get());
+        let shown = Mutex::new(BitVec::repeat(false, index(object.pages.nr_pages())));
         Ok(Self { uffd, map, arena: Arc::clone(&object.arena), granule_bytes, shown })
     }
 
@@ -111,7 +111,7 @@ impl ViewMap {
 }
 
 fn set(shown: &mut BitVec, pages: PgoffRange, value: bool) {
-    let range = pages.start().get() as usize..pages.end().get() as usize;
+    let range = index(pages.start().get())..index(pages.end().get());
     if let Some(bits) = shown.get_mut(range) {
         bits.fill(value);
     }
@@ -120,7 +120,7 @@ fn set(shown: &mut BitVec, pages: PgoffRange, value: bool) {
 /// Where the pages are in a mapping of the whole object. The object fits in an address space, or
 /// there would be no view.
 fn bytes(pages: PgoffRange) -> (usize, usize) {
-    (pages.start().get() as usize * PAGE_BYTES, pages.nr_pages() as usize * PAGE_BYTES)
+    (index(pages.start_offset().get()), index(pages.len_bytes().get()))
 }
 
 /// A whole object mapped into this process.

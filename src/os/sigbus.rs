@@ -69,7 +69,7 @@ impl SigbusHandler {
         match arch::touch(target, access) {
             arch::Touched { value, code: 0 } => Ok(value.to_le_bytes()[0]),
             arch::Touched { value, code } => {
-                Err(Some(RawFault { hva: Hva::new(value), code: code.cast_signed() as i32 }))
+                Err(Some(RawFault { hva: Hva::new(value), code: i32::try_from(code).unwrap_or(0) }))
             }
         }
     }
@@ -106,9 +106,10 @@ fn sigaction(new: Option<&libc::sigaction>) -> Result<libc::sigaction, Errno> {
 /// or calls `sigaction` and `raise`, which POSIX lists as safe.
 extern "C" fn on_sigbus(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
     // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler.
-    let code = unsafe { (*info).si_code };
-    // SAFETY: as above; si_addr is only meaningful for faults, and only used for those.
-    let address = unsafe { (*info).si_addr() }.addr();
+    let details = unsafe { &*info };
+    let code = details.si_code;
+    // SAFETY: the address is only meaningful for faults, and only used for those.
+    let address = unsafe { details.si_addr() }.addr();
     let is_fault = code > 0;
     // SAFETY: the kernel passes a valid ucontext, and nobody else refers to it while we run.
     if is_fault && unsafe { arch::recover(context, address, code) } {
@@ -217,15 +218,15 @@ mod arch {
         // SAFETY: the caller's promise.
         let context = unsafe { &mut *context.cast::<ucontext_t>() };
         let registers = &mut context.uc_mcontext.gregs;
-        let pc = registers[REG_RIP as usize].cast_unsigned();
+        let pc = registers[REG_RIP as usize] as u64;
         let touch =
             (&raw const gmem_touch_begin).addr() as u64..(&raw const gmem_touch_end).addr() as u64;
         if !touch.contains(&pc) {
             return false;
         }
-        registers[REG_RAX as usize] = (address as u64).cast_signed();
+        registers[REG_RAX as usize] = address as greg_t;
         registers[REG_RDX as usize] = greg_t::from(code);
-        registers[REG_RIP as usize] = ((&raw const gmem_touch_recover).addr() as u64).cast_signed();
+        registers[REG_RIP as usize] = (&raw const gmem_touch_recover).addr() as greg_t;
         true
     }
 }
@@ -297,7 +298,7 @@ mod arch {
             return false;
         }
         machine.regs[0] = address as u64;
-        machine.regs[1] = u64::from(code.cast_unsigned());
+        machine.regs[1] = code as u64;
         machine.pc = (&raw const gmem_touch_recover).addr() as u64;
         true
     }

@@ -91,6 +91,11 @@ const PINS: Field = EXCLUSIVE.then(16);
 const _: () = assert!(PINS.end() <= u64::BITS);
 const _: () = assert!(PINS.max() <= u32::MAX as u64);
 
+#[expect(clippy::cast_possible_truncation, reason = "asserted above: a field fits")]
+const fn count(field: u64) -> u32 {
+    field as u32
+}
+
 const SETTLED: u64 = 0;
 const CONVERTING: u64 = 2;
 const QUARANTINED: u64 = 3;
@@ -101,7 +106,7 @@ pub struct Word(u64);
 
 impl Word {
     /// The most pins that a word can count.
-    pub const MAX_PINS: u32 = PINS.max() as u32;
+    pub const MAX_PINS: u32 = count(PINS.max());
 
     /// A subpage that nobody holds.
     pub const fn new(visibility: Visibility) -> Self {
@@ -141,7 +146,7 @@ impl Word {
 
     /// How many pins are held, an exclusive one not among them.
     pub const fn pins(self) -> u32 {
-        PINS.get(self.0) as u32
+        count(PINS.get(self.0))
     }
 
     /// Whether the host may touch it now.
