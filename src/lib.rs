@@ -1,4 +1,26 @@
-//! Guest memory for confidential VMs.
+//! Guest memory for confidential VMs: shared and private pages side by side, inside huge folios that
+//! stay whole.
+//!
+//! A VMM links this library to own its guests' memory. [`FolioPool`] is physical memory that several
+//! guests draw from. [`GuestMemfd`] is one guest's memory: for every 4 KiB page it knows who may see
+//! it and who has it pinned, and it [converts](GuestMemfd::convert) pages between the two sides in
+//! place. A host that touches private memory gets an error from a checked access
+//! ([`GuestMemfd::read`]), a `SIGBUS` through a [`HostView`], and never the data. [`hyp`] has a
+//! simulated hypervisor that runs anywhere.
+//!
+//! | to do this | start here |
+//! |---|---|
+//! | allocate guest memory | [`FolioPool::new`], [`GuestMemfd::builder`] |
+//! | change who may see pages | [`GuestMemfd::convert`] |
+//! | let a device work on guest memory | [`GuestMemfd::pin`], or the `vm_memory` module |
+//! | read and write it | [`GuestMemfd::read`], [`GuestMemfd::write`], [`GuestMemfd::map_view`] |
+//! | run a protected guest without hardware for it | [`hyp::pkvm`] |
+//! | see what it looks like | [`GuestMemfd::stat`], [`GuestMemfd::snapshot`], [`render`] |
+//! | make sure that all is well | [`audit::check`] |
+//!
+//! No function of this crate panics, whatever its arguments; errors are [`error::Error`], and each
+//! maps to the errno that the kernel's guest_memfd gives in the same case. How it works inside, and
+//! why, is in the `design` folder of the repository.
 
 pub mod addr;
 pub mod audit;
