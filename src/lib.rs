@@ -29,6 +29,7 @@ pub mod error;
 mod folio;
 pub mod geometry;
 mod gmem;
+pub mod hyp;
 mod os;
 pub mod range;
 pub mod stage2;

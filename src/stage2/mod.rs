@@ -12,7 +12,7 @@ mod pte;
 mod table;
 mod walk;
 
-pub(crate) use pte::{Annotation, Entry, Leaf, Level, PageState, Prot, Pte};
+pub(crate) use pte::{Annotation, Entry, Leaf, Level, PageState, Prot};
 pub(crate) use table::Table;
 pub(crate) use walk::{TableError, TableShape};
 

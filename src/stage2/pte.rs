@@ -31,6 +31,7 @@ const ACCESSED: u64 = 1 << 10;
 const ADDRESS_SHIFT: u32 = 12;
 const FRAME_BITS: u32 = 36;
 const ADDRESS: u64 = ((1 << FRAME_BITS) - 1) << ADDRESS_SHIFT;
+#[cfg(test)]
 const NEVER_EXECUTE: u64 = 0b10 << 53;
 const XN: u64 = 0b11 << 53;
 const STATE_SHIFT: u32 = 55;
@@ -88,7 +89,9 @@ impl fmt::Debug for Level {
 pub(crate) struct Prot(u64);
 
 impl Prot {
+    #[cfg(test)]
     pub(crate) const R: Self = Self(READ | NEVER_EXECUTE);
+    #[cfg(test)]
     pub(crate) const RW: Self = Self(READ | WRITE | NEVER_EXECUTE);
     pub(crate) const RWX: Self = Self(READ | WRITE);
     const MASK: u64 = READ | WRITE | XN;

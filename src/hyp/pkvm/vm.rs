@@ -1,0 +1,376 @@
+//! The life of a virtual machine: created, given memslots and vCPUs, torn down, gone.
+
+use std::sync::{Arc, RwLockReadGuard, Weak};
+
+use slab::Slab;
+
+use super::page::{GuestPages, Life, VmHandle};
+use super::transition::Parties;
+use super::{Host, Hypervisor, refused};
+use crate::addr::{ByteSize, Gfn, Ipa, Offset, Pfn, Pgoff};
+use crate::backing::Arena;
+use crate::error::{Errno, Error, ErrorKind, Op};
+use crate::gmem::{BindingId, GuestMemfd};
+use crate::hyp::Vcpu;
+use crate::range::{GfnRange, PgoffRange};
+use crate::stage2::{Entry, GuestRun, PageState, Stage2, Table, TableError, TableShape};
+use crate::state::Visibility;
+use crate::sync::RwLock;
+
+/// How many vCPUs a guest may have: KVM's limit on Arm.
+const MAX_VCPUS: usize = 512;
+/// How many pages teardown takes back without letting go of the locks.
+const RECLAIM_BATCH: usize = 64;
+
+/// A protected guest. Clones are handles to the same one, and its vCPUs hold it too; when the last
+/// of them is gone, it is torn down.
+#[derive(Clone, Debug)]
+pub struct Vm(Arc<Lease>);
+
+/// What keeps a guest from being torn down. Not the core itself: an object may hold that for a moment
+/// while it calls, and until the pages are back it must find somebody who answers for them.
+#[derive(Debug)]
+pub(in crate::hyp) struct Lease {
+    pub(in crate::hyp) core: Arc<VmCore>,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        // Refused if it was torn down by hand. There is no vCPU: each has a lease.
+        let _ = self.core.teardown();
+    }
+}
+
+/// The guest as EL2 has it.
+#[derive(Debug)]
+pub(in crate::hyp) struct VmCore {
+    host: Arc<Host>,
+    handle: VmHandle,
+    state: RwLock<VmState>,
+}
+
+/// What changes of a guest, under one lock. A vCPU holds it for reading from its translation to the
+/// end of its copy.
+#[derive(Debug)]
+pub(in crate::hyp) struct VmState {
+    pub(super) pages: GuestPages,
+    /// In ascending order of guest frames.
+    slots: Vec<Slot>,
+    /// The vCPUs, and what each has asked for and waits for.
+    vcpus: Slab<Option<Request>>,
+}
+
+/// Guest frames that are pages of an object.
+#[derive(Debug)]
+struct Slot {
+    gfns: GfnRange,
+    first: Pgoff,
+    memfd: GuestMemfd,
+    /// None while the object is being asked.
+    binding: Option<BindingId>,
+}
+
+/// A page of an object that a memslot puts at a guest frame.
+#[derive(Clone, Debug)]
+pub(in crate::hyp) struct SlotPage {
+    pub(in crate::hyp) memfd: GuestMemfd,
+    pub(in crate::hyp) page: Pgoff,
+}
+
+/// A guest's wish for a page, pending until it is answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::hyp) struct Request {
+    pub(in crate::hyp) gfn: Gfn,
+    pub(in crate::hyp) to: Visibility,
+}
+
+/// What a guest has at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct VmStat {
+    /// Memory that it has to itself.
+    pub owned: ByteSize,
+    /// Memory that it lets the host see.
+    pub shared: ByteSize,
+    /// Tables that its stage 2 is made of.
+    pub nr_tables: usize,
+}
+
+impl Vm {
+    pub(super) fn of(core: Arc<VmCore>) -> Self {
+        Self(Arc::new(Lease { core }))
+    }
+
+    /// The hypervisor that runs it.
+    pub fn hypervisor(&self) -> Hypervisor {
+        Hypervisor(Arc::clone(&self.0.core.host))
+    }
+
+    /// Puts pages of an object at a guest frame. They are given to the guest one by one, when it
+    /// touches them, or together by a conversion to private.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exists`] if a memslot is there, or the object has these pages in another;
+    /// [`ErrorKind::OutOfRange`] beyond the guest's address space or the object;
+    /// [`ErrorKind::Unsupported`] for an object of another pool than the hypervisor's;
+    /// [`ErrorKind::HypervisorRefused`] with `EINVAL` if the guest is torn down.
+    pub fn bind(&self, gfn: Gfn, memfd: &GuestMemfd, pages: PgoffRange) -> Result<(), Error> {
+        self.0.core.bind(gfn, memfd, pages)
+    }
+
+    /// A vCPU. While it exists the guest cannot be torn down.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Saturated`] beyond 512, [`ErrorKind::HypervisorRefused`] with `EINVAL` if the
+    /// guest is torn down.
+    pub fn create_vcpu(&self) -> Result<Vcpu, Error> {
+        let mut state = self.0.core.state.write();
+        if state.pages.life != Life::Alive {
+            return Err(refused(Errno::EINVAL).because("the guest is torn down"));
+        }
+        if state.vcpus.len() >= MAX_VCPUS {
+            return Err(Error::new(Op::Hypervisor, ErrorKind::Saturated).because("vCPUs"));
+        }
+        let index = state.vcpus.insert(None);
+        Ok(Vcpu::new(Arc::clone(&self.0), index))
+    }
+
+    /// Ends the guest: takes its pages back, zeroed where the host could not see them, and gives up
+    /// its memslots. The objects still call private what was private.
+    ///
+    /// # Errors
+    /// [`ErrorKind::HypervisorRefused`] with `EINVAL` while it has a vCPU, or if it is torn down
+    /// already.
+    pub fn teardown(&self) -> Result<(), Error> {
+        self.0.core.teardown()
+    }
+
+    /// The object, and the place in it, that a memslot puts at a guest address.
+    pub fn memslot(&self, at: Ipa) -> Option<(GuestMemfd, Offset)> {
+        let SlotPage { memfd, page } = self.0.core.read().slot(at.gfn())?;
+        let offset = page.offset().checked_add(at.in_page())?;
+        Some((memfd, offset))
+    }
+
+    /// What it has.
+    pub fn stat(&self) -> VmStat {
+        let state = self.0.core.read();
+        let (mut owned, mut shared) = (0, 0);
+        for (_, _, entry) in state.pages.table.entries() {
+            match entry {
+                Entry::Leaf(leaf) if leaf.state == PageState::Owned => owned += 1,
+                Entry::Leaf(_) => shared += 1,
+                _ => {}
+            }
+        }
+        let [owned, shared] = [owned, shared].map(ByteSize::from_pages);
+        VmStat { owned, shared, nr_tables: state.pages.table.nr_tables() }
+    }
+}
+
+impl VmState {
+    /// The frame behind a guest frame: the walk of the guest's own stage-2 table.
+    pub(in crate::hyp) fn translate(&self, gfn: Gfn) -> Option<Pfn> {
+        self.pages.table.translate(gfn)
+    }
+
+    /// The state of the guest's page there, as its table has it.
+    pub(in crate::hyp) fn page_state(&self, gfn: Gfn) -> Result<PageState, TableError> {
+        Ok(self.pages.table.page(gfn)?.state)
+    }
+
+    /// What a memslot has there.
+    pub(in crate::hyp) fn slot(&self, gfn: Gfn) -> Option<SlotPage> {
+        let next = self.slots.partition_point(|slot| slot.gfns.start() <= gfn);
+        let slot = self.slots.get(next.checked_sub(1)?)?;
+        if !slot.gfns.contains(gfn) || slot.binding.is_none() {
+            return None;
+        }
+        let page = slot.first.checked_add(gfn.get() - slot.gfns.start().get())?;
+        Some(SlotPage { memfd: slot.memfd.clone(), page })
+    }
+
+    /// Enters a memslot that is not yet in use, so that no other can take its place.
+    fn hold_slot(&mut self, slot: Slot) -> Result<(), ErrorKind> {
+        if self.pages.life != Life::Alive {
+            return Err(ErrorKind::HypervisorRefused);
+        }
+        if slot.gfns.end() > self.pages.table.shape().gfn_limit() {
+            return Err(ErrorKind::OutOfRange);
+        }
+        if self.slots.iter().any(|other| other.gfns.intersection(&slot.gfns).is_some()) {
+            return Err(ErrorKind::Exists);
+        }
+        self.slots.try_reserve(1).map_err(|_| ErrorKind::Exhausted)?;
+        let at = self.slots.partition_point(|other| other.gfns.start() < slot.gfns.start());
+        self.slots.insert(at, slot);
+        Ok(())
+    }
+
+    /// The memslot that was held at `gfns`, unless it was given up meanwhile.
+    fn held_slot(&mut self, gfns: GfnRange) -> Option<usize> {
+        self.slots.iter().position(|slot| slot.gfns == gfns)
+    }
+}
+
+impl VmCore {
+    pub(super) fn new(
+        host: Arc<Host>,
+        handle: VmHandle,
+        shape: TableShape,
+        nr_tables: usize,
+    ) -> Result<Arc<Self>, Error> {
+        let table = Table::with_limit(shape, nr_tables).map_err(refused)?;
+        let pages = GuestPages { handle, table, life: Life::Alive };
+        let state = VmState { pages, slots: Vec::new(), vcpus: Slab::new() };
+        Ok(Arc::new(Self { host, handle, state: RwLock::new(state) }))
+    }
+
+    /// Looks at the guest. As long as the guard lives, no translation changes.
+    pub(in crate::hyp) fn read(&self) -> RwLockReadGuard<'_, VmState> {
+        self.state.read()
+    }
+
+    pub(in crate::hyp) fn arena(&self) -> &Arena {
+        &self.host.arena
+    }
+
+    /// What a vCPU asks for from now on, or no longer.
+    pub(in crate::hyp) fn set_request(&self, vcpu: usize, request: Option<Request>) {
+        if let Some(slot) = self.state.write().vcpus.get_mut(vcpu) {
+            *slot = request;
+        }
+    }
+
+    pub(in crate::hyp) fn forget_vcpu(&self, vcpu: usize) {
+        self.state.write().vcpus.try_remove(vcpu);
+    }
+
+    fn bind(
+        self: &Arc<Self>,
+        gfn: Gfn,
+        memfd: &GuestMemfd,
+        pages: PgoffRange,
+    ) -> Result<(), Error> {
+        let error = |kind| Error::new(Op::BindSlot, kind).on(pages);
+        let torn_down = || error(ErrorKind::HypervisorRefused).errno_is(Errno::EINVAL);
+        if !Arc::ptr_eq(memfd.pool().arena(), &self.host.arena) {
+            return Err(error(ErrorKind::Unsupported).because("the object is of another pool"));
+        }
+        let gfns = GfnRange::new(gfn, pages.nr_pages())
+            .map_err(|_| error(ErrorKind::OutOfRange).because("guest address space"))?;
+        let slot = Slot { gfns, first: pages.start(), memfd: memfd.clone(), binding: None };
+        self.state.write().hold_slot(slot).map_err(|kind| match kind {
+            ErrorKind::HypervisorRefused => torn_down(),
+            kind => error(kind),
+        })?;
+        let weak: Weak<Self> = Arc::downgrade(self);
+        // With no lock held: the object has its own, which come before ours.
+        let bound = memfd.bind(weak, gfn, pages);
+        let mut state = self.state.write();
+        let held = state.held_slot(gfns);
+        match (bound, held) {
+            (Ok(id), Some(index)) => {
+                state.slots[index].binding = Some(id);
+                Ok(())
+            }
+            (Ok(id), None) => {
+                // Torn down meanwhile, which could not know this binding.
+                drop(state);
+                memfd.unbind(id);
+                Err(torn_down())
+            }
+            (Err(refusal), held) => {
+                if let Some(index) = held {
+                    state.slots.remove(index);
+                }
+                Err(refusal)
+            }
+        }
+    }
+
+    fn teardown(&self) -> Result<(), Error> {
+        self.start_teardown().map_err(refused)?;
+        let reclaimed = self.reclaim_all();
+        for Slot { memfd, binding, .. } in self.finalize_teardown() {
+            if let Some(id) = binding {
+                memfd.unbind(id);
+            }
+        }
+        reclaimed.map_err(refused)
+    }
+
+    /// From here on nothing is given to the guest any more.
+    fn start_teardown(&self) -> Result<(), Errno> {
+        let mut state = self.state.write();
+        if !state.vcpus.is_empty() || state.pages.life != Life::Alive {
+            return Err(Errno::EINVAL);
+        }
+        state.pages.life = Life::Dying;
+        Ok(())
+    }
+
+    /// Takes every page back, a few at a time. A page that cannot be taken back stays annotated and
+    /// is nobody's; the first such failure is reported.
+    fn reclaim_all(&self) -> Result<(), Errno> {
+        let mut outcome = Ok(());
+        let mut next = Some(Gfn::new(0));
+        while let Some(from) = next {
+            let batch = self.with_parties(|parties, _| {
+                let mut at = from;
+                for _ in 0..RECLAIM_BATCH {
+                    let (gfn, ..) = parties.guest.table.next_entry(at)?;
+                    let done = parties.reclaim_dying_guest_page(gfn, &self.host.arena);
+                    outcome = outcome.and(done);
+                    at = gfn.checked_add(1)?;
+                }
+                Some(at)
+            });
+            next = batch;
+        }
+        outcome
+    }
+
+    /// The guest is gone, and its handle may name another.
+    fn finalize_teardown(&self) -> Vec<Slot> {
+        self.host.forget(self.handle);
+        let mut state = self.state.write();
+        state.pages.life = Life::Gone;
+        std::mem::take(&mut state.slots)
+    }
+
+    /// Does something with both parties locked, the host first.
+    fn with_parties<T>(
+        &self,
+        act: impl FnOnce(&mut Parties<'_>, &Slab<Option<Request>>) -> T,
+    ) -> T {
+        let mut host = self.host.pages.lock();
+        let mut state = self.state.write();
+        let VmState { pages, vcpus, .. } = &mut *state;
+        act(&mut Parties { host: &mut host, guest: pages }, vcpus)
+    }
+}
+
+/// Whether a vCPU waits for an answer about this very page. Until it has one, it takes the page to be
+/// as it was, so it consents to the way back as well: a conversion that fails later can be undone.
+fn consents(vcpus: &Slab<Option<Request>>, gfn: Gfn) -> bool {
+    vcpus.iter().any(|(_, request)| request.is_some_and(|request| request.gfn == gfn))
+}
+
+impl Stage2 for VmCore {
+    fn make_private(&self, runs: &[GuestRun]) -> Result<(), Errno> {
+        self.with_parties(|parties, vcpus| parties.make_private(runs, |gfn| consents(vcpus, gfn)))
+    }
+
+    fn make_shared(&self, runs: &[GuestRun]) -> Result<(), Errno> {
+        self.with_parties(|parties, vcpus| parties.make_shared(runs, |gfn| consents(vcpus, gfn)))
+    }
+
+    /// Nothing to do: a protected guest maps no page that is not its own, and what it owns nobody
+    /// takes out of its table while it lives.
+    fn invalidate_range(&self, _runs: &[GuestRun]) {}
+
+    fn reclaim(&self, runs: &[GuestRun]) -> Result<(), Errno> {
+        self.with_parties(|parties, _| parties.reclaim(runs, &self.host.arena))
+    }
+}
