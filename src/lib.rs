@@ -32,6 +32,7 @@ mod gmem;
 pub mod hyp;
 mod os;
 pub mod range;
+pub mod render;
 pub mod stage2;
 mod state;
 mod sync;
