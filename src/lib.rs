@@ -36,6 +36,8 @@ pub mod render;
 pub mod stage2;
 mod state;
 mod sync;
+#[cfg(feature = "vm-memory")]
+pub mod vm_memory;
 
 #[cfg(all(loom, feature = "loom"))]
 #[doc(hidden)]
