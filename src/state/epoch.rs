@@ -44,11 +44,11 @@ impl Domain {
         Self { slots: Mutex::new(Slab::new()), barrier }
     }
 
-    /// Adds a reader, to be used by one thread.
-    pub fn register(self: &Arc<Self>) -> Reader {
+    /// Adds a reader, to be used by one thread. Not a method: loom's `Arc` cannot be a receiver.
+    pub fn register(domain: &Arc<Self>) -> Reader {
         let slot = Arc::new(Slot(AtomicU64::new(0)));
-        let key = self.slots.lock().insert(Arc::clone(&slot));
-        Reader { domain: Arc::clone(self), slot, key, depth: Cell::new(0) }
+        let key = domain.slots.lock().insert(Arc::clone(&slot));
+        Reader { domain: Arc::clone(domain), slot, key, depth: Cell::new(0) }
     }
 
     /// Returns when every section that began before the call has ended. Must not be called from
@@ -148,7 +148,7 @@ mod tests {
             let (entered, ready) = std::sync::mpsc::channel();
             let (domain, ended) = (&domain, &ended);
             scope.spawn(move || {
-                let reader = domain.register();
+                let reader = Domain::register(domain);
                 let outer = reader.enter();
                 drop(reader.enter());
                 entered.send(()).unwrap();
@@ -166,7 +166,7 @@ mod tests {
     fn readers_leave_no_slot_behind() {
         let domain = Arc::new(Domain::new());
         for _ in 0..100 {
-            drop(domain.register());
+            drop(Domain::register(&domain));
         }
         assert!(domain.slots.lock().is_empty());
         assert!(domain.wait());
@@ -175,7 +175,7 @@ mod tests {
     #[test]
     fn a_section_that_unwinds_is_left() {
         let domain = Arc::new(Domain::new());
-        let reader = domain.register();
+        let reader = Domain::register(&domain);
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             let _section = reader.enter();
             panic!("inside a section");

@@ -31,7 +31,6 @@ pub(crate) use word::{Phase, Word};
 
 /// What the loom models drive: exactly the types that the object uses.
 #[cfg(all(loom, feature = "loom"))]
-#[expect(missing_docs, reason = "for the models in loom-tests only")]
 pub mod modelled {
     pub use super::cell::StateCell;
     pub use super::epoch::{Domain, Reader};

@@ -10,14 +10,14 @@ use crate::sync::Arc;
 static DOMAIN: LazyLock<Arc<Domain>> = LazyLock::new(|| Arc::new(Domain::new()));
 
 thread_local! {
-    static READER: Rc<Reader> = Rc::new(DOMAIN.register());
+    static READER: Rc<Reader> = Rc::new(Domain::register(&DOMAIN));
 }
 
 /// Runs `access` inside a section of this thread. It must be short and must not convert, wait or
 /// call out.
 pub(crate) fn in_section<R>(access: impl FnOnce() -> R) -> R {
     // A destructor that runs after the thread's reader is gone gets a reader for once.
-    let reader = READER.try_with(Rc::clone).unwrap_or_else(|_| Rc::new(DOMAIN.register()));
+    let reader = READER.try_with(Rc::clone).unwrap_or_else(|_| Rc::new(Domain::register(&DOMAIN)));
     let _section = reader.enter();
     access()
 }
