@@ -67,8 +67,9 @@ impl Domain {
         // A reader that registers while the lock is held has not entered yet; it synchronises with
         // us through the lock and will see the frozen words.
         for (_, slot) in self.slots.lock().iter() {
-            // Acquire: pairs with the Release in `Section::drop`; the reader's copies come before
-            // whatever the converter does next.
+            // Acquire: pairs with the Release in `Section::drop`, and with the one in `Reader::enter`
+            // if the reader is back already; its copies come before whatever the converter does
+            // next.
             let seen = slot.0.load(Ordering::Acquire);
             let mut spins = 0;
             // Acquire: pairs with the same Release.
@@ -98,8 +99,10 @@ impl Reader {
         if depth == 0 {
             // Relaxed: only this thread writes the slot.
             let count = self.slot.0.load(Ordering::Relaxed);
-            // Relaxed: the fence below orders the mark before the loads of the words.
-            self.slot.0.store(count.wrapping_add(1), Ordering::Relaxed);
+            // Release: pairs with the Acquire in `Domain::wait`. A converter that waited for the
+            // section before may learn of its end from this mark alone. What the mark itself needs,
+            // to come before the loads of the words, is the fence below.
+            self.slot.0.store(count.wrapping_add(1), Ordering::Release);
             match self.domain.barrier {
                 // SeqCst: pairs with membarrier in `Domain::wait`.
                 Barrier::Membarrier => std::sync::atomic::compiler_fence(Ordering::SeqCst),
