@@ -5,8 +5,12 @@
 //! panic could start, and a VMM that survives one must still be able to tear down.
 
 #[cfg(all(loom, feature = "loom"))]
+mod modelled;
+
+#[cfg(all(loom, feature = "loom"))]
 mod facade {
-    pub(crate) use loom::sync::atomic::{AtomicU64, fence};
+    pub(crate) use super::modelled::AtomicU64;
+    pub(crate) use loom::sync::atomic::fence;
     pub(crate) use loom::sync::{Arc, MutexGuard};
     pub(crate) use loom::thread::yield_now;
 
