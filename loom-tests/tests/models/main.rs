@@ -1,0 +1,26 @@
+//! The models, one file for each question. Beside each model stand its canaries: the same model with
+//! a seeded race, which must be found. They act on bare words where the object's own types leave no
+//! way to do it wrong.
+//!
+//! | file | question |
+//! |---|---|
+//! | `pin_convert` | a pin against a conversion |
+//! | `exclusive` | an exclusive pin against pins and conversions |
+//! | `overlap` | two conversions of ranges that overlap |
+//! | `transient` | transient accesses against a conversion |
+//! | `handover` | who sees whose bytes when memory changes hands |
+//! | `quarantine` | a change that was given up half way |
+//! | `exploration` | is any order left out? |
+
+#![cfg(loom)]
+
+mod exclusive;
+mod exploration;
+mod handover;
+mod overlap;
+mod pin_convert;
+mod quarantine;
+mod transient;
+
+/// What loom says when the judge is reached by two threads at once.
+const RACE: &str = "Causality violation";
