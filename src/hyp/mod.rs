@@ -7,6 +7,34 @@
 //! | `hypercall` | what a guest's registers ask for |
 //! | [`pkvm`] | the hypervisor behind them, after pKVM: who owns which page |
 //!
+//! ```
+//! use gmem::addr::{ByteSize, Gfn, Ipa, Offset};
+//! use gmem::hyp::pkvm::Hypervisor;
+//! use gmem::hyp::{Exit, Hypercall, HvcResult};
+//! use gmem::{ArenaBacking, FolioPool, GuestMemfd};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let pool = FolioPool::new(ArenaBacking::Heap, ByteSize::from_mib(1))?;
+//! let memfd = GuestMemfd::builder(ByteSize::from_kib(64)).create(&pool)?;
+//! let vm = Hypervisor::new(&pool)?.create_vm()?;
+//! vm.bind(Gfn::new(0), &memfd, memfd.pages())?;
+//!
+//! let mut vcpu = vm.create_vcpu()?;
+//! vcpu.store(Ipa::new(0x3000), b"hello")?;
+//! let mut seen = [0; 5];
+//! assert!(memfd.read(Offset::new(0x3000), &mut seen).is_err()); // private: refused
+//!
+//! match vcpu.hvc(Hypercall::MemShare(Ipa::new(0x3000))) {
+//!     Err(Exit::Conversion(request)) => request.convert()?, // the VMM agrees
+//!     other => panic!("{other:?}"),
+//! };
+//! assert_eq!(vcpu.answer()?, HvcResult::SUCCESS);
+//! memfd.read(Offset::new(0x3000), &mut seen)?;
+//! assert_eq!(&seen, b"hello");
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! A guest here is whatever code the VMM runs against a [`Vcpu`]. Nothing that it passes in is
 //! trusted: any address and any register value gets an answer or an exit.
 

@@ -8,7 +8,7 @@ use super::pkvm::{Lease, Request, SlotPage};
 use crate::addr::{Access, ByteSize, Gfn, Ipa, Pa};
 use crate::backing::Arena;
 use crate::error::{Error, ErrorKind, Op};
-use crate::geometry::PAGE_BYTES;
+use crate::geometry::{PAGE_BYTES, index};
 use crate::range::{GfnRange, PgoffRange};
 use crate::stage2::{PageState, TableError};
 use crate::state::Visibility;
@@ -287,7 +287,7 @@ fn hopeless() -> Exit {
 
 /// How many bytes from `at` to the end of its page.
 fn to_page_end(at: Ipa) -> usize {
-    PAGE_BYTES - at.in_page().get() as usize
+    PAGE_BYTES - index(at.in_page().get())
 }
 
 /// The address behind a piece that was done: it was mapped, so far from the end of all addresses.

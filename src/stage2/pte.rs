@@ -19,6 +19,7 @@ use std::fmt;
 
 use super::walk::TableError;
 use crate::addr::Pfn;
+use crate::geometry::index;
 
 const VALID: u64 = 1 << 0;
 const NOT_BLOCK: u64 = 1 << 1;
@@ -250,7 +251,7 @@ impl Pte {
         let frame = (self.0 & ADDRESS) >> ADDRESS_SHIFT;
         let is_page = level == Level::PAGE;
         match (self.0 & NOT_BLOCK != 0, is_page) {
-            (true, false) => Entry::Table(frame as usize),
+            (true, false) => Entry::Table(index(frame)),
             (true, true) => self.decode_leaf(frame),
             (false, false) if level.has_leaves() => self.decode_leaf(frame),
             (false, _) => Entry::Reserved,

@@ -14,6 +14,7 @@ use slab::Slab;
 use super::pte::{Annotation, Entry, Leaf, Level, Pte};
 use super::walk::{TableError, TableShape};
 use crate::addr::{Gfn, Pfn};
+use crate::geometry::index;
 
 /// One table: entries, and how many of them are not zero.
 #[derive(Debug)]
@@ -62,14 +63,13 @@ pub(crate) struct Table {
 
 impl Table {
     /// An empty table that may grow as its address space needs.
-    ///
-    /// # Errors
-    /// [`TableError::NoMemory`].
+    #[cfg(test)]
     pub(crate) fn new(shape: TableShape) -> Result<Self, TableError> {
         Self::with_limit(shape, usize::MAX)
     }
 
-    /// An empty table that may have `limit` tables, its root included.
+    /// An empty table that may have `limit` tables, its root included: as many as the memory that its
+    /// owner has set aside.
     ///
     /// # Errors
     /// [`TableError::NoMemory`].
@@ -350,9 +350,9 @@ impl Table {
         let span = self.shape.pages_at(level);
         let entries = &self.nodes[node].entries;
         let first = from.saturating_sub(base) / span;
-        (first..entries.len() as u64).find_map(|index| {
-            let start = base + index * span;
-            match entries[index as usize].decode(level) {
+        (first..entries.len() as u64).find_map(|nth| {
+            let start = base + nth * span;
+            match entries[index(nth)].decode(level) {
                 Entry::Empty => None,
                 Entry::Table(next) => self.next_in(next, level.below(), start, from),
                 entry => Some((Gfn::new(start), level, entry)),

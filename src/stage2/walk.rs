@@ -3,14 +3,7 @@
 use super::pte::Level;
 use crate::addr::Gfn;
 use crate::error::Errno;
-
-/// Bits of a guest frame number that 48 bits of address leave.
-const MAX_GFN_BITS: u32 = 36;
-/// Bits of an index into a table of 4 KiB.
-const MAX_INDEX_BITS: u32 = 9;
-/// The root may be up to 16 tables side by side.
-const MAX_CONCATENATION_BITS: u32 = 4;
-const MAX_LEVELS: u8 = 5;
+use crate::geometry::index;
 
 /// Why a table did not do what it was asked; it is as it was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
@@ -64,11 +57,15 @@ impl TableShape {
     pub(crate) const IPA_48: Self =
         Self { root: Level::above_pages(3), root_bits: 9, index_bits: 9 };
 
-    /// A shape of `levels` levels with `1 << index_bits` entries in each table but the root.
-    ///
-    /// # Errors
-    /// [`TableError::Invalid`] for a shape that 4 KiB tables and 48 bits of address do not allow.
+    /// A shape of `levels` levels with `1 << index_bits` entries in each table but the root, so that
+    /// tests may have tables small enough to try everything. Refuses what 4 KiB tables, a root of at
+    /// most 16 of them, and 48 bits of address do not allow.
+    #[cfg(test)]
     pub(crate) fn new(levels: u8, root_bits: u32, index_bits: u32) -> Result<Self, TableError> {
+        const MAX_GFN_BITS: u32 = 36;
+        const MAX_INDEX_BITS: u32 = 9;
+        const MAX_CONCATENATION_BITS: u32 = 4;
+        const MAX_LEVELS: u8 = 5;
         let fits = (1..=MAX_LEVELS).contains(&levels)
             && (1..=MAX_INDEX_BITS).contains(&index_bits)
             && (1..=index_bits + MAX_CONCATENATION_BITS).contains(&root_bits);
@@ -111,8 +108,7 @@ impl TableShape {
 
     /// Which entry of a table of this level leads to `gfn`, which is below [`Self::gfn_limit`].
     pub(super) fn index(self, gfn: Gfn, level: Level) -> usize {
-        let below_level = (gfn.get() >> self.shift(level)) as usize;
-        below_level & (self.nr_entries(level) - 1)
+        index(gfn.get() >> self.shift(level)) & (self.nr_entries(level) - 1)
     }
 }
 

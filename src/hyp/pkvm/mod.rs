@@ -43,11 +43,12 @@ use self::page::{HostPage, HostPages, VmHandle};
 use self::vm::VmCore;
 pub(super) use self::vm::{Lease, Request, SlotPage};
 pub use self::vm::{Vm, VmStat};
-use crate::addr::ByteSize;
+use crate::addr::{ByteSize, Pfn};
 use crate::backing::Arena;
 use crate::error::{Errno, Error, ErrorKind, Op};
 use crate::folio::FolioPool;
 use crate::stage2::TableShape;
+use crate::state::Visibility;
 use crate::sync::Mutex;
 
 /// How many virtual machines EL2 has room for.
@@ -119,6 +120,17 @@ impl Hypervisor {
         let core = VmCore::new(Arc::clone(&self.0), handle, shape, nr_tables)?;
         entry.insert(Arc::downgrade(&core));
         Ok(Vm::of(core))
+    }
+
+    /// The frames that are guests', ascending: private to one, or shared by it with the host. What
+    /// an audit compares with the objects.
+    pub(crate) fn frames_of_guests(&self) -> Vec<(Pfn, Visibility)> {
+        let host = self.0.pages.lock();
+        let visibility = |page| match page {
+            HostPage::SharedBorrowed => Visibility::Shared,
+            _ => Visibility::Private,
+        };
+        host.taken().map(|(pfn, page)| (pfn, visibility(page))).collect()
     }
 
     /// What is given away.

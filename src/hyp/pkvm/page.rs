@@ -10,8 +10,6 @@ use crate::stage2::{
     Annotation, Entry, GuestRun, Leaf, Level, PageState, Prot, Table, TableError, TableShape,
 };
 
-use super::spec::Spec;
-
 /// Which virtual machine, in 16 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct VmHandle(pub(super) u16);
@@ -63,7 +61,8 @@ pub(super) enum HostPage {
 #[derive(Debug)]
 pub(super) struct HostPages {
     pub(super) table: Table,
-    pub(super) spec: Spec,
+    #[cfg(debug_assertions)]
+    pub(super) spec: super::spec::Spec,
     nr_frames: u64,
 }
 
@@ -81,7 +80,12 @@ impl HostPages {
         if nr_frames > table.shape().gfn_limit().get() {
             return Err(TableError::BeyondIpa);
         }
-        Ok(Self { table, spec: Spec::default(), nr_frames })
+        Ok(Self {
+            table,
+            #[cfg(debug_assertions)]
+            spec: super::spec::Spec::default(),
+            nr_frames,
+        })
     }
 
     /// Whether the machine has these frames: `EPERM` if none of them is memory, `EINVAL` if some are.

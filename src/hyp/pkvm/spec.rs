@@ -4,11 +4,12 @@
 //! compared with the map afterwards. A difference is a bug of this crate, and stops it. Without debug
 //! assertions there is no map.
 
-use crate::addr::Pfn;
 #[cfg(debug_assertions)]
 use std::collections::HashMap;
 
 use super::page::GuestOwner;
+#[cfg(debug_assertions)]
+use crate::addr::Pfn;
 
 /// The owner of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,14 +21,14 @@ pub(super) enum SpecPage {
     /// A guest, and the host sees it.
     SharedByGuest(GuestOwner),
     /// Host and guest disagree, or the frame is in no state that a transition leaves behind.
-    #[cfg(any(test, debug_assertions))]
+    #[cfg(debug_assertions)]
     Illegal,
 }
 
 /// The map: frames that are not simply the host's.
+#[cfg(debug_assertions)]
 #[derive(Debug, Default)]
 pub(super) struct Spec {
-    #[cfg(debug_assertions)]
     pages: HashMap<Pfn, SpecPage>,
 }
 
