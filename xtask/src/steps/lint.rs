@@ -1,6 +1,6 @@
 //! Format, clippy and rustdoc.
 
-use super::{all_good, rust_files};
+use super::{all_good, has_rust};
 use crate::Context;
 use crate::report::Outcome;
 use crate::shell::{Cmd, Finished};
@@ -13,7 +13,7 @@ pub(super) fn fmt(context: &Context) -> Outcome {
     let mut runs = vec![(String::from("."), check_format(context, "."))];
     for (workspace, sources) in OTHERS {
         // Without a single target the manifest itself is an error; the steps loom and fuzz say so.
-        if !rust_files(&context.root.join(workspace).join(sources)).is_empty() {
+        if has_rust(&context.root.join(workspace).join(sources)) {
             what.push(workspace);
             runs.push((workspace.into(), check_format(context, workspace)));
         }
@@ -34,7 +34,7 @@ pub(super) fn clippy(context: &Context) -> Outcome {
         (what[0].to_string(), clippy(&["--workspace", "--all-targets", "--all-features"])),
         (what[1].to_string(), clippy(&["--package", "gmem", "--lib", "--no-default-features"])),
     ];
-    if !context.quick && !rust_files(&context.root.join("loom-tests/tests")).is_empty() {
+    if !context.quick && has_rust(&context.root.join("loom-tests/tests")) {
         // Also the library as loom sees it: it is a path dependency of the models.
         let models = Cmd::cargo(&context.root.join("loom-tests"))
             .env("RUSTFLAGS", "--cfg loom")

@@ -2,7 +2,7 @@
 
 use std::env;
 
-use super::rust_files;
+use super::has_rust;
 use crate::Context;
 use crate::counts::Counts;
 use crate::report::Outcome;
@@ -13,7 +13,7 @@ const SILENT_LIMITS: [&str; 2] = ["LOOM_MAX_DURATION", "LOOM_MAX_PERMUTATIONS"];
 
 pub(super) fn models(context: &Context) -> Outcome {
     let dir = context.root.join("loom-tests");
-    if rust_files(&dir.join("tests")).is_empty() {
+    if !has_rust(&dir.join("tests")) {
         return Outcome::failed("loom-tests/tests has no model");
     }
     if let Some(name) = SILENT_LIMITS.iter().find(|name| is_set(name)) {

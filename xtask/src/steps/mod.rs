@@ -108,10 +108,21 @@ fn rust_files(dir: &Path) -> Vec<String> {
     let mut names: Vec<_> = entries
         .flatten()
         .filter_map(|entry| entry.file_name().into_string().ok())
-        .filter(|name| name.ends_with(".rs"))
+        .filter(|name| is_rust(Path::new(name)))
         .collect();
     names.sort();
     names
+}
+
+/// Whether there is a Rust file anywhere below a directory.
+fn has_rust(dir: &Path) -> bool {
+    let Ok(entries) = fs::read_dir(dir) else { return false };
+    let below = |path: &Path| if path.is_dir() { has_rust(path) } else { is_rust(path) };
+    entries.flatten().any(|entry| below(&entry.path()))
+}
+
+fn is_rust(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "rs")
 }
 
 #[cfg(test)]
