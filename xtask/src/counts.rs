@@ -27,10 +27,15 @@ impl Counts {
         self.skipped += tests;
     }
 
-    /// Sums every closing line of libtest and of nextest in `output`.
+    /// Sums every closing line of nextest, or else of libtest. Not both: nextest shows libtest's
+    /// closing lines of those tests that failed.
     pub(crate) fn parse(output: &str) -> Self {
         let plain = strip_ansi(output);
-        plain.lines().filter_map(|line| libtest(line).or_else(|| nextest(line))).sum()
+        let summaries: Vec<_> = plain.lines().filter_map(nextest).collect();
+        if summaries.is_empty() {
+            return plain.lines().filter_map(libtest).sum();
+        }
+        summaries.into_iter().sum()
     }
 }
 
@@ -58,7 +63,7 @@ impl fmt::Display for Counts {
 
 /// `test result: ok. 5 passed; 0 failed; 1 ignored; 0 measured; 3 filtered out; finished in 0.1s`
 fn libtest(line: &str) -> Option<Counts> {
-    let (_, list) = line.trim_start().strip_prefix("test result: ")?.split_once(". ")?;
+    let (_, list) = line.strip_prefix("test result: ")?.split_once(". ")?;
     let mut counts = Counts::default();
     for part in list.split(';') {
         let Some((number, what)) = number_and_word(part) else { continue };
@@ -155,6 +160,11 @@ test result: FAILED. 2 passed; 3 failed; 0 ignored; 0 measured; 7 filtered out; 
         let mixed = "     Summary [  61.0s] 9/12 tests run: 5 passed (1 slow, 1 flaky), 2 failed, \
                      1 exec failed, 1 timed out, 0 skipped";
         assert_eq!(Counts::parse(mixed), counts(5, 4, 0));
+
+        let quoting = "    test result: FAILED. 0 passed; 1 failed; 0 ignored\n\
+                       test result: FAILED. 0 passed; 1 failed; 0 ignored\n  \
+                       Summary [  1s] 2 tests run: 1 passed, 1 failed, 0 skipped";
+        assert_eq!(Counts::parse(quoting), counts(1, 1, 0));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use super::all_good;
+use super::{FEATURES, all_good};
 use crate::Context;
 use crate::counts::Counts;
 use crate::report::Outcome;
@@ -11,9 +11,6 @@ use crate::toolchains;
 
 const FEATURE_SETS: [&str; 5] = ["", "vm-memory", "oracle", "loom", "vm-memory,oracle"];
 const TARGETS: [&str; 2] = ["x86_64-unknown-linux-musl", "aarch64-unknown-linux-musl"];
-/// Without these the library would not be the whole of it.
-const WHOLE: [&str; 2] = ["--features", "vm-memory,oracle"];
-
 /// `cargo check` of the library alone, so that features of dev-dependencies do not leak in.
 fn check(cmd: Cmd, more: &[&str]) -> Finished {
     cmd.args(&["check", "--package", "gmem", "--lib"]).args(more).run()
@@ -40,7 +37,7 @@ pub(super) fn targets(context: &Context) -> Outcome {
         return Outcome::Skipped(lacking.join("; "));
     }
     let runs = here.iter().map(|target| {
-        let args = [&WHOLE[..], &["--target", target]].concat();
+        let args = [&FEATURES[..], &["--target", target]].concat();
         (target.to_string(), check(Cmd::cargo(&context.root), &args))
     });
     match all_good(&here.join(", "), runs.collect::<Vec<_>>()) {
@@ -59,7 +56,7 @@ pub(super) fn msrv(context: &Context) -> Outcome {
     };
     match toolchains::installed(&context.root, release) {
         Ok(name) => {
-            let finished = check(Cmd::cargo_of(&context.root, &name), &WHOLE);
+            let finished = check(Cmd::cargo_of(&context.root, &name), &FEATURES);
             all_good(&name.clone(), [(name, finished)])
         }
         Err(why) => {

@@ -1,6 +1,6 @@
 //! Format, clippy and rustdoc.
 
-use super::{all_good, has_rust};
+use super::{FEATURES, all_good, has_rust};
 use crate::Context;
 use crate::report::Outcome;
 use crate::shell::{Cmd, Finished};
@@ -31,7 +31,7 @@ pub(super) fn clippy(context: &Context) -> Outcome {
     };
     let mut what = vec!["every target", "the library alone"];
     let mut runs = vec![
-        (what[0].to_string(), clippy(&["--workspace", "--all-targets", "--all-features"])),
+        (what[0].to_string(), clippy(&[&["--workspace", "--all-targets"], &FEATURES[..]].concat())),
         (what[1].to_string(), clippy(&["--package", "gmem", "--lib", "--no-default-features"])),
     ];
     if !context.quick && has_rust(&context.root.join("loom-tests/tests")) {
@@ -50,7 +50,8 @@ pub(super) fn doc(context: &Context) -> Outcome {
     let doc = |more: &[&str]| {
         Cmd::cargo(&context.root)
             .env("RUSTDOCFLAGS", "-D warnings")
-            .args(&["doc", "--package", "gmem", "--no-deps", "--all-features"])
+            .args(&["doc", "--package", "gmem", "--no-deps"])
+            .args(&FEATURES)
             .args(more)
             .run()
     };

@@ -17,6 +17,10 @@ use crate::names;
 use crate::report::Outcome;
 use crate::shell::Finished;
 
+/// The features of the library; `loom` swaps things and has its own step. Tests and the example get
+/// them from a dev-dependency anyway: saying so makes every step build the same thing once.
+const FEATURES: [&str; 2] = ["--features", "gmem/vm-memory,gmem/oracle"];
+
 pub(crate) struct Step {
     pub(crate) name: &'static str,
     pub(crate) about: &'static str,

@@ -1,5 +1,6 @@
 //! Tests that run on the host as it is.
 
+use super::FEATURES;
 use crate::Context;
 use crate::counts::Counts;
 use crate::report::Outcome;
@@ -13,7 +14,8 @@ pub(super) fn unit_and_integration(context: &Context) -> Outcome {
         ("cargo test, for want of cargo-nextest", Cmd::cargo(&context.root).arg("test"))
     };
     let cmd = cmd
-        .args(&["--workspace", "--all-features", "--no-fail-fast"])
+        .args(&["--workspace", "--no-fail-fast"])
+        .args(&FEATURES)
         .args(&["--lib", "--bins", "--tests", "--examples"])
         .env("GMEM_SKIP_LOG", context.skips.path());
     let finished = cmd.run();
@@ -29,7 +31,8 @@ pub(super) fn unit_and_integration(context: &Context) -> Outcome {
 
 pub(super) fn doctests(context: &Context) -> Outcome {
     let finished = Cmd::cargo(&context.root)
-        .args(&["test", "--package", "gmem", "--doc", "--all-features"])
+        .args(&["test", "--package", "gmem", "--doc"])
+        .args(&FEATURES)
         .env("GMEM_SKIP_LOG", context.skips.path())
         .run();
     Outcome::tested(&finished.status, Counts::parse(&finished.output()), finished.success)
