@@ -9,6 +9,8 @@ use std::fmt;
 use crate::addr::Pfn;
 use crate::folio::FolioPool;
 use crate::gmem::GuestMemfd;
+use crate::hyp::pkvm::Hypervisor;
+use crate::state::Visibility;
 
 /// What an audit found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -47,11 +49,44 @@ impl fmt::Display for Report {
 pub fn check(pool: &FolioPool, objects: &[&GuestMemfd]) -> Report {
     let mut findings = Vec::new();
     check_pool(pool, &mut findings);
-    let mut owner_of: BTreeMap<Pfn, &str> = BTreeMap::new();
+    check_objects(pool, objects, &mut findings);
+    Report { findings }
+}
+
+/// [`check`], and what guests hold of the pool according to their hypervisor.
+///
+/// Of the hypervisor: its own tables agree with each other. Of each frame that it has given to a
+/// guest: it is in one of the objects, private there if it is the guest's alone, and shared if not.
+pub fn check_under(pool: &FolioPool, objects: &[&GuestMemfd], host: &Hypervisor) -> Report {
+    let mut findings = Vec::new();
+    check_pool(pool, &mut findings);
+    let frames = check_objects(pool, objects, &mut findings);
+    findings.extend(host.check_invariants());
+    for (pfn, given) in host.frames_of_guests() {
+        match frames.get(&pfn) {
+            Some((_, visibility)) if *visibility == given => {}
+            Some((name, visibility)) => findings.push(format!(
+                "frame {pfn} is {visibility} in {name}, and {given} to the hypervisor"
+            )),
+            None => findings.push(format!("frame {pfn} is a guest's, and in no object")),
+        }
+    }
+    Report { findings }
+}
+
+/// Frames by number: in which object, and who may see them there.
+type Frames<'a> = BTreeMap<Pfn, (&'a str, Visibility)>;
+
+fn check_objects<'a>(
+    pool: &FolioPool,
+    objects: &[&'a GuestMemfd],
+    findings: &mut Vec<String>,
+) -> Frames<'a> {
+    let mut frames = Frames::new();
     for object in objects {
-        object.check_invariants(&mut findings);
-        for pfn in object.frames().iter().flat_map(|frames| frames.iter()) {
-            if let Some(other) = owner_of.insert(pfn, object.name()) {
+        object.check_invariants(findings);
+        for (pfn, visibility) in object.frames() {
+            if let Some((other, _)) = frames.insert(pfn, (object.name(), visibility)) {
                 findings.push(format!("frame {pfn} is in {other} and in {}", object.name()));
             }
             if pool.is_free(pfn) {
@@ -59,7 +94,7 @@ pub fn check(pool: &FolioPool, objects: &[&GuestMemfd]) -> Report {
             }
         }
     }
-    Report { findings }
+    frames
 }
 
 fn check_pool(pool: &FolioPool, findings: &mut Vec<String>) {
@@ -73,5 +108,30 @@ fn check_pool(pool: &FolioPool, findings: &mut Vec<String>) {
     }
     if let Err(unscrubbed) = pool.verify_scrubbed() {
         findings.push(unscrubbed.to_string());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::{ByteSize, Offset};
+    use crate::folio::ArenaBacking;
+
+    #[test]
+    fn what_is_wrong_is_found() {
+        let pool = FolioPool::new(ArenaBacking::Heap, ByteSize::from_pages(4)).unwrap();
+        let builder = GuestMemfd::builder(ByteSize::from_pages(2)).initial(Visibility::Shared);
+        let object = builder.create(&pool).unwrap();
+        object.write(Offset::new(0), &[1]).unwrap();
+        assert_eq!(check(&pool, &[&object]).to_string(), "clean");
+
+        let twice = check(&pool, &[&object, &object]);
+        assert_eq!(twice.findings().len(), 1, "{twice}");
+        assert!(twice.to_string().contains("is in guest and in guest"), "{twice}");
+
+        pool.arena().write(crate::addr::Pa::new(3 << 12), &[1]).unwrap();
+        let dirty = check(&pool, &[&object]);
+        assert!(!dirty.is_clean());
+        assert_eq!(dirty.findings(), ["free frame 0x3 is not scrubbed"]);
     }
 }

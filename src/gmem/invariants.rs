@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 
 use super::object::GuestMemfd;
 use crate::addr::{Pfn, Pgoff};
-use crate::range::PfnRange;
 use crate::state::{Phase, Visibility, Word};
 
 impl GuestMemfd {
@@ -58,16 +57,11 @@ impl GuestMemfd {
         }
     }
 
-    /// The frames that hold the object.
-    pub(crate) fn frames(&self) -> Vec<PfnRange> {
-        self.0.frames.resident(self.0.pages).map(|(_, frames)| frames).collect()
-    }
-
-    /// Who may see the page with this frame, if the object has it.
-    pub(crate) fn visibility_of_frame(&self, pfn: Pfn) -> Option<Visibility> {
-        let (pages, frames) =
-            self.0.frames.resident(self.0.pages).find(|(_, frames)| frames.contains(pfn))?;
-        let page = pages.start().checked_add(pfn.get() - frames.start().get())?;
-        Some(self.0.table.load(page)?.visibility())
+    /// The frames that hold the object, and who may see each.
+    pub(crate) fn frames(&self) -> Vec<(Pfn, Visibility)> {
+        let object = &*self.0;
+        let resident = object.frames.resident(object.pages);
+        let each = resident.flat_map(|(pages, frames)| pages.iter().zip(frames.iter()));
+        each.filter_map(|(page, pfn)| Some((pfn, object.table.load(page)?.visibility()))).collect()
     }
 }

@@ -22,7 +22,6 @@ mod section;
 mod table;
 mod word;
 
-pub(crate) use epoch::Domain;
 pub(crate) use rules::Refusal;
 pub(crate) use section::{in_section, wait_for_sections};
 pub(crate) use table::{Frozen, Stop, Table};
