@@ -22,6 +22,18 @@
 //! maps to the errno that the kernel's guest_memfd gives in the same case. How it works inside, and
 //! why, is in the `design` folder of the repository.
 
+// Tests may do these; nothing that a caller, a guest or a file can reach may.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::cast_possible_truncation,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::unreachable,
+        clippy::unwrap_used
+    )
+)]
+
 pub mod addr;
 pub mod audit;
 mod backing;

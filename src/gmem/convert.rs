@@ -19,7 +19,6 @@ pub enum ContentPolicy {
 
 /// What a conversion did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[must_use = "a conversion may have had nothing to do"]
 pub struct Conversion {
     changed_pages: u64,
 }
