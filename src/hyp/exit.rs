@@ -1,5 +1,6 @@
 //! Why a vCPU stopped, and what its VMM can do about it.
 
+use super::hypercall::Registers;
 use crate::addr::{Access, ByteSize, Ipa};
 use crate::error::Error;
 use crate::gmem::{ContentPolicy, Conversion, GuestMemfd};
@@ -36,10 +37,10 @@ pub enum Exit {
     #[error("the guest asks for {gfns} to be {to}", gfns = .0.gfns, to = .0.to)]
     Conversion(ConversionRequest),
     /// A hypercall that the hypervisor does not know. What the guest gets is up to the VMM.
-    #[error("unknown hypercall {regs:#x?}")]
+    #[error("unknown hypercall {regs:?}")]
     Hypercall {
-        /// The registers 0 to 3.
-        regs: [u64; 4],
+        /// What the guest asks for.
+        regs: Registers,
     },
     /// The access cannot be done: an unaligned atomic, memory that is quarantined, and so on.
     #[error(transparent)]

@@ -1,5 +1,7 @@
 //! The guest's hypercalls, as pKVM numbers them, from registers that may hold anything.
 
+use std::fmt;
+
 use crate::addr::Ipa;
 use crate::geometry::PAGE_SIZE;
 
@@ -9,6 +11,23 @@ const MEM_SHARE: u64 = 0xc600_0003;
 const MEM_UNSHARE: u64 = 0xc600_0004;
 /// The low bits of an identifier: its number among the calls of its service.
 const FUNCTION: u64 = 0xffff;
+
+/// A vCPU's registers 0 to 3: what a hypercall is made of. They may hold anything.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Registers(pub [u64; 4]);
+
+impl From<[u64; 4]> for Registers {
+    fn from(raw: [u64; 4]) -> Self {
+        Self(raw)
+    }
+}
+
+impl fmt::Debug for Registers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [x0, x1, x2, x3] = self.0;
+        write!(f, "{x0:#x}({x1:#x}, {x2:#x}, {x3:#x})")
+    }
+}
 
 /// A hypercall that the hypervisor knows, well formed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,26 +44,26 @@ pub enum Hypercall {
 }
 
 impl Hypercall {
-    /// The registers 0 to 3 that make the call.
-    pub const fn regs(self) -> [u64; 4] {
-        match self {
+    /// The registers that make the call.
+    pub const fn regs(self) -> Registers {
+        Registers(match self {
             Self::Features => [FEATURES, 0, 0, 0],
             Self::HypMeminfo => [HYP_MEMINFO, 0, 0, 0],
             Self::MemShare(ipa) => [MEM_SHARE, ipa.get(), 0, 0],
             Self::MemUnshare(ipa) => [MEM_UNSHARE, ipa.get(), 0, 0],
-        }
+        })
     }
 }
 
-impl From<Hypercall> for [u64; 4] {
+impl From<Hypercall> for Registers {
     fn from(call: Hypercall) -> Self {
         call.regs()
     }
 }
 
-/// What the guest finds in its registers 0 to 3 after a hypercall.
+/// What the guest finds in its registers after a hypercall.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct HvcResult([u64; 4]);
+pub struct HvcResult(Registers);
 
 impl HvcResult {
     /// It was done.
@@ -53,11 +72,11 @@ impl HvcResult {
     pub const INVALID_PARAMETER: Self = Self::value(u64::MAX - 2);
 
     const fn value(value: u64) -> Self {
-        Self([value, 0, 0, 0])
+        Self(Registers([value, 0, 0, 0]))
     }
 
     /// The registers.
-    pub const fn regs(self) -> [u64; 4] {
+    pub const fn regs(self) -> Registers {
         self.0
     }
 }
@@ -73,7 +92,7 @@ pub(super) enum Asked {
 }
 
 /// Total: all registers mean something.
-pub(super) const fn decode(regs: [u64; 4]) -> Asked {
+pub(super) const fn decode(Registers(regs): Registers) -> Asked {
     const fn bit(id: u64) -> u64 {
         1 << (id & FUNCTION)
     }
@@ -105,34 +124,34 @@ mod tests {
         assert_eq!(decode(Hypercall::MemShare(ipa).regs()), Asked::Share(ipa));
         assert_eq!(decode(Hypercall::MemUnshare(ipa).regs()), Asked::Unshare(ipa));
         let features = decode(Hypercall::Features.regs());
-        assert_eq!(features, Asked::Answered(HvcResult([0b11101, 0, 0, 0])));
+        assert_eq!(features, Asked::Answered(HvcResult::value(0b11101)));
         let meminfo = decode(Hypercall::HypMeminfo.regs());
-        assert_eq!(meminfo, Asked::Answered(HvcResult([4096, 0, 0, 0])));
-        assert_eq!(HvcResult::INVALID_PARAMETER.regs(), [0xffff_ffff_ffff_fffd, 0, 0, 0]);
+        assert_eq!(meminfo, Asked::Answered(HvcResult::value(4096)));
+        assert_eq!(HvcResult::INVALID_PARAMETER.regs().0, [0xffff_ffff_ffff_fffd, 0, 0, 0]);
     }
 
     #[test]
     fn arguments_that_are_reserved_must_be_zero() {
         let invalid = Asked::Answered(HvcResult::INVALID_PARAMETER);
         for id in [MEM_SHARE, MEM_UNSHARE] {
-            assert_eq!(decode([id, 0x7001, 0, 0]), invalid);
-            assert_eq!(decode([id, 0x7000, 1, 0]), invalid);
-            assert_eq!(decode([id, 0x7000, 0, 1]), invalid);
-            assert_eq!(decode([id, u64::MAX, u64::MAX, u64::MAX]), invalid);
+            assert_eq!(decode(Registers([id, 0x7001, 0, 0])), invalid);
+            assert_eq!(decode(Registers([id, 0x7000, 1, 0])), invalid);
+            assert_eq!(decode(Registers([id, 0x7000, 0, 1])), invalid);
+            assert_eq!(decode(Registers([id, u64::MAX, u64::MAX, u64::MAX])), invalid);
         }
         for at in 1..4 {
-            let mut regs = Hypercall::HypMeminfo.regs();
+            let Registers(mut regs) = Hypercall::HypMeminfo.regs();
             regs[at] = 1 << 63;
-            assert_eq!(decode(regs), invalid);
+            assert_eq!(decode(regs.into()), invalid);
         }
     }
 
     #[test]
     fn only_32_bits_of_the_identifier_count() {
         let upper = 0xdead_beef << 32;
-        assert_eq!(decode([upper | MEM_SHARE, 0, 0, 0]), Asked::Share(Ipa::new(0)));
+        assert_eq!(decode(Registers([upper | MEM_SHARE, 0, 0, 0])), Asked::Share(Ipa::new(0)));
         for id in [0, 1, MEM_SHARE + 4, MEM_SHARE ^ 1 << 31, 0x8400_0000, u64::MAX] {
-            assert_eq!(decode([id, 0, 0, 0]), Asked::Unknown);
+            assert_eq!(decode(Registers([id, 0, 0, 0])), Asked::Unknown);
         }
     }
 }

@@ -44,5 +44,5 @@ pub mod pkvm;
 mod vcpu;
 
 pub use exit::{ConversionRequest, Exit, MmioAccess};
-pub use hypercall::{HvcResult, Hypercall};
+pub use hypercall::{HvcResult, Hypercall, Registers};
 pub use vcpu::Vcpu;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::exit::{ConversionRequest, Exit, MmioAccess};
-use super::hypercall::{Asked, HvcResult, decode};
+use super::hypercall::{Asked, HvcResult, Registers, decode};
 use super::pkvm::{Lease, Request, SlotPage};
 use crate::addr::{Access, ByteSize, Gfn, Ipa, Pa};
 use crate::backing::Arena;
@@ -173,7 +173,7 @@ impl Vcpu {
         }
     }
 
-    /// Makes a hypercall: a [`Hypercall`](super::Hypercall), or registers 0 to 3 as they are.
+    /// Makes a hypercall: a [`Hypercall`](super::Hypercall), or registers as they are.
     ///
     /// A request to share a page or to unshare it exits with [`Exit::Conversion`] if it can be met,
     /// and [`Self::answer`] has its result. If the guest does anything else first, it has withdrawn
@@ -183,7 +183,7 @@ impl Vcpu {
     /// The [`Exit`]: [`Conversion`](Exit::Conversion); [`Hypercall`](Exit::Hypercall) for a call that
     /// the hypervisor does not know; [`MemoryFault`](Exit::MemoryFault) for a page to be shared that
     /// is not there or on the host's side already; [`Failed`](Exit::Failed).
-    pub fn hvc(&mut self, regs: impl Into<[u64; 4]>) -> Result<HvcResult, Exit> {
+    pub fn hvc(&mut self, regs: impl Into<Registers>) -> Result<HvcResult, Exit> {
         self.withdraw();
         let regs = regs.into();
         match decode(regs) {
