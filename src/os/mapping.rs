@@ -99,19 +99,10 @@ impl Mapping {
     ) -> Result<(), Error> {
         let target = self.at(at, len)?;
         let prot = ProtFlags::READ | ProtFlags::WRITE;
-        // Sealed against writing, the empty file may only be mapped readable; a touch is a SIGBUS
-        // either way.
-        let attempt = |prot| {
-            let flags = MapFlags::SHARED | MapFlags::FIXED;
-            // SAFETY: `at` has checked that the target lies in our own reservation, to which
-            // nobody has a reference (bytes are only copied through raw pointers).
-            unsafe { mmap(target.cast(), len, prot, flags, fd, file_at) }
-        };
-        attempt(prot)
-            .or_else(|e| match e {
-                rustix::io::Errno::PERM => attempt(ProtFlags::READ),
-                _ => Err(e),
-            })
+        let flags = MapFlags::SHARED | MapFlags::FIXED;
+        // SAFETY: `at` has checked that the target lies in our own reservation, to which nobody has
+        // a reference (bytes are only copied through raw pointers).
+        unsafe { mmap(target.cast(), len, prot, flags, fd, file_at) }
             .map_err(|e| failed(self.op, "mmap", e))?;
         self.keep_private(at, len)
     }

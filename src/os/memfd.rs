@@ -88,7 +88,7 @@ pub(crate) fn create_identity(name: &str) -> Result<OwnedFd, Error> {
                 _ => failed(op, "memfd_create", e),
             },
         )?;
-    let seals = SealFlags::GROW | SealFlags::SHRINK | SealFlags::WRITE | SealFlags::SEAL;
+    let seals = SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
     fcntl_add_seals(&fd, seals).map_err(|e| failed(op, "F_ADD_SEALS", e))?;
     Ok(fd)
 }
