@@ -79,6 +79,18 @@ struct Inner {
     backing: ArenaBacking,
     arena: Arc<Arena>,
     frames: Mutex<Frames>,
+    /// Whether a hypervisor keeps account of the frames.
+    claimed: Mutex<bool>,
+}
+
+/// A hypervisor's claim to keep account of a pool's frames; ends when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Claim(FolioPool);
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        *self.0.claimed() = false;
+    }
 }
 
 #[derive(Debug)]
@@ -123,7 +135,12 @@ impl FolioPool {
         };
         let buddy = Buddy::new(nr_pages);
         let frames = Frames { buddy, reserved_huge: 0, reserved_base: 0, quarantined: 0 };
-        Ok(Self(Arc::new(Inner { backing, arena, frames: Mutex::new(frames) })))
+        Ok(Self(Arc::new(Inner {
+            backing,
+            arena,
+            frames: Mutex::new(frames),
+            claimed: Mutex::new(false),
+        })))
     }
 
     /// Creates a pool on the first of several backings that this host can provide; also says why
@@ -194,6 +211,16 @@ impl FolioPool {
     /// Whether a frame is in the free map.
     pub(crate) fn is_free(&self, pfn: Pfn) -> bool {
         self.frames().buddy.is_free(pfn)
+    }
+
+    /// Makes the caller the one hypervisor of this pool; `None` if there is one already.
+    pub(crate) fn claim(&self) -> Option<Claim> {
+        let claimed_before = std::mem::replace(&mut *self.claimed(), true);
+        (!claimed_before).then(|| Claim(self.clone()))
+    }
+
+    fn claimed(&self) -> MutexGuard<'_, bool> {
+        self.0.claimed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn arena(&self) -> &Arc<Arena> {

@@ -29,7 +29,7 @@ pub(crate) enum TableError {
 impl From<TableError> for Errno {
     fn from(error: TableError) -> Self {
         match error {
-            TableError::BeyondIpa => Self::new(34), // ERANGE
+            TableError::BeyondIpa => Self::ERANGE,
             TableError::Absent => Self::ENOENT,
             TableError::Poisoned => Self::EHWPOISON,
             TableError::Block => Self::E2BIG,

@@ -46,7 +46,7 @@ pub use self::vm::{Vm, VmStat};
 use crate::addr::{ByteSize, Pfn};
 use crate::backing::Arena;
 use crate::error::{Errno, Error, ErrorKind, Op};
-use crate::folio::FolioPool;
+use crate::folio::{Claim, FolioPool};
 use crate::stage2::TableShape;
 use crate::state::Visibility;
 use crate::sync::Mutex;
@@ -58,8 +58,8 @@ const FIRST_HANDLE: u16 = 0x1000;
 
 /// EL2 of a simulated machine. Clones are handles to the same one.
 ///
-/// All guests whose memory comes from one pool must run under one hypervisor: another one would not
-/// know which frames are given away.
+/// All guests whose memory comes from one pool run under one hypervisor: another one would not know
+/// which frames are given away, and is refused.
 #[derive(Clone, Debug)]
 pub struct Hypervisor(Arc<Host>);
 
@@ -70,6 +70,7 @@ struct Host {
     arena: Arc<Arena>,
     vms: Mutex<Slab<Weak<VmCore>>>,
     pages: Mutex<HostPages>,
+    _claim: Claim,
 }
 
 /// What a hypervisor has given away at one moment.
@@ -88,15 +89,14 @@ impl Hypervisor {
     /// EL2 of a machine whose memory is this pool.
     ///
     /// # Errors
-    /// [`ErrorKind::Exhausted`].
+    /// [`ErrorKind::Exists`] while the pool has a hypervisor already; [`ErrorKind::Exhausted`].
     pub fn new(pool: &FolioPool) -> Result<Self, Error> {
+        let claim = pool.claim().ok_or_else(|| {
+            Error::new(Op::Hypervisor, ErrorKind::Exists).because("the pool has one already")
+        })?;
         let arena = Arc::clone(pool.arena());
-        let pages = HostPages::new(arena.nr_pages()).map_err(refused)?;
-        Ok(Self::on(arena, pages))
-    }
-
-    fn on(arena: Arc<Arena>, pages: HostPages) -> Self {
-        Self(Arc::new(Host { arena, vms: Mutex::new(Slab::new()), pages: Mutex::new(pages) }))
+        let pages = Mutex::new(HostPages::new(arena.nr_pages()).map_err(refused)?);
+        Ok(Self(Arc::new(Host { arena, vms: Mutex::new(Slab::new()), pages, _claim: claim })))
     }
 
     /// A protected guest, with no memory and no vCPU, and 40 bits of address.

@@ -132,7 +132,7 @@ fn donate_looks_in_pkvms_order() {
     world.refuses(Errno::EINVAL, |w| w.parties().host_donate_guest(across));
     // The host's state comes before the guest's.
     world.refuses(Errno::EPERM, |w| w.donate(99, 0));
-    world.refuses(Errno::new(34), |w| w.donate(99, 1));
+    world.refuses(Errno::ERANGE, |w| w.donate(99, 1));
     world.refuses(Errno::EPERM, |w| w.donate(0, 1));
     world.refuses(Errno::EPERM, |w| w.donate(1, 1));
     // Memory for tables comes last.
@@ -155,7 +155,7 @@ fn donating_a_run_is_all_or_nothing() {
     world.donate(7, 20).unwrap();
     world.refuses(Errno::EPERM, |w| w.parties().host_donate_guest(run(4, 0, 4)));
     world.refuses(Errno::EPERM, |w| w.parties().host_donate_guest(run(8, 17, 4)));
-    world.refuses(Errno::new(34), |w| w.parties().host_donate_guest(run(60, 0, 5)));
+    world.refuses(Errno::ERANGE, |w| w.parties().host_donate_guest(run(60, 0, 5)));
     let mut tight = World::with_tables(usize::MAX, 4);
     tight.refuses(Errno::ENOMEM, |w| w.parties().host_donate_guest(run(2, 0, 8)));
     let mut tight = World::with_tables(3, usize::MAX);
@@ -169,7 +169,7 @@ fn share_looks_in_pkvms_order() {
     let mut world = World::new();
     world.poison(0);
     world.leaf(4, Level::BLOCK_2M, 8, PageState::Owned);
-    world.refuses(Errno::new(34), |w| w.share(64));
+    world.refuses(Errno::ERANGE, |w| w.share(64));
     world.refuses(Errno::EHWPOISON, |w| w.share(0));
     world.refuses(Errno::ENOENT, |w| w.share(1));
     world.refuses(Errno::E2BIG, |w| w.share(5));
@@ -192,7 +192,7 @@ fn unshare_looks_in_pkvms_order() {
     let mut world = World::new();
     world.poison(0);
     world.leaf(4, Level::BLOCK_2M, 8, PageState::SharedOwned);
-    world.refuses(Errno::new(34), |w| w.unshare(u64::MAX));
+    world.refuses(Errno::ERANGE, |w| w.unshare(u64::MAX));
     world.refuses(Errno::EHWPOISON, |w| w.unshare(0));
     world.refuses(Errno::ENOENT, |w| w.unshare(1));
     world.refuses(Errno::E2BIG, |w| w.unshare(7));
@@ -217,7 +217,7 @@ fn reclaim_looks_in_pkvms_order() {
         world.refuses(Errno::EINVAL, |w| w.reclaim(gfn));
     }
     world.guest.life = Life::Dying;
-    world.refuses(Errno::new(34), |w| w.reclaim(64));
+    world.refuses(Errno::ERANGE, |w| w.reclaim(64));
     world.refuses(Errno::ENOENT, |w| w.reclaim(9));
     world.refuses(Errno::E2BIG, |w| w.reclaim(5));
     world.refuses(Errno::EPERM, |w| w.reclaim(1));
@@ -276,8 +276,8 @@ fn hooks_check_every_page_before_they_touch_one() {
         (vec![run(0, 0, 4), run(20, 4, 1)], Errno::EPERM),
         (vec![run(0, 0, 4), run(4, NR_FRAMES, 1)], Errno::EPERM),
         (vec![run(0, 0, 4), run(4, NR_FRAMES - 1, 2)], Errno::EINVAL),
-        (vec![run(0, 0, 4), run(62, 4, 3)], Errno::new(34)),
-        (vec![run(0, 0, 4), run(u64::MAX, 4, 1)], Errno::new(34)),
+        (vec![run(0, 0, 4), run(62, 4, 3)], Errno::ERANGE),
+        (vec![run(0, 0, 4), run(u64::MAX, 4, 1)], Errno::ERANGE),
         (vec![run(0, 0, 4), run(8, 4, u64::MAX)], Errno::EINVAL),
         (vec![run(0, 0, 4), run(3, 8, 1)], Errno::EINVAL),
         (vec![run(0, 0, 4), run(8, 3, 1)], Errno::EINVAL),
