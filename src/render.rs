@@ -1,8 +1,8 @@
 //! Pictures of a guest's memory: as text for a terminal, as SVG for a browser.
 //!
 //! Both are pure functions over a [snapshot](crate::GuestMemfd::snapshot), so they can be drawn from
-//! a copy that was taken at an interesting moment. A row is 2 MiB, one huge folio; rows that are
-//! uniform and alike are drawn once, with a factor, so that a large object stays readable.
+//! a copy that was taken at an interesting moment. A row is 2 MiB, one huge folio. In an object of more
+//! than 256 MiB, neighbouring rows that are uniform and alike are drawn once, with a factor.
 
 mod rows;
 mod svg;

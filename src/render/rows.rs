@@ -45,8 +45,13 @@ impl Row {
     }
 }
 
+/// Up to so many rows are drawn one by one.
+const MOST_ROWS: u64 = 128;
+
 pub(super) fn of(picture: &Picture<'_>) -> Vec<Row> {
     let mut rows: Vec<Row> = Vec::new();
+    let end = picture.pages.last().map_or(0, |(range, _)| range.end().get());
+    let most_at_once = if end.div_ceil(HUGE_PAGES) > MOST_ROWS { u64::MAX } else { 1 };
     for (range, info) in picture.pages {
         let look = Look::of(info);
         let (mut at, end) = (range.start().get(), range.end().get());
@@ -55,7 +60,7 @@ pub(super) fn of(picture: &Picture<'_>) -> Vec<Row> {
             let start = Pgoff::new(at - column);
             if column == 0 && left >= HUGE_PAGES {
                 let cell = Cell { column, nr_pages: HUGE_PAGES, look, info: *info };
-                let repeat = left / HUGE_PAGES;
+                let repeat = (left / HUGE_PAGES).min(most_at_once);
                 rows.push(Row { start, repeat, cells: vec![cell] });
                 at += repeat * HUGE_PAGES;
                 continue;

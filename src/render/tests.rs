@@ -145,16 +145,19 @@ fn the_cells_of_the_svg_are_the_pages_of_the_snapshot() {
 fn cells_say_where_they_are_and_what() {
     let svg = picture(&sample()).to_svg();
     assert!(svg.contains("<title>0x64000..0x70000: 48 KiB, shared, pinned, pins: 3</title>"));
-    assert!(svg.contains("<title>0x400000..0x800000: 4 MiB, private, absent</title>"));
+    assert!(svg.contains("<title>0x400000..0x600000: 2 MiB, private, absent</title>"));
 }
 
 #[test]
-fn folios_are_framed_and_rows_that_are_alike_are_drawn_once() {
+fn folios_are_framed_and_in_large_objects_rows_that_are_alike_are_drawn_once() {
     let svg = picture(&sample()).to_svg();
     let frames = |class| svg.matches(&format!("class=\"{class}\"")).count();
-    // Rows 0, 1, 2 with 3, and 4 are huge folios; what is left behind them is made of small ones.
-    assert_eq!((frames("folio"), frames("small")), (4, 1));
-    assert_eq!(svg.matches("x 2 rows").count(), 1);
+    // Rows 0 to 4 are huge folios; what is left behind them is made of small ones.
+    assert_eq!((frames("folio"), frames("small")), (5, 1));
+    let large = [run(0, 5, Look::Private), run(5, 200 * PAGES_PER_ROW, Look::Shared)];
+    let svg = picture(&large).to_svg();
+    assert_eq!(svg.matches("class=\"folio\"").count(), 2);
+    assert_eq!(svg.matches("x 199 rows").count(), 1);
     let small = Picture { folio_size: FolioSize::Base, ..picture(&sample()) }.to_svg();
     assert!(!small.contains("class=\"folio\""));
 }
@@ -186,15 +189,15 @@ fn the_largest_object_is_drawn_without_drawing_each_folio() {
 fn the_text_has_a_character_for_eight_pages() {
     let text = picture(&sample()).to_text();
     let rows: Vec<&str> = text.lines().filter(|line| line.contains('|')).collect();
-    assert_eq!(rows.len(), 5);
+    assert_eq!(rows.len(), 6);
     let cells = |row: &str| row.split('|').nth(1).unwrap().to_owned();
     // Private up to page 96, then a character with both, then pins, then shared pages.
     assert_eq!(cells(rows[0]), format!("{}!!{}", "#".repeat(12), "=".repeat(50)));
     assert_eq!(cells(rows[1]), format!("{}{}", "=".repeat(25), "#".repeat(39)));
     assert_eq!(cells(rows[2]), ".".repeat(64));
-    assert!(rows[2].ends_with("| x 2"));
-    assert_eq!(cells(rows[3]), format!("X{}", "-".repeat(63)));
-    assert_eq!(cells(rows[4]).trim_end(), "?");
+    assert_eq!(cells(rows[3]), cells(rows[2]));
+    assert_eq!(cells(rows[4]), format!("X{}", "-".repeat(63)));
+    assert_eq!(cells(rows[5]).trim_end(), "?");
     assert!(text.contains("!  shared, pinned: 48 KiB"));
 }
 
