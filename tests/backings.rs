@@ -4,15 +4,18 @@ mod common;
 
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 
 use common::Capability;
-use gmem::addr::{Access, ByteSize, Offset, Pgoff};
+use gmem::addr::{Access, ByteSize, Gfn, Offset, Pgoff};
 use gmem::audit;
 use gmem::error::ErrorKind;
 use gmem::range::PgoffRange;
+use gmem::vm_memory::{AddressSpace, Slot, refusal};
 use gmem::{
     ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, HostView, SigbusHandler, Touch, Visibility,
 };
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 
 const PRESERVE: ContentPolicy = ContentPolicy::Preserve;
 const NR_HUGEPAGES: &str = "/proc/sys/vm/nr_hugepages";
@@ -179,4 +182,31 @@ fn views_leave_nothing_behind() {
     assert!(count(fds.to_str().unwrap()) < before.0 + 25);
     assert!(maps() < before.1 + 25);
     assert_eq!(memfd.stat().mapped, ByteSize::default());
+}
+
+#[test]
+fn on_hugetlb_a_device_slice_pins_the_whole_folio() {
+    if !(common::require(Capability::Hugetlb) && common::require(Capability::Uffd)) {
+        return;
+    }
+    let _setting = Setting::set(NR_HUGEPAGES, "4");
+    let pool = FolioPool::new(ArenaBacking::MemfdHugetlb2M, ByteSize::from_mib(8)).unwrap();
+    let memfd = shared_object(&pool, 4);
+    let view = Arc::new(memfd.map_view().unwrap());
+    let slot = Slot { gfn: Gfn::new(0), view, pages: memfd.pages() };
+    let space = AddressSpace::new("virtio-blk", [slot]).unwrap();
+
+    let memory = space.memory();
+    let slice = memory.get_slice(GuestAddress(0x1000), 16).unwrap();
+    assert_eq!(memory.pinned(), ByteSize::from_mib(2));
+    // A neighbour that turned private would take the page out of the view with it.
+    let refused = memfd.convert(range(7, 1), Visibility::Private, PRESERVE).unwrap_err();
+    assert_eq!(refused.culprit().unwrap().offset, Offset::new(0x7000));
+    slice.copy_from(b"still here");
+    drop(memory);
+    let _ = memfd.convert(range(7, 1), Visibility::Private, PRESERVE).unwrap();
+    // Shared, but not in the view any more: refused, where a raw access would fault.
+    let error = space.memory().get_slice(GuestAddress(0x1000), 16).unwrap_err();
+    let why = refusal(&error).unwrap();
+    assert_eq!(why.culprit().unwrap().offset, Offset::new(0x7000));
 }

@@ -1,8 +1,18 @@
 //! The vm-memory adapter, with virtio-queue and others over it as they are.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    reason = "the helpers of tests fail as tests do, and their numbers are small"
+)]
+
+mod common;
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use common::{Capability, require};
 use gmem::addr::{Access, ByteSize, Gfn, Offset, Pgoff};
 use gmem::error::{ErrorKind, Found};
 use gmem::range::PgoffRange;
@@ -28,33 +38,17 @@ struct Guest {
     space: AddressSpace,
 }
 
-/// Where userfaultfd is not to be had the adapter cannot be tested. That is said aloud, and it is a
-/// failure where the environment demands userfaultfd.
-macro_rules! guest_or_skip {
-    ($initial:expr) => {
-        match guest($initial) {
-            Some(guest) => guest,
-            None => return,
-        }
-    };
+fn guest(initial: Visibility) -> Option<Guest> {
+    require(Capability::Uffd).then(|| guest_on(ArenaBacking::Memfd, initial))
 }
 
-fn guest(initial: Visibility) -> Option<Guest> {
-    let pool = FolioPool::new(ArenaBacking::Memfd, ByteSize::from_mib(4)).unwrap();
+fn guest_on(backing: ArenaBacking, initial: Visibility) -> Guest {
+    let pool = FolioPool::new(backing, ByteSize::from_mib(4)).unwrap();
     let memfd = GuestMemfd::builder(ByteSize::from_mib(4)).initial(initial).create(&pool).unwrap();
-    let view = match memfd.map_view() {
-        Ok(view) => Arc::new(view),
-        Err(error) if error.kind() == ErrorKind::MissingCapability => {
-            let required = std::env::var("GMEM_REQUIRE").unwrap_or_default();
-            assert!(!required.split(',').any(|name| name == "uffd"), "{error}");
-            eprintln!("SKIPPED (uffd): {error}");
-            return None;
-        }
-        Err(error) => panic!("{error}"),
-    };
+    let view = Arc::new(memfd.map_view().unwrap());
     let slot = Slot { gfn: Gfn::new(RAM / PAGE), view: view.clone(), pages: memfd.pages() };
     let space = AddressSpace::new("virtio-blk", [slot]).unwrap();
-    Some(Guest { memfd, view, space })
+    Guest { memfd, view, space }
 }
 
 impl Guest {
@@ -94,7 +88,7 @@ fn takes_guard<T: Clone + std::ops::Deref<Target: GuestMemory> + Send + Sync>(_:
 
 #[test]
 fn the_bounds_of_the_ecosystem_hold() {
-    let guest = guest_or_skip!(Visibility::Shared);
+    let Some(guest) = guest(Visibility::Shared) else { return };
     takes_backend(&guest.space);
     takes_guard(&guest.space.memory());
     let memory = guest.space.memory();
@@ -105,7 +99,7 @@ fn the_bounds_of_the_ecosystem_hold() {
 
 #[test]
 fn a_slice_pins_its_pages_until_the_last_clone_of_the_guard_is_gone() {
-    let guest = guest_or_skip!(Visibility::Shared);
+    let Some(guest) = guest(Visibility::Shared) else { return };
     let memory = guest.space.memory();
     assert_eq!(memory.pinned(), ByteSize::from_bytes(0));
     let slice = memory.get_slice(at(2 * PAGE + 100), 5000).unwrap();
@@ -131,7 +125,7 @@ fn a_slice_pins_its_pages_until_the_last_clone_of_the_guard_is_gone() {
 
 #[test]
 fn two_guards_and_two_devices_hold_pins_of_their_own() {
-    let guest = guest_or_skip!(Visibility::Shared);
+    let Some(guest) = guest(Visibility::Shared) else { return };
     let net = guest.space.for_owner("virtio-net").unwrap();
     let (first, second) = (guest.space.memory(), net.memory());
     first.get_slice(at(0), 1).unwrap();
@@ -145,7 +139,7 @@ fn two_guards_and_two_devices_hold_pins_of_their_own() {
 
 #[test]
 fn private_memory_is_refused_with_the_reason() {
-    let guest = guest_or_skip!(Visibility::Private);
+    let Some(guest) = guest(Visibility::Private) else { return };
     guest.convert(0, 4, Visibility::Shared).unwrap();
     let memory = guest.space.memory();
     let error = memory.get_slice(at(4 * PAGE), 16).unwrap_err();
@@ -170,7 +164,7 @@ fn private_memory_is_refused_with_the_reason() {
 
 #[test]
 fn a_write_across_the_border_changes_nothing() {
-    let guest = guest_or_skip!(Visibility::Shared);
+    let Some(guest) = guest(Visibility::Shared) else { return };
     guest.view.write(Offset::new(0), &[7; 4096]).unwrap();
     guest.convert(1, 1, Visibility::Private).unwrap();
     let memory = guest.space.memory();
@@ -188,7 +182,7 @@ fn a_write_across_the_border_changes_nothing() {
 
 #[test]
 fn what_is_written_by_guest_address_is_read_by_every_other_way() {
-    let guest = guest_or_skip!(Visibility::Shared);
+    let Some(guest) = guest(Visibility::Shared) else { return };
     let memory = guest.space.memory();
     memory.write_obj(0x1122_3344_5566_7788_u64, at(PAGE + 8)).unwrap();
     assert_eq!(guest.view.load_u64(Offset::new(PAGE + 8)).unwrap(), 0x1122_3344_5566_7788);
@@ -204,7 +198,7 @@ fn what_is_written_by_guest_address_is_read_by_every_other_way() {
 
 #[test]
 fn the_accesses_of_a_region_end_where_it_ends_and_pin_nothing() {
-    let guest = guest_or_skip!(Visibility::Shared);
+    let Some(guest) = guest(Visibility::Shared) else { return };
     let memory = guest.space.memory();
     let region = memory.find_region(at(0)).unwrap();
     let last = MemoryRegionAddress(4 * MIB - 4);
@@ -237,7 +231,7 @@ fn the_accesses_of_a_region_end_where_it_ends_and_pin_nothing() {
 
 #[test]
 fn empty_slices_hold_nothing() {
-    let guest = guest_or_skip!(Visibility::Private);
+    let Some(guest) = guest(Visibility::Private) else { return };
     let memory = guest.space.memory();
     assert_eq!(memory.get_slice(at(0), 0).unwrap().len(), 0);
     assert_eq!(memory.pinned(), ByteSize::from_bytes(0));
@@ -245,7 +239,7 @@ fn empty_slices_hold_nothing() {
 
 #[test]
 fn a_slice_of_shared_memory_that_was_punched_can_be_touched() {
-    let guest = guest_or_skip!(Visibility::Shared);
+    let Some(guest) = guest(Visibility::Shared) else { return };
     guest.memfd.punch_hole(guest.memfd.pages()).unwrap();
     assert_eq!(guest.memfd.stat().resident, ByteSize::from_bytes(0));
     let memory = guest.space.memory();
@@ -258,7 +252,7 @@ fn a_slice_of_shared_memory_that_was_punched_can_be_touched() {
 
 #[test]
 fn an_address_that_outlives_its_pins_faults_on_private_memory() {
-    let guest = guest_or_skip!(Visibility::Shared);
+    let Some(guest) = guest(Visibility::Shared) else { return };
     let memory = guest.space.memory();
     let pointer = memory.get_host_address(at(PAGE)).unwrap();
     assert_eq!(memory.pinned(), ByteSize::from_bytes(0));
@@ -274,7 +268,7 @@ fn an_address_that_outlives_its_pins_faults_on_private_memory() {
 
 #[test]
 fn slots_must_fit_together() {
-    let guest = guest_or_skip!(Visibility::Shared);
+    let Some(guest) = guest(Visibility::Shared) else { return };
     let slot = |gfn, start, nr_pages| Slot {
         gfn: Gfn::new(gfn),
         view: guest.view.clone(),
@@ -290,7 +284,7 @@ fn slots_must_fit_together() {
 
 #[test]
 fn accesses_cross_slots_and_say_how_far_they_came() {
-    let guest = guest_or_skip!(Visibility::Shared);
+    let Some(guest) = guest(Visibility::Shared) else { return };
     let slot =
         |gfn, start| Slot { gfn: Gfn::new(gfn), view: guest.view.clone(), pages: pages(start, 1) };
     // Neighbours in the guest, far apart in the object, and given in the wrong order.
@@ -345,7 +339,7 @@ fn queue_with_a_chain(guest: &Guest) -> Queue {
 fn virtio_queue_works_unchanged() {
     use std::io::{Read, Write};
 
-    let guest = guest_or_skip!(Visibility::Shared);
+    let Some(guest) = guest(Visibility::Shared) else { return };
     let mut queue = queue_with_a_chain(&guest);
     let memory = guest.space.memory();
     assert!(queue.is_valid(&*memory));
@@ -378,7 +372,7 @@ fn virtio_queue_works_unchanged() {
 
 #[test]
 fn a_queue_in_private_memory_is_not_valid() {
-    let guest = guest_or_skip!(Visibility::Shared);
+    let Some(guest) = guest(Visibility::Shared) else { return };
     let mut queue = queue_with_a_chain(&guest);
     for page in 0..3 {
         guest.convert(page, 1, Visibility::Private).unwrap();
@@ -395,7 +389,7 @@ fn a_queue_in_private_memory_is_not_valid() {
 
 #[test]
 fn a_descriptor_that_points_at_private_memory_fails_alone() {
-    let guest = guest_or_skip!(Visibility::Shared);
+    let Some(guest) = guest(Visibility::Shared) else { return };
     let mut queue = queue_with_a_chain(&guest);
     guest.convert(BUFFER / PAGE + 2, 1, Visibility::Private).unwrap();
     let memory = guest.space.memory();
@@ -407,38 +401,4 @@ fn a_descriptor_that_points_at_private_memory_fails_alone() {
         }
         other => panic!("{other}"),
     }
-}
-
-#[test]
-fn on_hugetlb_a_slice_pins_the_whole_folio() {
-    let pool = match FolioPool::new(ArenaBacking::MemfdHugetlb2M, ByteSize::from_mib(4)) {
-        Ok(pool) => pool,
-        Err(error) => {
-            let required = std::env::var("GMEM_REQUIRE").unwrap_or_default();
-            assert!(!required.split(',').any(|name| name == "hugetlb"), "{error}");
-            eprintln!("SKIPPED (hugetlb): {error}");
-            return;
-        }
-    };
-    let memfd = GuestMemfd::builder(ByteSize::from_mib(4))
-        .initial(Visibility::Shared)
-        .create(&pool)
-        .unwrap();
-    let view = Arc::new(memfd.map_view().unwrap());
-    let slot = Slot { gfn: Gfn::new(RAM / PAGE), view: view.clone(), pages: memfd.pages() };
-    let space = AddressSpace::new("virtio-blk", [slot]).unwrap();
-    let guest = Guest { memfd, view, space };
-
-    let memory = guest.space.memory();
-    let slice = memory.get_slice(at(PAGE), 16).unwrap();
-    assert_eq!(memory.pinned(), ByteSize::from_mib(2));
-    // A neighbour would take the page out of the view with it.
-    let refused = guest.convert(7, 1, Visibility::Private).unwrap_err();
-    assert_eq!(busy(&refused), (7 * PAGE, 1, "virtio-blk".to_owned()));
-    slice.copy_from(b"still here");
-    drop(memory);
-    guest.convert(7, 1, Visibility::Private).unwrap();
-    // Shared, but not in the view any more: refused, where a raw access would fault.
-    let error = guest.space.memory().get_slice(at(PAGE), 16).unwrap_err();
-    assert_eq!(refusal(&error).unwrap().culprit().unwrap().offset, Offset::new(7 * PAGE));
 }
