@@ -1,0 +1,153 @@
+//! The command line.
+
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
+
+use gmem::ArenaBacking;
+
+/// What `--help` prints.
+pub(crate) const USAGE: &str = "\
+Boots a protected guest on gmem and lets it read FILE from a virtio disk, with everything that can
+be tried against its private memory being tried meanwhile.
+
+usage: vmm [--json] [--map FILE.svg] [--backing auto|hugetlb|thp|memfd] [FILE]
+
+  FILE             what the disk holds; a regular file of any size (default: this program itself)
+  --json           print a summary as one line of JSON at the end
+  --map FILE.svg   write a picture of the guest's memory, taken while a request is in flight
+  --backing KIND   what the guest's memory is made of (default: auto, the best that is to be had)
+  --help           print this
+
+Exit status: 0 if everything held, 1 if something did not, 2 for a wrong command line.";
+
+/// What to run.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Args {
+    pub(crate) json: bool,
+    pub(crate) map: Option<PathBuf>,
+    pub(crate) backing: Backing,
+    pub(crate) file: Option<PathBuf>,
+}
+
+/// What the command line asks for.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Command {
+    Run(Args),
+    Help,
+}
+
+/// The `--backing` option.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Backing {
+    Auto,
+    Only(ArenaBacking),
+}
+
+impl Backing {
+    /// The backings to try, best first.
+    pub(crate) fn order(self) -> Vec<ArenaBacking> {
+        match self {
+            // Not hugetlb, though it is faster: the kernel revokes its pages 2 MiB at a time only,
+            // and this guest shares single pages of 4 KiB.
+            Self::Auto => vec![ArenaBacking::MemfdThp, ArenaBacking::Memfd],
+            Self::Only(backing) => vec![backing],
+        }
+    }
+}
+
+/// Reads the arguments that follow the program's name.
+pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, String> {
+    let mut out = Args { json: false, map: None, backing: Backing::Auto, file: None };
+    let mut args = args.into_iter();
+    let mut only_files = false;
+    while let Some(arg) = args.next() {
+        let (name, mut value) = split_value(&arg);
+        let is_option = !only_files && arg.as_encoded_bytes().starts_with(b"-") && arg != "-";
+        let has_value = value.is_some();
+        let mut value_of = |option: &str| {
+            let value = value.take().or_else(|| args.next());
+            value.ok_or_else(|| format!("{option} needs a value"))
+        };
+        match name.to_str() {
+            Some("--") if is_option => only_files = true,
+            Some("--help" | "-h") if is_option => return Ok(Command::Help),
+            Some("--json") if is_option && !has_value => out.json = true,
+            Some("--map") if is_option => out.map = Some(value_of("--map")?.into()),
+            Some("--backing") if is_option => out.backing = backing(&value_of("--backing")?)?,
+            _ if is_option => return Err(format!("unknown option {}", Path::new(&arg).display())),
+            _ if out.file.is_some() => {
+                return Err(format!(
+                    "one FILE only, but there is also {}",
+                    Path::new(&arg).display()
+                ));
+            }
+            _ => out.file = Some(arg.into()),
+        }
+    }
+    Ok(Command::Run(out))
+}
+
+/// `--option=value` in its two parts; anything else stays whole.
+fn split_value(arg: &OsStr) -> (OsString, Option<OsString>) {
+    let split = arg.to_str().filter(|arg| arg.starts_with("--")).and_then(|a| a.split_once('='));
+    match split {
+        Some((name, value)) => (name.into(), Some(value.into())),
+        None => (arg.into(), None),
+    }
+}
+
+fn backing(value: &OsStr) -> Result<Backing, String> {
+    match value.to_str() {
+        Some("auto") => Ok(Backing::Auto),
+        Some("hugetlb") => Ok(Backing::Only(ArenaBacking::MemfdHugetlb2M)),
+        Some("thp") => Ok(Backing::Only(ArenaBacking::MemfdThp)),
+        Some("memfd") => Ok(Backing::Only(ArenaBacking::Memfd)),
+        _ => Err(format!(
+            "--backing is auto, hugetlb, thp or memfd, not {}",
+            Path::new(value).display()
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(args: &[&str]) -> Result<Command, String> {
+        parse(args.iter().map(OsString::from))
+    }
+
+    #[test]
+    fn options_come_in_any_order_and_both_spellings() {
+        let expected = Command::Run(Args {
+            json: true,
+            map: Some("m.svg".into()),
+            backing: Backing::Only(ArenaBacking::Memfd),
+            file: Some("f".into()),
+        });
+        let spaced = parsed(&["--map", "m.svg", "f", "--json", "--backing", "memfd"]);
+        assert_eq!(spaced.as_ref(), Ok(&expected));
+        assert_eq!(parsed(&["--backing=memfd", "--json", "--map=m.svg", "f"]), spaced);
+        assert_eq!(parsed(&["--json", "--help", "--nonsense"]), Ok(Command::Help));
+    }
+
+    #[test]
+    fn a_file_may_be_called_like_an_option() {
+        let Ok(Command::Run(args)) = parsed(&["--", "--json"]) else { panic!("should parse") };
+        assert_eq!((args.json, args.file), (false, Some("--json".into())));
+        assert_eq!(parsed(&["a=b"]).map(|c| matches!(c, Command::Run(_))), Ok(true));
+    }
+
+    #[test]
+    fn what_is_wrong_is_said() {
+        for (args, complaint) in [
+            (vec!["--map"], "--map needs a value"),
+            (vec!["--frob"], "unknown option --frob"),
+            (vec!["--json=yes"], "unknown option --json=yes"),
+            (vec!["a", "b"], "one FILE only, but there is also b"),
+            (vec!["--backing", "floppy"], "--backing is auto, hugetlb, thp or memfd, not floppy"),
+        ] {
+            assert_eq!(parsed(&args), Err(complaint.to_owned()));
+        }
+    }
+}
