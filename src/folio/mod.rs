@@ -11,5 +11,5 @@ mod map;
 mod pool;
 
 pub(crate) use map::{FolioMap, Shape, Slot};
-pub(crate) use pool::{Claim, Reservation};
 pub use pool::{ArenaBacking, FolioPool, PoolStat, Unscrubbed};
+pub(crate) use pool::{Claim, Reservation};
