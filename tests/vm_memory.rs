@@ -1,12 +1,5 @@
 //! The vm-memory adapter, with virtio-queue and others over it as they are.
 
-#![expect(
-    clippy::unwrap_used,
-    clippy::panic,
-    clippy::cast_possible_truncation,
-    reason = "the helpers of tests fail as tests do, and their numbers are small"
-)]
-
 mod common;
 
 use std::sync::Arc;
