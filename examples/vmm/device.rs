@@ -143,7 +143,7 @@ impl Device {
             Err(refusal) => (self.explain(&refusal), 0),
         };
         match memory.write_obj(status, request.status) {
-            Ok(()) => written + 1,
+            Ok(()) => written.saturating_add(1),
             Err(error) => {
                 self.stat.bad_descriptors += 1;
                 self.console.say(OWNER, &format!("cannot write the status: {}", reason(&error)));

@@ -12,6 +12,17 @@
 //! | `disk` | FILE, and the host's own hash of it |
 //! | `args`, `console`, `report`, `run` | command line, output, verdict, watchdog |
 
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::cast_possible_truncation,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::unreachable,
+        clippy::unwrap_used
+    )
+)]
+
 mod args;
 mod board;
 mod console;
