@@ -1,9 +1,10 @@
 //! The bytes of a pool: one arena, addressed by [`Pa`], copied in and out and never borrowed.
 //!
 //! Guests, devices and other threads change these bytes at any time, so nobody gets a reference.
-//! Every copy is made of relaxed atomic accesses: a race between two writers of shared memory is the
-//! guest's affair, and tears, but it is not undefined behaviour here. What orders a copy with a
-//! conversion is the subpage's word, not the copy.
+//! Every copy is made of relaxed atomic accesses to aligned words of eight bytes, and of no other size:
+//! a race between two writers of shared memory is the guest's affair, and tears, but it is not
+//! undefined behaviour here (`std::sync::atomic`: races of different sizes would be). What orders a
+//! copy with a conversion is the subpage's word, not the copy.
 
 // UNSAFETY: raw pointers into the arena. Offsets are checked against its size right here.
 #![expect(unsafe_code, reason = "guest memory can only be reached through raw pointers")]
@@ -14,7 +15,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 // Not from the facade: guest bytes are no part of any model, and loom's atomics cannot live there.
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::addr::{ByteSize, Hva, Pa};
 use crate::error::{Error, ErrorKind, Op};
@@ -91,50 +92,54 @@ impl Arena {
         }
     }
 
-    /// The byte at `at`, after checking that `len` bytes from there on are the arena's.
-    fn at(&self, op: Op, at: Pa, len: usize) -> Result<*mut u8, Error> {
+    /// The aligned word that holds the byte at `at`, and which of its bytes that is, after checking
+    /// that `len` bytes from there on are the arena's. So are the words that hold them: the arena is
+    /// made of whole pages.
+    fn at(&self, op: Op, at: Pa, len: usize) -> Result<(*mut u8, usize), Error> {
         let size = ByteSize::from_pages(self.nr_pages).get();
         match at.get().checked_add(len as u64) {
-            // Inside the arena, whose size fits in usize.
-            Some(end) if end <= size => Ok(self.base().as_ptr().wrapping_add(index(at.get()))),
+            Some(end) if end <= size => {
+                let skip = index(at.get()) % WORD;
+                Ok((self.base().as_ptr().wrapping_add(index(at.get()) - skip), skip))
+            }
             _ => Err(Error::new(op, ErrorKind::OutOfRange)),
         }
     }
 
     /// Copies bytes out.
     pub(crate) fn read(&self, at: Pa, buf: &mut [u8]) -> Result<(), Error> {
-        let from = self.at(Op::Read, at, buf.len())?;
-        let (head, words) = split(from, buf.len());
+        let (from, skip) = self.at(Op::Read, at, buf.len())?;
+        let (head, whole, tail) = cut(skip, buf.len());
         let (first, rest) = buf.split_at_mut(head);
-        for (i, byte) in first.iter_mut().enumerate() {
-            *byte = load_byte(from, i);
+        let (middle, last) = rest.split_at_mut(whole.len() * WORD);
+        if !first.is_empty() {
+            first.copy_from_slice(&load_word(from, 0).to_ne_bytes()[skip..skip + head]);
         }
-        let (middle, last) = rest.split_at_mut(words * WORD);
-        for (i, chunk) in middle.chunks_exact_mut(WORD).enumerate() {
-            chunk.copy_from_slice(&load_word(from, head + i * WORD).to_ne_bytes());
+        for (chunk, word) in middle.chunks_exact_mut(WORD).zip(whole) {
+            chunk.copy_from_slice(&load_word(from, word).to_ne_bytes());
         }
-        for (i, byte) in last.iter_mut().enumerate() {
-            *byte = load_byte(from, head + words * WORD + i);
+        if !last.is_empty() {
+            last.copy_from_slice(&load_word(from, tail).to_ne_bytes()[..last.len()]);
         }
         Ok(())
     }
 
     /// Copies bytes in.
     pub(crate) fn write(&self, at: Pa, buf: &[u8]) -> Result<(), Error> {
-        let to = self.at(Op::Write, at, buf.len())?;
-        let (head, words) = split(to, buf.len());
+        let (to, skip) = self.at(Op::Write, at, buf.len())?;
+        let (head, whole, tail) = cut(skip, buf.len());
         let (first, rest) = buf.split_at(head);
-        for (i, byte) in first.iter().enumerate() {
-            store_byte(to, i, *byte);
+        let (middle, last) = rest.split_at(whole.len() * WORD);
+        if !first.is_empty() {
+            store_part(to, 0, skip, first);
         }
-        let (middle, last) = rest.split_at(words * WORD);
-        for (i, chunk) in middle.chunks_exact(WORD).enumerate() {
-            let mut word = [0; WORD];
-            word.copy_from_slice(chunk);
-            store_word(to, head + i * WORD, u64::from_ne_bytes(word));
+        for (chunk, word) in middle.chunks_exact(WORD).zip(whole) {
+            let mut bytes = [0; WORD];
+            bytes.copy_from_slice(chunk);
+            store_word(to, word, u64::from_ne_bytes(bytes));
         }
-        for (i, byte) in last.iter().enumerate() {
-            store_byte(to, head + words * WORD + i, *byte);
+        if !last.is_empty() {
+            store_part(to, tail, 0, last);
         }
         Ok(())
     }
@@ -142,8 +147,8 @@ impl Arena {
     /// Fills whole frames with zeroes.
     pub(crate) fn zero(&self, frames: PfnRange) -> Result<(), Error> {
         let (to, words) = self.words_of(Op::Write, frames)?;
-        for i in words {
-            store_word(to, i * WORD, 0);
+        for word in words {
+            store_word(to, word, 0);
         }
         Ok(())
     }
@@ -151,7 +156,7 @@ impl Arena {
     /// Whether whole frames are all zeroes.
     pub(crate) fn is_zero(&self, frames: PfnRange) -> Result<bool, Error> {
         let (from, mut words) = self.words_of(Op::Read, frames)?;
-        Ok(words.all(|i| load_word(from, i * WORD) == 0))
+        Ok(words.all(|word| load_word(from, word) == 0))
     }
 
     fn words_of(&self, op: Op, frames: PfnRange) -> Result<(*mut u8, Range<usize>), Error> {
@@ -159,7 +164,8 @@ impl Arena {
             return Err(Error::new(op, ErrorKind::OutOfRange));
         }
         let len = index(frames.nr_pages()) * PAGE_BYTES;
-        Ok((self.at(op, frames.start().pa(), len)?, 0..len / WORD))
+        let (start, _) = self.at(op, frames.start().pa(), len)?;
+        Ok((start, 0..len / WORD))
     }
 
     /// An atomic load; sequentially consistent, because a guest may rely on it with its own.
@@ -188,13 +194,10 @@ impl Arena {
     }
 
     fn atomic(&self, at: Pa) -> Result<&AtomicU64, Error> {
-        let target = self.at(Op::Atomic, at, WORD)?.cast::<u64>();
-        if !target.is_aligned() {
-            return Err(Error::new(Op::Atomic, ErrorKind::Unaligned));
+        match self.at(Op::Atomic, at, WORD)? {
+            (target, 0) => Ok(word_at(target, 0)),
+            _ => Err(Error::new(Op::Atomic, ErrorKind::Unaligned)),
         }
-        // SAFETY: 1. `at` checked the bounds, the line above the alignment. 2. the memory lives as
-        // long as `self`. 3. it is only ever accessed atomically or through raw copies.
-        Ok(unsafe { AtomicU64::from_ptr(target) })
     }
 }
 
@@ -205,38 +208,42 @@ fn len_bytes(nr_pages: u64) -> Result<usize, Error> {
     Ok(index(nr_pages) * PAGE_BYTES)
 }
 
-/// Bytes up to the first aligned word, and whole words from there on.
-fn split(start: *mut u8, len: usize) -> (usize, usize) {
-    let head = start.align_offset(WORD).min(len);
-    (head, (len - head) / WORD)
+/// How a copy of `len` bytes that begins `skip` bytes into a word falls on words: how many bytes are
+/// in the first one if that is partial, which words are whole, and which one has the rest.
+fn cut(skip: usize, len: usize) -> (usize, Range<usize>, usize) {
+    let head = if skip == 0 { 0 } else { (WORD - skip).min(len) };
+    let first_whole = usize::from(skip != 0);
+    let behind = first_whole + (len - head) / WORD;
+    (head, first_whole..behind, behind)
 }
 
-fn load_byte(base: *mut u8, at: usize) -> u8 {
-    // SAFETY: every caller has checked `base..` against the arena for more than `at` bytes.
-    let cell = unsafe { AtomicU8::from_ptr(base.wrapping_add(at)) };
-    // Relaxed: bytes race as the guest likes; words order what must be ordered.
-    cell.load(Ordering::Relaxed)
+/// A word of the arena, counted from `base`.
+fn word_at<'a>(base: *mut u8, word: usize) -> &'a AtomicU64 {
+    // SAFETY: 1. every caller has `base` from `Arena::at`, which aligned it, and `word` from the
+    // length that was checked there. 2. the arena outlives the borrow of `self` under which callers
+    // use the result. 3. the memory is only accessed in atomic words, or outside of Rust.
+    unsafe { AtomicU64::from_ptr(base.cast::<u64>().wrapping_add(word)) }
 }
 
-fn store_byte(base: *mut u8, at: usize, value: u8) {
-    // SAFETY: as in `load_byte`.
-    let cell = unsafe { AtomicU8::from_ptr(base.wrapping_add(at)) };
-    // Relaxed: as in load_byte.
-    cell.store(value, Ordering::Relaxed);
+fn load_word(base: *mut u8, word: usize) -> u64 {
+    // Relaxed: bytes race as the guest likes; words of state order what must be ordered.
+    word_at(base, word).load(Ordering::Relaxed)
 }
 
-fn load_word(base: *mut u8, at: usize) -> u64 {
-    // SAFETY: as in `load_byte`, for `at + 8` bytes; `split` and page alignment make it aligned.
-    let cell = unsafe { AtomicU64::from_ptr(base.wrapping_add(at).cast()) };
-    // Relaxed: as in load_byte.
-    cell.load(Ordering::Relaxed)
+fn store_word(base: *mut u8, word: usize, value: u64) {
+    // Relaxed: as in load_word.
+    word_at(base, word).store(value, Ordering::Relaxed);
 }
 
-fn store_word(base: *mut u8, at: usize, value: u64) {
-    // SAFETY: as in `load_word`.
-    let cell = unsafe { AtomicU64::from_ptr(base.wrapping_add(at).cast()) };
-    // Relaxed: as in load_byte.
-    cell.store(value, Ordering::Relaxed);
+/// Replaces some bytes of a word and leaves the others to whoever writes them meanwhile.
+fn store_part(base: *mut u8, word: usize, skip: usize, part: &[u8]) {
+    let replace = |old: u64| {
+        let mut bytes = old.to_ne_bytes();
+        bytes[skip..skip + part.len()].copy_from_slice(part);
+        Some(u64::from_ne_bytes(bytes))
+    };
+    // Relaxed: as in load_word. `replace` never declines, so there is no failure to look at.
+    let _ = word_at(base, word).fetch_update(Ordering::Relaxed, Ordering::Relaxed, replace);
 }
 
 /// Page-aligned zeroed memory from the allocator.
@@ -277,19 +284,48 @@ mod tests {
     use crate::addr::Pfn;
 
     #[test]
-    fn copies_of_any_alignment_arrive() {
-        let arena = Arena::heap(2).unwrap();
-        let data: Vec<u8> = (0..100).collect();
-        for start in 0..20 {
-            for len in [0, 1, 7, 8, 9, 31, 100] {
-                arena.zero(PfnRange::new(Pfn::new(0), 2).unwrap()).unwrap();
-                arena.write(Pa::new(start), &data[..len]).unwrap();
-                let mut out = vec![0xff; len + 1];
-                arena.read(Pa::new(start), &mut out).unwrap();
-                assert_eq!(out[..len], data[..len], "start {start} len {len}");
-                assert_eq!(out[len], 0, "nothing beyond was written");
+    fn copies_of_any_alignment_arrive_and_touch_nothing_else() {
+        let arena = Arena::heap(1).unwrap();
+        let data: Vec<u8> = (1..=40).collect();
+        for start in 0..17 {
+            for len in 0..40 {
+                arena.write(Pa::new(0), &[0xee; 64]).unwrap();
+                arena.write(Pa::new(start as u64), &data[..len]).unwrap();
+                let mut all = [0; 64];
+                arena.read(Pa::new(0), &mut all).unwrap();
+                let mut wanted = [0xee; 64];
+                wanted[start..start + len].copy_from_slice(&data[..len]);
+                assert_eq!(all, wanted, "start {start} len {len}");
+                let mut part = vec![0; len];
+                arena.read(Pa::new(start as u64), &mut part).unwrap();
+                assert_eq!(part, data[..len], "start {start} len {len}");
             }
         }
+        let end = Pa::new(4096 - 3);
+        arena.write(end, b"end").unwrap();
+        let mut part = [0; 3];
+        arena.read(end, &mut part).unwrap();
+        assert_eq!(&part, b"end");
+    }
+
+    #[test]
+    fn neighbours_in_a_word_do_not_lose_each_others_bytes() {
+        let arena = Arena::heap(1).unwrap();
+        let rounds = if cfg!(miri) { 20 } else { 5_000 };
+        std::thread::scope(|scope| {
+            for byte in 0..2 {
+                let arena = &arena;
+                scope.spawn(move || {
+                    for round in 1..=rounds {
+                        let value = (round % 251) as u8;
+                        arena.write(Pa::new(byte), &[value]).unwrap();
+                        let mut seen = [0];
+                        arena.read(Pa::new(byte), &mut seen).unwrap();
+                        assert_eq!(seen, [value]);
+                    }
+                });
+            }
+        });
     }
 
     #[test]

@@ -64,3 +64,8 @@ pub use crate::os::sigbus::SigbusHandler;
 pub use crate::state::Visibility;
 #[doc(hidden)]
 pub use crate::sync::MODELLED;
+
+/// The README's example is a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

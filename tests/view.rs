@@ -77,6 +77,23 @@ fn a_refused_conversion_leaves_the_view_as_it_was() {
 }
 
 #[test]
+fn absent_pages_fault_for_loads_and_stores_alike() {
+    let (_pool, memfd) = object(Visibility::Private);
+    let view = memfd.map_view().unwrap();
+    let handler = SigbusHandler::install().unwrap();
+    for at in [0, (4 << 20) - 1] {
+        for access in [Access::Read, Access::Write] {
+            let touch = view.touch(handler, Offset::new(at), access).unwrap();
+            let Touch::Fault(fault) = touch else { panic!("{access:?} at {at:#x} went through") };
+            assert_eq!((fault.offset, fault.cause), (Offset::new(at), FaultCause::NotMapped));
+        }
+    }
+    let past = view.touch(handler, Offset::new(4 << 20), Access::Read).unwrap_err();
+    assert_eq!(past.kind(), ErrorKind::OutOfRange);
+    assert_eq!(memfd.stat().resident, ByteSize::default());
+}
+
+#[test]
 fn zeroing_conversions_leave_nothing_to_either_side() {
     let (_pool, memfd) = object(Visibility::Shared);
     let view = memfd.map_view().unwrap();

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use crate::addr::ByteSize;
 use crate::error::{Error, ErrorKind, Op};
 use crate::os::failed;
-use crate::os::memory::require_available;
+use crate::os::memory::{require_available, require_file_size};
 
 /// What the kernel makes the file's pages of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +38,7 @@ pub(crate) fn create_sparse_arena(size: ByteSize) -> Result<OwnedFd, Error> {
 
 fn create_sealed(kind: PageKind, size: ByteSize) -> Result<OwnedFd, Error> {
     let op = Op::CreatePool;
+    require_file_size(size)?;
     let base = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let flags = match kind {
         PageKind::Plain => base,

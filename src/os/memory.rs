@@ -7,8 +7,19 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use rustix::process::{Resource, getrlimit};
+
 use crate::addr::ByteSize;
 use crate::error::{Error, ErrorKind, Op};
+
+/// Refuses a file that the process may not make that large: the kernel would send `SIGXFSZ`.
+pub(crate) fn require_file_size(size: ByteSize) -> Result<(), Error> {
+    match getrlimit(Resource::Fsize).current {
+        Some(limit) if size.get() > limit => Err(Error::new(Op::CreatePool, ErrorKind::Exhausted)
+            .because(format!("{} bytes wanted, RLIMIT_FSIZE is {limit}", size.get()))),
+        _ => Ok(()),
+    }
+}
 
 /// Refuses a size that the host, or the control group that we run in, cannot provide now.
 pub(crate) fn require_available(size: ByteSize) -> Result<(), Error> {

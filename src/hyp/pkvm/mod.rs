@@ -1,7 +1,7 @@
 //! pKVM: the host starts with all memory and gives it away; EL2 keeps the account.
 //!
 //! A [`Hypervisor`] is EL2 of one simulated machine, whose memory is one
-//! [`FolioPool`](crate::FolioPool). It knows for every frame who owns it and who may see it:
+//! [`FolioPool`]. It knows for every frame who owns it and who may see it:
 //!
 //! | host's record | guest's leaf | who sees the frame | how it gets there |
 //! |---|---|---|---|
