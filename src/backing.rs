@@ -341,6 +341,11 @@ mod tests {
         assert!(arena.zero(PfnRange::new(Pfn::new(0), 2).unwrap()).is_err());
         assert_eq!(Arena::heap(0).unwrap_err().kind(), ErrorKind::InvalidSize);
         assert_eq!(Arena::heap(u64::MAX).unwrap_err().kind(), ErrorKind::InvalidSize);
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri stops where an allocator fails")]
+    fn more_than_there_can_be_is_refused() {
         assert_eq!(Arena::heap(MAX_PAGES).unwrap_err().kind(), ErrorKind::Exhausted);
     }
 
