@@ -24,10 +24,11 @@ pub fn explore<M: Fn() + Send + Sync + 'static>(model: M) {
     const { assert!(gmem::MODELLED, "std's atomics are in use: loom explores nothing") };
     let name = name_of::<M>();
     let begin = Instant::now();
-    let nr_executions = run(model).unwrap_or_else(|failure| {
-        report(&format!("{name}: FAILED in execution {}", failure.execution));
-        panic::resume_unwind(failure.payload)
-    });
+    let nr_executions =
+        with_panics(Panics::Reported(name), || run(model)).unwrap_or_else(|failure| {
+            report(&format!("{name}: FAILED in execution {}", failure.execution));
+            panic::resume_unwind(failure.payload)
+        });
     report(&format!("{name}: {nr_executions} executions, {:.2?}", begin.elapsed()));
     assert!(nr_executions > 1, "{name}: nothing ran concurrently");
 }
@@ -39,7 +40,7 @@ pub fn explore<M: Fn() + Send + Sync + 'static>(model: M) {
 pub fn must_be_caught<M: Fn() + Send + Sync + 'static>(symptom: &str, faulty: M) {
     const { assert!(gmem::MODELLED, "std's atomics are in use: loom explores nothing") };
     let name = name_of::<M>();
-    match quietly(|| run(faulty)) {
+    match with_panics(Panics::Quiet, || run(faulty)) {
         Ok(nr_executions) => panic!("{name}: the seeded race survived {nr_executions} executions"),
         Err(failure) => {
             let message = message_of(&*failure.payload);
@@ -96,23 +97,35 @@ fn message_of(payload: &(dyn Any + Send)) -> &str {
     text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("not a message")
 }
 
-thread_local! {
-    static QUIET: Cell<bool> = const { Cell::new(false) };
+/// What becomes of the panic messages of this thread. All threads of a model are threads of loom's
+/// and run on the one thread of the system that explores it.
+#[derive(Clone, Copy)]
+enum Panics {
+    /// As in any test.
+    Normal,
+    /// Written at once. A model that fails while it holds a freeze may fail once more while that is
+    /// quarantined; the process aborts then, and takes with it what the test runner has captured.
+    Reported(&'static str),
+    /// Expected.
+    Quiet,
 }
 
-/// Without the panic messages of this thread.
-fn quietly<R>(work: impl FnOnce() -> R) -> R {
+thread_local! {
+    static PANICS: Cell<Panics> = const { Cell::new(Panics::Normal) };
+}
+
+fn with_panics<R>(panics: Panics, work: impl FnOnce() -> R) -> R {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
-        let loud = panic::take_hook();
-        panic::set_hook(Box::new(move |info| {
-            if !QUIET.get() {
-                loud(info);
-            }
+        let normal = panic::take_hook();
+        panic::set_hook(Box::new(move |info| match PANICS.get() {
+            Panics::Normal => normal(info),
+            Panics::Reported(name) => report(&format!("{name}: {info}")),
+            Panics::Quiet => {}
         }));
     });
-    QUIET.set(true);
+    PANICS.set(panics);
     let result = work();
-    QUIET.set(false);
+    PANICS.set(Panics::Normal);
     result
 }
