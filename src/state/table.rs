@@ -191,22 +191,66 @@ impl Table {
         wanted: impl Fn(Word) -> bool,
     ) -> Result<Frozen<'_>, Stop> {
         let mut frozen = Frozen { table: self, runs: Vec::new() };
+        let outcome = self.freeze_each(&mut frozen, range, &wanted);
+        match outcome.and_then(|()| self.check_left_alone(&frozen, range, &wanted)) {
+            Ok(()) => Ok(frozen),
+            Err(stop) => {
+                frozen.thaw();
+                Err(stop)
+            }
+        }
+    }
+
+    fn freeze_each(
+        &self,
+        frozen: &mut Frozen<'_>,
+        range: PgoffRange,
+        wanted: impl Fn(Word) -> bool,
+    ) -> Result<(), Stop> {
         for (page, cell) in self.cells_of(range) {
             let step = cell.step(|word| match word.phase() {
                 Phase::Settled if !wanted(word) => Ok(word),
                 _ => word.freeze(),
             });
-            let outcome = match step {
-                Ok(before) if !wanted(before) => Ok(()),
-                Ok(_) => self.note(&mut frozen, page),
-                Err(refusal) => Err(Stop::At(page, refusal)),
-            };
-            if let Err(stop) = outcome {
-                frozen.thaw();
-                return Err(stop);
+            match step {
+                Ok(before) if !wanted(before) => {}
+                Ok(_) => self.note(frozen, page)?,
+                Err(refusal) => return Err(Stop::At(page, refusal)),
             }
         }
-        Ok(frozen)
+        Ok(())
+    }
+
+    /// Whether the pages that were left alone are still as they should be, now that all others are
+    /// frozen. Otherwise two conversions of one mixed range in opposite directions could both
+    /// succeed, each on the pages that the other left alone.
+    ///
+    /// A step that changes nothing, not a load: of two steps on a word the later sees the earlier.
+    fn check_left_alone(
+        &self,
+        frozen: &Frozen<'_>,
+        range: PgoffRange,
+        wanted: impl Fn(Word) -> bool,
+    ) -> Result<(), Stop> {
+        let nr_frozen: u64 = frozen.runs.iter().map(PgoffRange::nr_pages).sum();
+        if nr_frozen == 0 || nr_frozen == range.nr_pages() {
+            return Ok(());
+        }
+        let mut next = range.start();
+        for run in frozen.runs.iter().copied().chain(PgoffRange::new(range.end(), 1)) {
+            let nr_between = run.start().get() - next.get();
+            let between = PgoffRange::new(next, nr_between);
+            for (page, cell) in between.into_iter().flat_map(|between| self.cells_of(between)) {
+                cell.step(|word| match word.phase() {
+                    Phase::Settled if !wanted(word) => Ok(word),
+                    Phase::Quarantined => Err(Refusal::Quarantined),
+                    _ => Err(Refusal::Converting),
+                })
+                .map_err(|refusal| Stop::At(page, refusal))?;
+            }
+            next = run.end();
+        }
+        Ok(())
     }
 
     /// Writes down a page that has just been frozen, or thaws it.
