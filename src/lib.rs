@@ -42,6 +42,8 @@ mod folio;
 pub mod geometry;
 mod gmem;
 pub mod hyp;
+#[cfg(feature = "oracle")]
+pub mod oracle;
 mod os;
 pub mod range;
 pub mod render;

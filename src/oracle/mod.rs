@@ -1,0 +1,34 @@
+//! The oracle: a naive model of the library, and a language of actions to drive both.
+//!
+//! Property tests and fuzzers share it: any bytes become a list of [`Action`]s, [`run`] does them on
+//! real memory and on the model, and compares every answer (errors by kind, errno, range and
+//! culprit) and, after every action, everything that can be seen from outside.
+//!
+//! What it does not cover: more than one thread, guests and hypervisors, hosts that run out of memory.
+//!
+//! | file | holds |
+//! |---|---|
+//! | `action` | the actions, and what their numbers mean |
+//! | `step` | an action with its claims settled |
+//! | `model`, `object`, `ledger` | the model: rules, pages, frames |
+//! | `mistake` | rules that the model can be told to get wrong |
+//! | `facts` | what the model says of itself |
+//! | `answer` | what a call answers, whoever answers it |
+//! | `real` | the same steps on the library |
+//! | `compare`, `run` | the comparison, and what drives it |
+
+mod action;
+mod answer;
+mod compare;
+mod facts;
+mod ledger;
+mod mistake;
+mod model;
+mod object;
+mod real;
+mod run;
+mod step;
+
+pub use action::{Action, ByteClaim, Door, Question, RangeClaim, SizeClaim, ViewChange};
+pub use mistake::Mistake;
+pub use run::{Coverage, Disagreement, Inspect, run, run_inspected, run_mistaken, shrink};

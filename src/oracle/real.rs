@@ -1,0 +1,299 @@
+//! The library's side: the same steps, on real objects.
+
+use super::action::{Asked, Door};
+use super::answer::{Answer, PageFacts, Refused, run_of};
+use super::facts::{ObjectFacts, PoolFacts};
+use super::step::{Owner, STRANGER, Step, pattern};
+use crate::addr::{ByteSize, Offset, Pgoff};
+use crate::error::{Error, ErrorKind};
+use crate::folio::{ArenaBacking, FolioPool};
+use crate::geometry::FolioSize;
+use crate::gmem::{GuestMemfd, HostView, PageInfo, PageStatus, PinGuard, PinMode, Residency};
+use crate::range::PgoffRange;
+use crate::state::Visibility;
+
+/// What a buffer holds before it is read into.
+const UNTOUCHED: u8 = 0xa5;
+
+#[derive(Debug)]
+struct RealObject {
+    handle: Option<GuestMemfd>,
+    views: Vec<HostView>,
+}
+
+/// A pool, its objects and their pins as they are.
+#[derive(Debug)]
+pub(super) struct Real {
+    // Before the objects, so that a run that ends early drops them in the usual order.
+    pins: Vec<(usize, PinGuard)>,
+    objects: Vec<RealObject>,
+    pool: FolioPool,
+}
+
+impl Asked {
+    fn born(self) -> Result<PgoffRange, Error> {
+        match self {
+            Self::Pages { start, nr_pages } => PgoffRange::new(Pgoff::new(start), nr_pages),
+            Self::Bytes { start, len } => {
+                PgoffRange::from_bytes(Offset::new(start), ByteSize::from_bytes(len))
+            }
+        }
+    }
+}
+
+/// What a step may run into that is no answer at all.
+#[derive(Debug)]
+pub(super) enum Trouble {
+    Refused(Error),
+    /// The library contradicts itself, or the runner does.
+    Nonsense(String),
+}
+
+impl Trouble {
+    pub(super) fn in_words(self) -> String {
+        match self {
+            Self::Refused(error) => format!("refused: {error}"),
+            Self::Nonsense(what) => what,
+        }
+    }
+}
+
+impl From<Error> for Trouble {
+    fn from(error: Error) -> Self {
+        Self::Refused(error)
+    }
+}
+
+fn nonsense<T>(what: impl Into<String>) -> Result<T, Trouble> {
+    Err(Trouble::Nonsense(what.into()))
+}
+
+impl Real {
+    pub(super) fn new(backing: ArenaBacking, nr_pages: u64) -> Result<Self, Error> {
+        let pool = FolioPool::new(backing, ByteSize::from_pages(nr_pages))?;
+        Ok(Self { pins: Vec::new(), objects: Vec::new(), pool })
+    }
+
+    /// What an attempt to map a view is answered here, if it is a refusal that always comes.
+    pub(super) fn no_views(&self) -> Result<Option<Refused>, Error> {
+        let probe = GuestMemfd::builder(FolioSize::Huge2M.bytes()).create(&self.pool)?;
+        match probe.map_view() {
+            Ok(_) => Ok(None),
+            Err(error) => match (error.kind(), self.pool.backing()) {
+                (ErrorKind::Unsupported, ArenaBacking::Heap) => Ok(Some(error.into())),
+                (ErrorKind::MissingCapability, backing) if backing != ArenaBacking::Heap => {
+                    Ok(Some(error.into()))
+                }
+                _ => Err(error),
+            },
+        }
+    }
+
+    pub(super) fn pool(&self) -> &FolioPool {
+        &self.pool
+    }
+
+    /// An object, by whatever still refers to it.
+    pub(super) fn memfd(&self, object: usize) -> Option<&GuestMemfd> {
+        let it = self.objects.get(object)?;
+        let by_pin = || self.pins.iter().find(|(of, _)| *of == object).map(|(_, pin)| pin.memfd());
+        it.handle.as_ref().or_else(|| it.views.first().map(HostView::memfd)).or_else(by_pin)
+    }
+
+    pub(super) fn views(&self, object: usize) -> &[HostView] {
+        self.objects.get(object).map_or(&[], |it| it.views.as_slice())
+    }
+
+    /// Does a step, and says what the library answered.
+    ///
+    /// # Errors
+    /// In words, if the library contradicts itself.
+    pub(super) fn apply(&mut self, step: &Step) -> Result<Answer, String> {
+        match self.try_apply(step) {
+            Ok(answer) => Ok(answer),
+            Err(Trouble::Refused(error)) => Ok(Answer::Refused(error.into())),
+            Err(Trouble::Nonsense(what)) => Err(what),
+        }
+    }
+
+    fn of(&self, object: usize) -> Result<&GuestMemfd, Trouble> {
+        match self.memfd(object) {
+            Some(memfd) => Ok(memfd),
+            None => nonsense(format!("object {object} is gone")),
+        }
+    }
+
+    fn try_apply(&mut self, step: &Step) -> Result<Answer, Trouble> {
+        match *step {
+            Step::Create { bytes, folio, initial } => self.create(bytes, folio, initial)?,
+            Step::Drop { object } => {
+                if let Some(object) = self.objects.get_mut(object) {
+                    object.handle = None;
+                }
+            }
+            Step::Allocate { object, range } => self.of(object)?.allocate(range.born()?)?,
+            Step::Punch { object, range } => self.of(object)?.punch_hole(range.born()?)?,
+            Step::Pin { object, range, owner, mode } => self.pin(object, range, owner, mode)?,
+            Step::Unpin { pin } => {
+                if pin < self.pins.len() {
+                    drop(self.pins.remove(pin));
+                }
+            }
+            Step::Convert { object, range, to, content } => {
+                let done = self.of(object)?.convert(range.born()?, to, content)?;
+                return Ok(Answer::Changed(done.changed_pages()));
+            }
+            Step::Read { object, at, len, door } => return self.read(object, at, len, door),
+            Step::Write { object, at, len, seed, door } => {
+                let (at, bytes) = (Offset::new(at), pattern(seed, at, len));
+                match (door, self.views(object).first()) {
+                    (Door::View, Some(view)) => view.write(at, &bytes)?,
+                    _ => self.of(object)?.write(at, &bytes)?,
+                }
+            }
+            Step::Load { object, at, door } => {
+                let at = Offset::new(at);
+                return Ok(Answer::Word(match (door, self.views(object).first()) {
+                    (Door::View, Some(view)) => view.load_u64(at)?,
+                    _ => self.of(object)?.load_u64(at)?,
+                }));
+            }
+            Step::Store { object, at, value, door } => {
+                let at = Offset::new(at);
+                match (door, self.views(object).first()) {
+                    (Door::View, Some(view)) => view.store_u64(at, value)?,
+                    _ => self.of(object)?.store_u64(at, value)?,
+                }
+            }
+            Step::MapView { object } => {
+                let view = self.of(object)?.map_view()?;
+                if let Some(object) = self.objects.get_mut(object) {
+                    object.views.push(view);
+                }
+            }
+            Step::DropView { object, view } => {
+                if let Some(object) = self.objects.get_mut(object) {
+                    if view < object.views.len() {
+                        drop(object.views.remove(view));
+                    }
+                }
+            }
+            Step::Visibility { object, range } => return self.sides(object, range.born()?),
+            Step::Snapshot { object, range } => return self.pages(object, range.born()?),
+            Step::Owners { object, range } => return self.owners(object, range.born()?),
+            Step::Examine => {}
+        }
+        Ok(Answer::Done)
+    }
+
+    fn create(&mut self, bytes: u64, folio: FolioSize, initial: Visibility) -> Result<(), Trouble> {
+        let memfd = GuestMemfd::builder(ByteSize::from_bytes(bytes))
+            .folio_size(folio)
+            .initial(initial)
+            .name("oracle")
+            .create(&self.pool)?;
+        if memfd.size().get() != bytes || memfd.pages().len_bytes().get() != bytes {
+            return nonsense(format!("{bytes:#x} bytes wanted, {} made", memfd.size()));
+        }
+        self.objects.push(RealObject { handle: Some(memfd), views: Vec::new() });
+        Ok(())
+    }
+
+    fn pin(
+        &mut self,
+        object: usize,
+        range: Asked,
+        owner: Owner,
+        mode: PinMode,
+    ) -> Result<(), Trouble> {
+        let (of, name) = match owner {
+            Owner::Named(name) => (object, name),
+            Owner::TagOf(other) => (other, STRANGER),
+        };
+        let tag = self.of(of)?.register_owner(name)?;
+        if self.of(of)?.register_owner(name)? != tag {
+            return nonsense(format!("{name} got two tags"));
+        }
+        let range = range.born()?;
+        let guard = self.of(object)?.pin(range, tag, mode)?;
+        if (guard.range(), guard.owner(), guard.mode()) != (range, tag, mode) {
+            return nonsense(format!("{guard:?} is not what was asked for"));
+        }
+        self.pins.push((object, guard));
+        Ok(())
+    }
+
+    fn read(&self, object: usize, at: u64, len: u64, door: Door) -> Result<Answer, Trouble> {
+        let at = Offset::new(at);
+        let mut bytes: Vec<u8> = (0..len).map(|_| UNTOUCHED).collect();
+        let outcome = match (door, self.views(object).first()) {
+            (Door::View, Some(view)) => view.read(at, &mut bytes),
+            _ => self.of(object)?.read(at, &mut bytes),
+        };
+        match outcome {
+            Ok(()) => Ok(Answer::Bytes(bytes)),
+            Err(_) if bytes.iter().any(|&byte| byte != UNTOUCHED) => {
+                nonsense("a read that was refused has copied something")
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    pub(super) fn sides(&self, object: usize, range: PgoffRange) -> Result<Answer, Trouble> {
+        let runs = self.of(object)?.visibility(range)?;
+        Ok(Answer::Sides(runs.map(|(range, side)| (run_of(range), side)).collect()))
+    }
+
+    pub(super) fn pages(&self, object: usize, range: PgoffRange) -> Result<Answer, Trouble> {
+        let mut pages = Vec::new();
+        for (range, info) in self.of(object)?.snapshot(range)? {
+            let exclusive = match info.status {
+                PageStatus::Settled => false,
+                PageStatus::ExclusivelyPinned => true,
+                _ => return nonsense(format!("nobody is at work, but {range}: {info:?}")),
+            };
+            let PageInfo { visibility, pins, residency, .. } = info;
+            let resident = residency == Residency::Resident;
+            pages.push((run_of(range), PageFacts { visibility, pins, exclusive, resident }));
+        }
+        Ok(Answer::Pages(pages))
+    }
+
+    pub(super) fn owners(&self, object: usize, range: PgoffRange) -> Result<Answer, Trouble> {
+        let names = self.of(object)?.owners(range);
+        Ok(Answer::Names(names.iter().map(|name| String::from(&**name)).collect()))
+    }
+
+    pub(super) fn object_facts(&self, object: usize) -> Result<ObjectFacts, Trouble> {
+        let stat = self.of(object)?.stat();
+        Ok(ObjectFacts {
+            size: pages(stat.size)?,
+            resident: pages(stat.resident)?,
+            shared: pages(stat.shared)?,
+            private: pages(stat.private)?,
+            pinned: pages(stat.pinned)?,
+            mapped: pages(stat.mapped)?,
+            quarantined: pages(stat.quarantined)?,
+        })
+    }
+
+    pub(super) fn pool_facts(&self) -> Result<PoolFacts, Trouble> {
+        let stat = self.pool.stat();
+        Ok(PoolFacts {
+            capacity: pages(stat.capacity)?,
+            free: pages(stat.free)?,
+            reserved: pages(stat.reserved)?,
+            used: pages(stat.used)?,
+            quarantined: pages(stat.quarantined)?,
+        })
+    }
+}
+
+/// A counter in pages.
+fn pages(size: ByteSize) -> Result<u64, Trouble> {
+    if size.is_page_aligned() {
+        Ok(size.whole_pages())
+    } else {
+        nonsense(format!("a counter says {size} bytes, which is no number of pages"))
+    }
+}
