@@ -1,6 +1,8 @@
 //! Pools on every kind of memory, and what happens where the host has none of it.
 
 mod common;
+#[path = "common/setting.rs"]
+mod setting;
 
 use std::fs;
 use std::path::Path;
@@ -15,40 +17,10 @@ use gmem::vm_memory::{AddressSpace, Slot, refusal};
 use gmem::{
     ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, HostView, SigbusHandler, Touch, Visibility,
 };
+use setting::{NR_HUGEPAGES, SHMEM_ENABLED, Setting};
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 
 const PRESERVE: ContentPolicy = ContentPolicy::Preserve;
-const NR_HUGEPAGES: &str = "/proc/sys/vm/nr_hugepages";
-const SHMEM_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
-
-/// A host setting that is put back when the test ends, however it ends. Only one test of all
-/// processes holds one at a time.
-struct Setting {
-    path: &'static str,
-    before: String,
-    _lock: fs::File,
-}
-
-impl Setting {
-    fn set(path: &'static str, value: &str) -> Self {
-        let lock = fs::File::open(path).unwrap();
-        rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
-        let text = fs::read_to_string(path).unwrap();
-        let before = match text.split_once('[').and_then(|(_, rest)| rest.split_once(']')) {
-            Some((word, _)) => word.to_owned(),
-            None => text.trim().to_owned(),
-        };
-        fs::write(path, value).unwrap();
-        Self { path, before, _lock: lock }
-    }
-}
-
-impl Drop for Setting {
-    fn drop(&mut self) {
-        let restored = fs::write(self.path, &self.before);
-        assert!(restored.is_ok() || std::thread::panicking(), "{} not restored", self.path);
-    }
-}
 
 fn range(start: u64, nr_pages: u64) -> PgoffRange {
     PgoffRange::new(Pgoff::new(start), nr_pages).unwrap()

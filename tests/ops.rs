@@ -1,0 +1,213 @@
+//! Random lists of actions, against the naive model: every answer and all that can be seen, on every
+//! backing that the host has.
+
+use std::collections::BTreeSet;
+use std::env;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use gmem::ArenaBacking;
+use gmem::audit;
+use gmem::oracle::{Action, Coverage, Disagreement, Mistake, run_inspected, run_mistaken, shrink};
+
+mod common;
+#[path = "common/setting.rs"]
+mod setting;
+
+use common::{Capability, probe};
+use setting::{NR_HUGEPAGES, SHMEM_ENABLED, Setting};
+
+/// Bytes for one list: some 120 actions.
+const NR_BYTES: usize = 1536;
+
+/// Actions that are a function of the seed.
+fn actions(seed: u64) -> Vec<Action> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let bytes: Vec<u8> = (0..NR_BYTES)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state.to_le_bytes()[4]
+        })
+        .collect();
+    Action::list(&bytes)
+}
+
+/// The same seeds each time, and one that nobody has tried yet. `GMEM_OPS_SEEDS` asks for more of
+/// them: `GMEM_OPS_SEEDS=10000 cargo test --release --test ops`.
+fn seeds(nr: u64) -> impl Iterator<Item = u64> {
+    let nr = match env::var("GMEM_OPS_SEEDS") {
+        Ok(wanted) => wanted.parse().expect("GMEM_OPS_SEEDS is a number"),
+        Err(_) => nr,
+    };
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos();
+    (1..=nr).chain([now as u64])
+}
+
+fn check(backing: ArenaBacking, nr_seeds: u64) -> Coverage {
+    let mut coverage = Coverage::default();
+    for seed in seeds(nr_seeds) {
+        // Shown if the test fails, also by a panic of the library.
+        println!("seed {seed:#x} on {backing}");
+        let actions = actions(seed);
+        match run_audited(&actions, backing) {
+            Ok(more) => coverage.add(more),
+            Err(disagreement) => fail(&actions, backing, &disagreement),
+        }
+    }
+    println!("{coverage}");
+    coverage
+}
+
+fn run_audited(actions: &[Action], backing: ArenaBacking) -> Result<Coverage, Disagreement> {
+    run_inspected(actions, backing, &mut |pool, objects| {
+        let report = audit::check(pool, objects);
+        if report.is_clean() { Ok(()) } else { Err(report.to_string()) }
+    })
+}
+
+/// Says it with as few actions as will do.
+fn fail(actions: &[Action], backing: ArenaBacking, disagreement: &Disagreement) {
+    let few = shrink(actions, |actions| run_audited(actions, backing));
+    let last = run_audited(&few, backing).expect_err("it was seen to fail");
+    panic!("{disagreement}\n\nof these it takes {few:#?}\n\n{last}");
+}
+
+/// Fails unless all of these have come up: a comparison of nothing is no comparison.
+fn assert_has_met(coverage: &Coverage, wanted: &[&str]) {
+    let met: BTreeSet<&str> = coverage.answers.keys().map(String::as_str).collect();
+    let missed: Vec<_> = wanted.iter().filter(|answer| !met.contains(*answer)).collect();
+    assert!(missed.is_empty(), "never met: {missed:?}\n{coverage}");
+}
+
+const EVERYWHERE: [&str; 47] = [
+    "Allocate EmptyRange",
+    "Allocate Ok",
+    "Allocate OutOfRange",
+    "Allocate Overflow",
+    "Allocate Unaligned",
+    "Convert Busy",
+    "Convert EmptyRange",
+    "Convert Ok",
+    "Convert OutOfRange",
+    "Convert Overflow",
+    "Convert Unaligned",
+    "Create Exhausted",
+    "Create InvalidSize",
+    "Create Ok",
+    "Drop Ok",
+    "Examine Ok",
+    "Load NotShared",
+    "Load Ok",
+    "Load OutOfRange",
+    "Load Unaligned",
+    "Owners Ok",
+    "Pin Busy",
+    "Pin EmptyRange",
+    "Pin NotFound",
+    "Pin NotShared",
+    "Pin Ok",
+    "Pin OutOfRange",
+    "Pin Overflow",
+    "Pin Unaligned",
+    "Punch Busy",
+    "Punch EmptyRange",
+    "Punch Ok",
+    "Punch Overflow",
+    "Punch Unaligned",
+    "Read NotShared",
+    "Read Ok",
+    "Read OutOfRange",
+    "Snapshot Ok",
+    "Snapshot OutOfRange",
+    "Store NotShared",
+    "Store Ok",
+    "Unpin Ok",
+    "Visibility Ok",
+    "Visibility OutOfRange",
+    "Write NotShared",
+    "Write Ok",
+    "Write OutOfRange",
+];
+
+#[test]
+fn the_heap_does_what_the_model_does() {
+    let coverage = check(ArenaBacking::Heap, 40);
+    assert_has_met(&coverage, &EVERYWHERE);
+    assert_has_met(&coverage, &["MapView Unsupported"]);
+}
+
+/// With views that are really mapped and touched.
+#[test]
+fn a_memory_file_and_its_views_do_what_the_model_does() {
+    if !common::require(Capability::Uffd) {
+        return;
+    }
+    let coverage = check(ArenaBacking::Memfd, 40);
+    assert_has_met(&coverage, &EVERYWHERE);
+    assert_has_met(&coverage, &["MapView Ok", "DropView Ok"]);
+    assert!(coverage.faults > 1000, "{coverage}");
+    assert!(coverage.touches > 2 * coverage.faults, "{coverage}");
+}
+
+/// Without userfaultfd every attempt to map a view is refused, and all else is the same.
+#[test]
+fn a_memory_file_without_views_does_what_the_model_does() {
+    if probe::probe(Capability::Uffd).is_err() {
+        let coverage = check(ArenaBacking::Memfd, 40);
+        assert_has_met(&coverage, &EVERYWHERE);
+        assert_has_met(&coverage, &["MapView MissingCapability"]);
+    }
+}
+
+#[test]
+fn transparent_huge_pages_do_what_the_model_does() {
+    if common::require(Capability::Thp) {
+        let _setting = Setting::set(SHMEM_ENABLED, "advise");
+        let coverage = check(ArenaBacking::MemfdThp, 12);
+        assert_has_met(&coverage, &["Convert Ok", "Convert Busy", "Punch Ok"]);
+    }
+}
+
+#[test]
+fn hugetlb_does_what_the_model_does() {
+    if common::require(Capability::Hugetlb) {
+        let _setting = Setting::set(NR_HUGEPAGES, "3");
+        let coverage = check(ArenaBacking::MemfdHugetlb2M, 12);
+        assert_has_met(&coverage, &["Convert Ok", "Convert Busy", "Punch Ok"]);
+    }
+}
+
+/// A model that is wrong is found out, whichever rule it is wrong about: the comparison can fail.
+#[test]
+fn every_mistake_of_a_model_is_noticed() {
+    for mistake in Mistake::ALL {
+        let backing = match mistake {
+            // Only a view can tell.
+            Mistake::ViewsMapPrivatePages if !common::require(Capability::Uffd) => continue,
+            Mistake::ViewsMapPrivatePages => ArenaBacking::Memfd,
+            _ => ArenaBacking::Heap,
+        };
+        let noticed =
+            (1..=60).find(|&seed| run_mistaken(&actions(seed), backing, mistake).is_err());
+        match noticed {
+            Some(seed) => println!("{mistake:?}: noticed with seed {seed}"),
+            None => panic!("{mistake:?} was not noticed"),
+        }
+    }
+}
+
+/// The smallest case there is, by name: pins that do not refuse.
+#[test]
+fn a_disagreement_says_where_and_what() {
+    let run = |few: &[Action]| run_mistaken(few, ArenaBacking::Heap, Mistake::ConvertsPinnedPages);
+    let seed = (1..=60).find(|&seed| run(&actions(seed)).is_err()).expect("a seed that shows it");
+    let few = shrink(&actions(seed), run);
+    let disagreement = run(&few).expect_err("shrinking keeps the failure");
+    println!("{few:#?}\n{disagreement}");
+    assert!(few.len() <= 4, "{few:#?}");
+    assert_eq!(disagreement.action(), few.last());
+    let text = disagreement.to_string();
+    assert!(text.contains("ConvertToPrivate: Busy (EAGAIN)"), "{text}");
+    assert!(text.contains("pages changed sides"), "{text}");
+}
