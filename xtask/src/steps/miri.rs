@@ -31,8 +31,7 @@ const MEMBARRIER: &str = "membarrier is a system call";
 const SLOW: &str = "takes minutes when interpreted";
 
 /// Tests of these modules that an interpreter cannot run, and why. They count as skipped.
-const LEFT_OUT: [(&str, &str); 11] = [
-    ("backing::tests::nothing_beyond_the_arena_is_reached", "asks for more memory than there is"),
+const LEFT_OUT: [(&str, &str); 10] = [
     ("folio::buddy::tests::any_order_of_frees_makes_it_whole_again", SLOW),
     ("folio::pool::tests::what_comes_back_is_scrubbed_and_promised_again", SLOW),
     ("stage2::table::tests::behaves_like_a_map_of_pages", SLOW),
