@@ -22,6 +22,7 @@ use crate::error::{Error, ErrorKind, Op};
 use crate::geometry::{FolioSize, MAX_PAGES, PAGE_BYTES, index};
 use crate::os::mapping::Mapping;
 use crate::os::memfd::{PageKind, create_arena};
+use crate::os::memory::require_available;
 use crate::range::PfnRange;
 
 const WORD: usize = size_of::<u64>();
@@ -65,6 +66,7 @@ impl Arena {
         // Before the pages exist, and through the mapping: fallocate would not see the advice.
         map.want_huge()?;
         map.populate()?;
+        map.forbid_collapse(0, map.len())?;
         Ok(Arc::new(Self { memory: Memory::File { map, fd }, nr_pages }))
     }
 
@@ -261,6 +263,10 @@ unsafe impl Sync for HeapMemory {}
 impl HeapMemory {
     fn new(len: usize) -> Result<Self, Error> {
         let exhausted = || Error::new(Op::CreatePool, ErrorKind::Exhausted);
+        // An allocation of this alignment is zeroed by hand, and so committed at once.
+        if cfg!(not(miri)) {
+            require_available(ByteSize::from_bytes(len as u64))?;
+        }
         // As on a memory file: a huge folio starts at a multiple of its size.
         let huge = index(FolioSize::Huge2M.bytes().get());
         let align = if len % huge == 0 { huge } else { PAGE_BYTES };

@@ -6,7 +6,7 @@ use std::env;
 use std::fs;
 use std::process::Command;
 
-use common::{Capability, Decision, decide, names, probe};
+use common::{Capability, Decision, decide, names};
 
 fn lacking() -> Result<(), String> {
     Err("no such\tdevice\n".into())
@@ -47,10 +47,18 @@ fn every_capability_can_be_required() {
     assert_eq!(names, names::CAPABILITIES);
 }
 
+/// A test that maps views has to ask for userfaultfd, or it fails where it should be skipped.
 #[test]
-fn settings_are_read() {
-    assert_eq!(probe::chosen("always [within_size] never\n"), Some("within_size"));
-    assert_eq!(probe::chosen("nothing"), None);
+fn whoever_maps_views_asks_for_userfaultfd() {
+    let sources = fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/tests")).unwrap();
+    let mut nr_mapping = 0;
+    for source in sources.map(|entry| entry.unwrap().path()).filter(|path| path.is_file()) {
+        let text = fs::read_to_string(&source).unwrap();
+        let maps = text.contains(".map_view().unwrap()") && !source.ends_with("require.rs");
+        nr_mapping += usize::from(maps);
+        assert!(!maps || text.contains("Capability::Uffd"), "{}", source.display());
+    }
+    assert!(nr_mapping >= 4, "only {nr_mapping} files map views: is the text still the same?");
 }
 
 /// Each capability is looked for here, so that `GMEM_REQUIRE` means something for every one even
@@ -76,6 +84,11 @@ mod host {
     #[test]
     fn thp() {
         let _: bool = common::require(Capability::Thp);
+    }
+
+    #[test]
+    fn mlock() {
+        let _: bool = common::require(Capability::Mlock);
     }
 }
 

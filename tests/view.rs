@@ -3,7 +3,11 @@
 // UNSAFETY: one read(2) into a raw pointer, to see what the kernel makes of it.
 #![expect(unsafe_code, reason = "a system call on a raw pointer is what is tested")]
 
+mod common;
+
 use std::os::fd::AsRawFd;
+
+use common::Capability;
 
 use gmem::addr::{Access, ByteSize, Offset, Pgoff};
 use gmem::error::{ErrorKind, Found};
@@ -31,6 +35,9 @@ fn touch(view: &HostView, at: u64) -> Touch {
 
 #[test]
 fn private_pages_fault_with_the_exact_address_and_keep_their_bytes() {
+    if !common::require(Capability::Uffd) {
+        return;
+    }
     let (_pool, memfd) = object(Visibility::Shared);
     let view = memfd.map_view().unwrap();
     memfd.write(Offset::new(0x5123), b"x").unwrap();
@@ -55,6 +62,9 @@ fn private_pages_fault_with_the_exact_address_and_keep_their_bytes() {
 
 #[test]
 fn a_refused_conversion_leaves_the_view_as_it_was() {
+    if !common::require(Capability::Uffd) {
+        return;
+    }
     let (_pool, memfd) = object(Visibility::Shared);
     let view = memfd.map_view().unwrap();
     let owner = memfd.register_owner("virtio-blk").unwrap();
@@ -78,6 +88,9 @@ fn a_refused_conversion_leaves_the_view_as_it_was() {
 
 #[test]
 fn absent_pages_fault_for_loads_and_stores_alike() {
+    if !common::require(Capability::Uffd) {
+        return;
+    }
     let (_pool, memfd) = object(Visibility::Private);
     let view = memfd.map_view().unwrap();
     let handler = SigbusHandler::install().unwrap();
@@ -93,8 +106,39 @@ fn absent_pages_fault_for_loads_and_stores_alike() {
     assert_eq!(memfd.stat().resident, ByteSize::default());
 }
 
+/// A device thread may have blocked every signal, and a fault cannot be blocked.
+#[test]
+fn a_touch_survives_where_the_signal_is_blocked() {
+    if !common::require(Capability::Uffd) {
+        return;
+    }
+    let (_pool, memfd) = object(Visibility::Private);
+    let view = memfd.map_view().unwrap();
+    std::thread::spawn(move || {
+        let mut all = std::mem::MaybeUninit::uninit();
+        // SAFETY: fills the set, which lives until the call below is over.
+        unsafe { libc::sigfillset(all.as_mut_ptr()) };
+        // SAFETY: the set is filled; the old one is not asked for.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), std::ptr::null_mut()) };
+        for _ in 0..2 {
+            assert!(matches!(touch(&view, 0), Touch::Fault(_)));
+        }
+        let mut after = std::mem::MaybeUninit::uninit();
+        // SAFETY: no set is given; the old one is written.
+        unsafe { libc::pthread_sigmask(0, std::ptr::null(), after.as_mut_ptr()) };
+        // SAFETY: a set that the call above has written.
+        let blocked = unsafe { libc::sigismember(after.as_ptr(), libc::SIGBUS) };
+        assert_eq!(blocked, 1, "the thread's mask is as it was");
+    })
+    .join()
+    .unwrap();
+}
+
 #[test]
 fn zeroing_conversions_leave_nothing_to_either_side() {
+    if !common::require(Capability::Uffd) {
+        return;
+    }
     let (_pool, memfd) = object(Visibility::Shared);
     let view = memfd.map_view().unwrap();
     memfd.write(Offset::new(0), &[7; 8192]).unwrap();
@@ -108,6 +152,9 @@ fn zeroing_conversions_leave_nothing_to_either_side() {
 
 #[test]
 fn holes_fault_and_come_back_as_zeroes() {
+    if !common::require(Capability::Uffd) {
+        return;
+    }
     let (pool, memfd) = object(Visibility::Shared);
     let view = memfd.map_view().unwrap();
     memfd.write(Offset::new(0), &[7; 4096]).unwrap();
@@ -126,6 +173,9 @@ fn holes_fault_and_come_back_as_zeroes() {
 
 #[test]
 fn system_calls_on_private_memory_get_efault() {
+    if !common::require(Capability::Uffd) {
+        return;
+    }
     let (_pool, memfd) = object(Visibility::Private);
     let view = memfd.map_view().unwrap();
     let _ = memfd.convert(range(0, 1), Visibility::Shared, ContentPolicy::Preserve).unwrap();

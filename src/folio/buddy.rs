@@ -3,10 +3,26 @@
 use bitvec::vec::BitVec;
 
 use crate::addr::{PageNumber, Pfn};
+use crate::error::{Error, ErrorKind, Op};
 use crate::geometry::{HUGE_ORDER, HUGE_PAGES, index};
 use crate::range::PfnRange;
 
 const NR_ORDERS: usize = HUGE_ORDER as usize + 1;
+
+/// So many bits, all clear.
+///
+/// # Errors
+/// [`ErrorKind::Exhausted`], where [`BitVec::repeat`] would abort.
+pub(crate) fn try_bits(op: Op, nr_bits: u64) -> Result<BitVec, Error> {
+    let exhausted = || Error::new(op, ErrorKind::Exhausted);
+    let len = index(nr_bits.div_ceil(u64::from(usize::BITS)));
+    let mut words = Vec::new();
+    words.try_reserve_exact(len).map_err(|_| exhausted())?;
+    words.resize(len, 0usize);
+    let mut bits = BitVec::try_from_vec(words).map_err(|_| exhausted())?;
+    bits.truncate(index(nr_bits));
+    Ok(bits)
+}
 
 /// Which frames are free. A free block is in the map of exactly one order, and never beside its
 /// buddy in the same one.
@@ -18,9 +34,12 @@ pub(super) struct Buddy {
 
 impl Buddy {
     /// All of `nr_pages` frames free.
-    pub(super) fn new(nr_pages: u64) -> Self {
-        let blocks = |order: usize| BitVec::repeat(false, index(nr_pages >> order));
-        let mut buddy = Self { free: std::array::from_fn(blocks), nr_free: nr_pages };
+    pub(super) fn new(nr_pages: u64) -> Result<Self, Error> {
+        let mut free = std::array::from_fn(|_| BitVec::new());
+        for (order, map) in free.iter_mut().enumerate() {
+            *map = try_bits(Op::CreatePool, nr_pages >> order)?;
+        }
+        let mut buddy = Self { free, nr_free: nr_pages };
         let mut pfn = 0;
         for order in (0..=HUGE_ORDER).rev() {
             while pfn + (1 << order) <= nr_pages {
@@ -28,7 +47,7 @@ impl Buddy {
                 pfn += 1 << order;
             }
         }
-        buddy
+        Ok(buddy)
     }
 
     pub(super) fn nr_free(&self) -> u64 {
@@ -113,14 +132,14 @@ mod tests {
 
     #[test]
     fn a_ragged_end_is_made_of_smaller_blocks() {
-        let buddy = Buddy::new(2 * 512 + 5);
+        let buddy = Buddy::new(2 * 512 + 5).unwrap();
         assert_eq!(blocks(&buddy), [(0, 512), (512, 512), (1024, 4), (1028, 1)]);
         assert_eq!((buddy.nr_free_huge(), buddy.nr_free_small()), (2, 5));
     }
 
     #[test]
     fn small_blocks_come_out_of_fragments_first() {
-        let mut buddy = Buddy::new(512 + 1);
+        let mut buddy = Buddy::new(512 + 1).unwrap();
         assert_eq!(buddy.allocate(0), Some(Pfn::new(512)));
         assert_eq!(buddy.nr_free_huge(), 1);
         assert_eq!(buddy.allocate(0), Some(Pfn::new(0)));
@@ -132,7 +151,7 @@ mod tests {
     fn any_order_of_frees_makes_it_whole_again() {
         let mut seed = 1u64;
         for _ in 0..20 {
-            let mut buddy = Buddy::new(1024);
+            let mut buddy = Buddy::new(1024).unwrap();
             let whole = blocks(&buddy);
             let mut held = Vec::new();
             while let Some(pfn) = buddy.allocate((seed % 4) as u8) {

@@ -10,6 +10,7 @@ mod buddy;
 mod map;
 mod pool;
 
+pub(crate) use buddy::try_bits;
 pub(crate) use map::{FolioMap, Shape, Slot};
 pub use pool::{ArenaBacking, FolioPool, PoolStat, Unscrubbed};
 pub(crate) use pool::{Claim, Reservation};

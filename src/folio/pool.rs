@@ -17,12 +17,11 @@ use crate::geometry::{FolioSize, HUGE_PAGES};
 use crate::os::memfd::PageKind;
 use crate::range::PfnRange;
 
-/// What the bytes of a pool are made of. Memory files are committed when the pool is created.
+/// What the bytes of a pool are made of. All of it is committed when the pool is created.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ArenaBacking {
-    /// The process's own heap. Needs no operating system; has no host views, and is committed by
-    /// the kernel when it is touched, as heaps are.
+    /// The process's own heap. Has no host views.
     Heap,
     /// A memory file on 4 KiB pages.
     Memfd,
@@ -117,7 +116,8 @@ impl FolioPool {
     /// # Errors
     /// [`ErrorKind::InvalidSize`]; [`ErrorKind::Unaligned`] if hugetlb is asked for and the capacity
     /// is no multiple of 2 MiB; [`ErrorKind::MissingCapability`] if the host does not do such pages;
-    /// [`ErrorKind::Exhausted`] if it has not enough of them.
+    /// [`ErrorKind::Exhausted`] if it, the control group or a limit of the process does not have that
+    /// much; [`ErrorKind::Os`] for any other system call that fails.
     pub fn new(backing: ArenaBacking, capacity: ByteSize) -> Result<Self, Error> {
         if !capacity.is_page_aligned() {
             return Err(Error::new(Op::CreatePool, ErrorKind::InvalidSize));
@@ -133,7 +133,7 @@ impl FolioPool {
             }
             ArenaBacking::MemfdHugetlb2M => Arena::file(PageKind::Hugetlb2M, nr_pages)?,
         };
-        let buddy = Buddy::new(nr_pages);
+        let buddy = Buddy::new(nr_pages)?;
         let frames = Frames { buddy, reserved_huge: 0, reserved_base: 0, quarantined: 0 };
         Ok(Self(Arc::new(Inner {
             backing,

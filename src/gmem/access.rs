@@ -107,8 +107,7 @@ impl Inner {
         loop {
             let outcome = in_section(|| {
                 self.check_open(op, pages)?;
-                let resident = pages.iter().all(|page| self.frames.frame(page).is_some());
-                if resident { access().map(Some) } else { Ok(None) }
+                if self.is_resident(pages) { access().map(Some) } else { Ok(None) }
             })?;
             if let Some(result) = outcome {
                 return Ok(result);

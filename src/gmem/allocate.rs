@@ -29,7 +29,8 @@ impl GuestMemfd {
     /// # Errors
     /// [`ErrorKind::Busy`] if a page is pinned, with the first culprit;
     /// [`ErrorKind::HypervisorRefused`] if the guest owns a page and lives;
-    /// [`ErrorKind::Quarantined`]. Nothing is changed then.
+    /// [`ErrorKind::Quarantined`]; [`ErrorKind::Exhausted`], [`ErrorKind::Os`] or
+    /// [`ErrorKind::MissingCapability`] as with [`convert`](Self::convert). Nothing is changed then.
     pub fn punch_hole(&self, range: PgoffRange) -> Result<(), Error> {
         let object = &*self.0;
         let Some(range) = object.pages.intersection(&range) else { return Ok(()) };
@@ -39,10 +40,6 @@ impl GuestMemfd {
             .freeze(range)
             .map_err(|stop| object.stopped(Op::PunchHole, range, stop))?;
         let outcome = object.punch_frozen(layout, range);
-        if outcome.is_err() {
-            // Folios that have left a view already come back into it.
-            object.reinstall(layout, range);
-        }
         // Conversions are locked out, so nothing can turn private between the two.
         frozen.thaw();
         object.show_shared(layout, range);
@@ -53,29 +50,28 @@ impl GuestMemfd {
 impl Inner {
     fn punch_frozen(&self, layout: &Layout, range: PgoffRange) -> Result<(), Error> {
         let op = Op::PunchHole;
-        if !wait_for_sections() {
-            return Err(Error::new(op, ErrorKind::MissingCapability).because("membarrier"));
-        }
         let guest = self.guest_runs(op, layout, &[range])?;
-        self.hide(layout, range)?;
-        let shape = self.frames.shape();
-        let whole = || shape.slots(range).filter(|slot| range.covers(&slot.pages()));
-        for slot in whole().filter(|slot| self.frames.get(slot).is_some()) {
-            for (_, view) in &layout.views {
-                view.remove(self, slot.pages())?;
-            }
+        if !wait_for_sections() {
+            return Err(Error::new(op, ErrorKind::MissingCapability).because("membarrier(2)"));
         }
+        self.hide(layout, range)?;
         if let Some(hypervisor) = layout.hypervisor() {
             hypervisor
                 .reclaim(&guest)
                 .map_err(|errno| Error::new(op, ErrorKind::HypervisorRefused).errno_is(errno))?;
             hypervisor.invalidate_range(&guest);
         }
-        for slot in whole() {
-            if let Some(pfn) = self.frames.get(&slot) {
-                self.frames.set(&slot, None);
-                self.reservation.give_back(pfn, slot.size());
+        // Nothing fails from here on but for an arena that lost its memory.
+        let shape = self.frames.shape();
+        for slot in shape.slots(range).filter(|slot| range.covers(&slot.pages())) {
+            let Some(pfn) = self.frames.get(&slot) else { continue };
+            for (_, view) in &layout.views {
+                // Should the kernel have no room for another mapping, the hidden one stays: it
+                // faults as well, and the next folio to come here replaces it.
+                let _ = view.remove(self, slot.pages());
             }
+            self.frames.set(&slot, None);
+            self.reservation.give_back(pfn, slot.size());
         }
         // What is left of the range lies in folios that are punched in part.
         self.zero_resident(range)
@@ -86,16 +82,5 @@ impl Inner {
         self.frames
             .resident(range)
             .try_for_each(|(_, frames): (_, PfnRange)| self.arena.zero(frames))
-    }
-
-    /// Puts the folios of the range behind the views' pages once more. A view that has no room for
-    /// one goes on faulting there, and says so in `mapped`.
-    fn reinstall(&self, layout: &Layout, range: PgoffRange) {
-        for slot in self.frames.shape().slots(range) {
-            let Some(pfn) = self.frames.get(&slot) else { continue };
-            for (_, view) in &layout.views {
-                let _ = view.install(slot.pages(), pfn);
-            }
-        }
     }
 }

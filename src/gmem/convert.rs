@@ -1,5 +1,7 @@
 //! Where a conversion is ordered. design/conversion.md argues the order.
 
+use std::ops::Deref;
+
 use super::layout::Layout;
 use super::object::{GuestMemfd, Inner};
 use crate::error::{Errno, Error, ErrorKind, Op};
@@ -41,7 +43,9 @@ impl GuestMemfd {
     /// # Errors
     /// [`ErrorKind::OutOfRange`]; [`ErrorKind::Busy`] if a page is pinned or being converted, with
     /// the first one and who holds it; [`ErrorKind::Quarantined`]; [`ErrorKind::HypervisorRefused`]
-    /// with the hypervisor's errno; [`ErrorKind::Exhausted`]. All is as before then.
+    /// with the hypervisor's errno; [`ErrorKind::Exhausted`] or [`ErrorKind::Os`] where a view or the
+    /// host's memory is at its limits; [`ErrorKind::MissingCapability`] if the kernel refuses
+    /// membarrier(2) that it granted before. All is as before then.
     pub fn convert(
         &self,
         range: PgoffRange,
@@ -54,18 +58,15 @@ impl GuestMemfd {
             Visibility::Shared => Op::ConvertToShared,
         };
         object.check_range(op, range)?;
-        if to == Visibility::Shared {
-            object.populate_for_views(op, range)?;
-        }
         // Where views only know huge pages, a neighbour's visibility matters as well: one at a time.
         let (alone, together);
         let layout: &Layout = match object.reservation.pool().view_granule() {
             FolioSize::Huge2M => {
-                alone = object.layout.write();
+                alone = object.locked_for(op, range, to, || object.layout.write())?;
                 &alone
             }
             FolioSize::Base => {
-                together = object.layout.read();
+                together = object.locked_for(op, range, to, || object.layout.read())?;
                 &together
             }
         };
@@ -82,13 +83,24 @@ impl GuestMemfd {
 }
 
 impl Inner {
-    /// A shared page that a view maps must have a folio, and this is the last moment at which
-    /// finding one may fail.
-    fn populate_for_views(&self, op: Op, range: PgoffRange) -> Result<(), Error> {
-        if self.layout.read().views.is_empty() {
-            return Ok(());
+    /// Locks the layout. If pages are to be shared and a view is there to show them, they have folios
+    /// by then: this is the last moment at which finding one may fail.
+    fn locked_for<L: Deref<Target = Layout>>(
+        &self,
+        op: Op,
+        range: PgoffRange,
+        to: Visibility,
+        lock: impl Fn() -> L,
+    ) -> Result<L, Error> {
+        loop {
+            let layout = lock();
+            if to == Visibility::Private || layout.views.is_empty() || self.is_resident(range) {
+                return Ok(layout);
+            }
+            drop(layout);
+            // Whoever punches it away again before the next attempt has made progress.
+            self.populate(op, &mut self.layout.write(), range)?;
         }
-        self.populate(op, &mut self.layout.write(), range)
     }
 
     fn make_private(
@@ -98,20 +110,32 @@ impl Inner {
         frozen: Frozen<'_>,
         content: ContentPolicy,
     ) -> Result<(), Error> {
-        if let Err(error) = self.revoke(op, layout, &frozen) {
-            // Still frozen: nobody can turn them private before they are shown again.
-            frozen.runs().iter().for_each(|&run| self.show(layout, run));
-            frozen.thaw();
-            return Err(error);
+        match self.revoke(op, layout, &frozen, content) {
+            Ok(Settled::Yes) => {
+                frozen.release(Visibility::Private);
+                Ok(())
+            }
+            // The hypervisor has moved the pages, and nobody knows their bytes: dropped, and so
+            // quarantined.
+            Ok(Settled::No) => Err(Error::new(op, ErrorKind::Quarantined)),
+            Err(error) => {
+                // Still frozen: nobody can turn them private before they are shown again.
+                frozen.runs().iter().for_each(|&run| self.show(layout, run));
+                frozen.thaw();
+                Err(error)
+            }
         }
-        self.settle_content(op, content, &frozen)?;
-        frozen.release(Visibility::Private);
-        Ok(())
     }
 
     /// Takes the frozen pages away from the host: first from those who are inside of an access, then
     /// from the views, then by the hypervisor, whose refusal can still be undone.
-    fn revoke(&self, op: Op, layout: &Layout, frozen: &Frozen<'_>) -> Result<(), Error> {
+    fn revoke(
+        &self,
+        op: Op,
+        layout: &Layout,
+        frozen: &Frozen<'_>,
+        content: ContentPolicy,
+    ) -> Result<Settled, Error> {
         let guest = self.guest_runs(op, layout, frozen.runs())?;
         if !frozen.runs().is_empty() && !wait_for_sections() {
             return Err(Error::new(op, ErrorKind::MissingCapability)
@@ -120,7 +144,9 @@ impl Inner {
         for &run in frozen.runs() {
             self.hide(layout, run)?;
         }
-        ask(op, layout, &guest, |hypervisor| hypervisor.make_private(&guest))
+        self.move_pages(op, layout, &guest, frozen, content, |hypervisor, prepare| {
+            hypervisor.make_private(&guest, prepare)
+        })
     }
 
     fn make_shared(
@@ -130,52 +156,64 @@ impl Inner {
         frozen: Frozen<'_>,
         content: ContentPolicy,
     ) -> Result<(), Error> {
-        let outcome = self
-            .guest_runs(op, layout, frozen.runs())
-            .and_then(|guest| ask(op, layout, &guest, |h| h.make_shared(&guest)));
-        if let Err(error) = outcome {
-            frozen.thaw();
-            return Err(error);
+        let outcome = self.guest_runs(op, layout, frozen.runs()).and_then(|guest| {
+            self.move_pages(op, layout, &guest, &frozen, content, |hypervisor, prepare| {
+                hypervisor.make_shared(&guest, prepare)
+            })
+        });
+        match outcome {
+            Ok(Settled::Yes) => {
+                // Before the words are published: afterwards another conversion could hide the pages,
+                // and they would be shown after that.
+                frozen.runs().iter().for_each(|&run| self.show(layout, run));
+                frozen.release(Visibility::Shared);
+                Ok(())
+            }
+            // As in `make_private`.
+            Ok(Settled::No) => Err(Error::new(op, ErrorKind::Quarantined)),
+            Err(error) => {
+                frozen.thaw();
+                Err(error)
+            }
         }
-        self.settle_content(op, content, &frozen)?;
-        // Before the words are published: afterwards another conversion could hide the pages, and
-        // they would be shown after that.
-        frozen.runs().iter().for_each(|&run| self.show(layout, run));
-        frozen.release(Visibility::Shared);
-        Ok(())
     }
 
-    /// On an error, which takes an arena that lost its memory, the caller's `frozen` is dropped and
-    /// the pages are quarantined: the hypervisor has moved them, and nobody knows their bytes.
-    fn settle_content(
+    /// Has the hypervisor move the pages, if there is one and it has to do with them, and the bytes
+    /// settled in the moment when it has: not before, for it may refuse, and not after, for a vCPU
+    /// could have written to them.
+    fn move_pages(
         &self,
         op: Op,
-        content: ContentPolicy,
+        layout: &Layout,
+        guest: &[GuestRun],
         frozen: &Frozen<'_>,
-    ) -> Result<(), Error> {
-        match content {
-            ContentPolicy::Preserve => Ok(()),
-            ContentPolicy::Zero => frozen
-                .runs()
-                .iter()
-                .try_for_each(|&run| self.zero_resident(run))
-                .map_err(|_| Error::new(op, ErrorKind::Quarantined)),
+        content: ContentPolicy,
+        ask: impl FnOnce(&dyn Stage2, &mut dyn FnMut()) -> Result<(), Errno>,
+    ) -> Result<Settled, Error> {
+        let mut settled = None;
+        if let Some(hypervisor) = layout.hypervisor().filter(|_| !guest.is_empty()) {
+            ask(&*hypervisor, &mut || settled = Some(self.settle(content, frozen)))
+                .map_err(|errno| Error::new(op, ErrorKind::HypervisorRefused).errno_is(errno))?;
         }
+        Ok(settled.unwrap_or_else(|| self.settle(content, frozen)))
+    }
+
+    fn settle(&self, content: ContentPolicy, frozen: &Frozen<'_>) -> Settled {
+        let done = match content {
+            ContentPolicy::Preserve => Ok(()),
+            ContentPolicy::Zero => {
+                frozen.runs().iter().try_for_each(|&run| self.zero_resident(run))
+            }
+        };
+        if done.is_ok() { Settled::Yes } else { Settled::No }
     }
 }
 
-/// Asks the hypervisor, if there is one and it has to do with the pages.
-fn ask(
-    op: Op,
-    layout: &Layout,
-    guest: &[GuestRun],
-    question: impl FnOnce(&dyn Stage2) -> Result<(), Errno>,
-) -> Result<(), Error> {
-    match layout.hypervisor() {
-        Some(hypervisor) if !guest.is_empty() => question(&*hypervisor)
-            .map_err(|errno| Error::new(op, ErrorKind::HypervisorRefused).errno_is(errno)),
-        _ => Ok(()),
-    }
+/// Whether the bytes are as the caller of a conversion wants them. They are, but for an arena that has
+/// lost its memory.
+enum Settled {
+    Yes,
+    No,
 }
 
 #[cfg(test)]
@@ -215,11 +253,11 @@ mod tests {
     }
 
     impl Stage2 for Fake {
-        fn make_private(&self, runs: &[GuestRun]) -> Result<(), Errno> {
-            self.answer("make_private", runs)
+        fn make_private(&self, runs: &[GuestRun], prepare: &mut dyn FnMut()) -> Result<(), Errno> {
+            self.answer("make_private", runs).inspect(|()| prepare())
         }
-        fn make_shared(&self, runs: &[GuestRun]) -> Result<(), Errno> {
-            self.answer("make_shared", runs)
+        fn make_shared(&self, runs: &[GuestRun], prepare: &mut dyn FnMut()) -> Result<(), Errno> {
+            self.answer("make_shared", runs).inspect(|()| prepare())
         }
         fn invalidate_range(&self, runs: &[GuestRun]) {
             self.asked.lock().unwrap().push(("invalidate_range", runs.to_vec()));

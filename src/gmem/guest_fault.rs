@@ -73,7 +73,7 @@ impl GuestMemfd {
         object.populate(op, &mut layout, range)?;
         let guest = object.guest_runs(op, &layout, &[range])?;
         if let Some(hypervisor) = layout.hypervisor() {
-            hypervisor.make_private(&guest).map_err(|errno| {
+            hypervisor.make_private(&guest, &mut || ()).map_err(|errno| {
                 Error::new(op, ErrorKind::HypervisorRefused).errno_is(errno).on(range)
             })?;
         }

@@ -9,6 +9,8 @@
 //! not: a child after fork (it gets no mapping at all), other mappings of the arena, and pins that
 //! the kernel took through the view earlier (io_uring, O_DIRECT, VFIO).
 
+use std::fmt;
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bitvec::vec::BitVec;
@@ -17,6 +19,7 @@ use super::object::{GuestMemfd, Inner};
 use crate::addr::{Access, ByteSize, Hva, Offset, Pfn};
 use crate::backing::Arena;
 use crate::error::{Error, ErrorKind, Op};
+use crate::folio::try_bits;
 use crate::geometry::{FolioSize, index};
 use crate::os::mapping::Mapping;
 use crate::os::sigbus::{RawFault, SigbusHandler};
@@ -25,11 +28,11 @@ use crate::range::PgoffRange;
 use crate::state::Visibility;
 
 /// One mapping of an object.
-#[derive(Debug)]
 pub(super) struct ViewMap {
-    // Before the mapping: closing it makes no page appear, unmapping first would waste work.
-    uffd: Userfault,
+    // Before `uffd`, since fields are dropped in this order: without it every page that the mapping
+    // still covers could be touched.
     map: Mapping,
+    uffd: Userfault,
     arena: Arc<Arena>,
     granule_bytes: usize,
     /// Which pages have a page-table entry, as far as it is ours to say. Held across the system
@@ -39,8 +42,6 @@ pub(super) struct ViewMap {
 
 impl ViewMap {
     pub(super) fn new(object: &Inner) -> Result<Self, Error> {
-        use std::os::fd::AsFd;
-
         let op = Op::MapView;
         if object.arena.fd().is_none() {
             return Err(Error::new(op, ErrorKind::Unsupported)
@@ -52,11 +53,14 @@ impl ViewMap {
         let map = Mapping::of_nothing(op, object.identity.as_fd(), size, align)?;
         let granule = object.reservation.pool().view_granule();
         let granule_bytes = index(granule.bytes().get());
-        let shown = Mutex::new(BitVec::repeat(false, index(object.pages.nr_pages())));
-        Ok(Self { uffd, map, arena: Arc::clone(&object.arena), granule_bytes, shown })
+        let shown = Mutex::new(try_bits(op, object.pages.nr_pages())?);
+        Ok(Self { map, uffd, arena: Arc::clone(&object.arena), granule_bytes, shown })
     }
 
-    /// Puts a folio behind the pages. Nothing of it is shown yet.
+    /// Puts a folio behind the pages. Nothing of it is shown when this returns.
+    ///
+    /// Until it is registered a raw pointer can touch the folio. So the caller installs no folio that
+    /// anybody has written to in a view whose address is known, and scrubs it afterwards.
     pub(super) fn install(&self, pages: PgoffRange, pfn: Pfn) -> Result<(), Error> {
         let fd = self
             .arena
@@ -64,7 +68,10 @@ impl ViewMap {
             .ok_or_else(|| Error::new(Op::MapView, ErrorKind::Unsupported).on(pages))?;
         let (at, len) = bytes(pages);
         self.map.map_over(at, len, fd, pfn.pa().get())?;
-        self.uffd.register(&self.map, at, len)
+        self.map.forbid_collapse(at, len)?;
+        self.uffd.register(&self.map, at, len)?;
+        // Whatever was touched before it was registered is mapped, and stays so if left alone.
+        self.map.unmap_pages(at, len)
     }
 
     /// Gives the pages their entries. Should the kernel have no memory for page tables, the pages
@@ -89,15 +96,10 @@ impl ViewMap {
         Ok(())
     }
 
-    /// Takes the folio behind the pages away; a touch is a SIGBUS from then on.
+    /// Takes the folio behind the pages away.
     pub(super) fn remove(&self, object: &Inner, pages: PgoffRange) -> Result<(), Error> {
-        use std::os::fd::AsFd;
-
-        let mut shown = self.shown();
         let (at, len) = bytes(pages);
-        self.map.map_over(at, len, object.identity.as_fd(), 0)?;
-        set(&mut shown, pages, false);
-        Ok(())
+        self.map.map_over(at, len, object.identity.as_fd(), 0)
     }
 
     /// Which pages the kernel's page tables really have, for the audit.
@@ -107,6 +109,12 @@ impl ViewMap {
 
     pub(super) fn shown(&self) -> MutexGuard<'_, BitVec> {
         self.shown.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for ViewMap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ViewMap({}+{:#x})", self.map.hva(), self.map.len())
     }
 }
 
@@ -131,8 +139,10 @@ fn bytes(pages: PgoffRange) -> (usize, usize) {
 /// fork do not inherit the mapping.
 #[derive(Debug)]
 pub struct HostView {
-    memfd: GuestMemfd,
+    // Before `memfd`, since fields are dropped in this order: the object may be the last to know the
+    // frames, and gives them back when it goes.
     map: Arc<ViewMap>,
+    memfd: GuestMemfd,
     key: usize,
 }
 
@@ -187,7 +197,7 @@ impl GuestMemfd {
         }
         let key = layout.views.insert(Arc::clone(&map));
         object.show_shared(&layout, object.pages);
-        Ok(HostView { memfd: self.clone(), map, key })
+        Ok(HostView { map, memfd: self.clone(), key })
     }
 }
 

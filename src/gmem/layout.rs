@@ -14,7 +14,7 @@ use crate::addr::{Gfn, Pfn};
 use crate::error::{Error, ErrorKind, Op};
 use crate::folio::Slot;
 use crate::geometry::FolioSize;
-use crate::range::PgoffRange;
+use crate::range::{PfnRange, PgoffRange};
 use crate::stage2::{GuestRun, Stage2};
 use crate::state::{Phase, Visibility};
 
@@ -110,12 +110,23 @@ impl Inner {
     /// A folio for the slot, installed in every view but not shown, and not yet the object's.
     fn take_folio(&self, layout: &Layout, slot: &Slot) -> Result<Pfn, Error> {
         let pfn = self.reservation.take(slot.size())?;
-        for (_, view) in &layout.views {
-            if let Err(error) = view.install(slot.pages(), pfn) {
-                // The views that have it already answer with SIGBUS there, as before.
-                self.reservation.give_back(pfn, slot.size());
-                return Err(error);
+        let installed =
+            layout.views.iter().try_for_each(|(_, view)| view.install(slot.pages(), pfn)).and_then(
+                |()| match layout.views.is_empty() {
+                    true => Ok(()),
+                    // A raw pointer may have written to it while it was being installed.
+                    false => self.arena.zero(PfnRange::new(pfn, slot.size().nr_pages())?),
+                },
+            );
+        if let Err(error) = installed {
+            // A view that failed half way may show the folio to raw pointers.
+            let views = layout.views.iter();
+            let removed = views.map(|(_, view)| view.remove(self, slot.pages()));
+            match removed.fold(Ok(()), Result::and) {
+                Ok(()) => self.reservation.give_back(pfn, slot.size()),
+                Err(_) => self.reservation.quarantine(slot.size()),
             }
+            return Err(error);
         }
         Ok(pfn)
     }

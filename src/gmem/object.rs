@@ -75,7 +75,8 @@ impl GuestMemfdBuilder {
     /// # Errors
     /// [`ErrorKind::InvalidSize`] for a size that is zero, no multiple of 4 KiB or above 2^63 - 1
     /// (the kernel's `EINVAL`); [`ErrorKind::Exhausted`] if the pool cannot promise that much, with
-    /// how much it can; [`ErrorKind::Unsupported`] for a name that is too long or has a zero byte.
+    /// how much it can; [`ErrorKind::Unsupported`] for a name that is too long or has a zero byte;
+    /// [`ErrorKind::Os`] without a free file descriptor.
     pub fn create(self, pool: &FolioPool) -> Result<GuestMemfd, Error> {
         let op = Op::CreateObject;
         if self.size.get() > MAX_BYTES || !self.size.is_page_aligned() {
@@ -264,6 +265,11 @@ impl Inner {
         } else {
             Err(Error::new(op, ErrorKind::OutOfRange).on(range))
         }
+    }
+
+    /// Whether all of the range has folios.
+    pub(super) fn is_resident(&self, range: PgoffRange) -> bool {
+        self.frames.shape().slots(range).all(|slot| self.frames.get(&slot).is_some())
     }
 
     /// The words of the range's pages, as they are when the iterator gets there.

@@ -145,7 +145,11 @@ impl Vcpu {
             match self.resolve(at.gfn())? {
                 Resolved::Donated => {}
                 Resolved::NoSlot => return Err(Exit::Mmio { ipa: at, access: mmio() }),
-                Resolved::Shared => return Err(private_expected(at, size, access)),
+                // Another vCPU may have brought the page in meanwhile, and shared it.
+                Resolved::Shared => match self.attempt(at, &mut act) {
+                    Some(done) => return Ok(done?),
+                    None => return Err(private_expected(at, size, access)),
+                },
             }
         }
         Err(hopeless())

@@ -9,7 +9,7 @@ use std::ptr::{self, NonNull};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
 use crate::addr::{ByteSize, Hva};
-use crate::error::{Error, ErrorKind, Op};
+use crate::error::{Errno, Error, ErrorKind, Op};
 use crate::os::failed;
 
 /// A range of addresses that stays ours, whatever is mapped into it, until it is dropped.
@@ -109,7 +109,8 @@ impl Mapping {
 
     /// Makes the pages of a shared file mapping vanish from it; their contents stay in the file.
     pub(crate) fn unmap_pages(&self, at: usize, len: usize) -> Result<(), Error> {
-        self.advise(at, len, Advice::LinuxDontNeed, "madvise(MADV_DONTNEED)")
+        // The plain one refuses memory that somebody has locked with mlockall.
+        self.advise(at, len, Advice::LinuxDontneedLocked, "madvise(MADV_DONTNEED_LOCKED)")
     }
 
     /// Asks for huge pages in all of the mapping.
@@ -120,6 +121,17 @@ impl Mapping {
     /// Makes every page of the mapping present and writable now.
     pub(crate) fn populate(&self) -> Result<(), Error> {
         self.advise(0, self.len, Advice::LinuxPopulateWrite, "madvise(MADV_POPULATE_WRITE)")
+    }
+
+    /// Keeps the kernel from collapsing pages of the mapping into a huge one: that takes entries out
+    /// of other mappings of the same pages, and would put entries for hidden pages into a view.
+    pub(crate) fn forbid_collapse(&self, at: usize, len: usize) -> Result<(), Error> {
+        let advice = Advice::LinuxNoHugepage;
+        match self.advise(at, len, advice, "madvise(MADV_NOHUGEPAGE)") {
+            // A kernel without transparent huge pages does not know the advice.
+            Err(error) if error.errno() == Errno::EINVAL => Ok(()),
+            outcome => outcome,
+        }
     }
 
     fn keep_private(&self, at: usize, len: usize) -> Result<(), Error> {

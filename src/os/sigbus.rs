@@ -9,7 +9,8 @@
 
 use std::mem::MaybeUninit;
 use std::ptr;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use libc::{c_int, c_void, siginfo_t};
 
@@ -29,9 +30,9 @@ pub(crate) struct RawFault {
     pub(crate) code: i32,
 }
 
-/// The action that stood before ours; written before ours is installed, so that the handler finds
-/// it always.
-static PREVIOUS: OnceLock<libc::sigaction> = OnceLock::new();
+/// The action that stood before ours, never freed; written before ours is installed, so that the
+/// handler finds one always.
+static PREVIOUS: AtomicPtr<libc::sigaction> = AtomicPtr::new(ptr::null_mut());
 static INSTALLED: Mutex<bool> = Mutex::new(false);
 
 impl SigbusHandler {
@@ -47,9 +48,9 @@ impl SigbusHandler {
         }
         let mut installed = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
         if !*installed {
-            let before = sigaction(None).map_err(|e| os_error(op, e))?;
-            PREVIOUS.get_or_init(|| before);
-            sigaction(Some(&ours())).map_err(|e| os_error(op, e))?;
+            remember(sigaction(None).map_err(|e| os_error(op, e))?);
+            // Once more: somebody may have installed another in between.
+            remember(sigaction(Some(&ours())).map_err(|e| os_error(op, e))?);
             *installed = true;
         }
         Ok(Self(()))
@@ -66,13 +67,22 @@ impl SigbusHandler {
             return Err(None);
         }
         let target = map.base().as_ptr().wrapping_add(at);
-        match arch::touch(target, access) {
+        // A fault while the signal is blocked kills the process, whatever the handler.
+        let blocked = unblock();
+        let touched = arch::touch(target, access);
+        restore(&blocked);
+        match touched {
             arch::Touched { value, code: 0 } => Ok(value.to_le_bytes()[0]),
             arch::Touched { value, code } => {
                 Err(Some(RawFault { hva: Hva::new(value), code: i32::try_from(code).unwrap_or(0) }))
             }
         }
     }
+}
+
+fn remember(previous: libc::sigaction) {
+    // Release: pairs with the Acquire in `on_sigbus`.
+    PREVIOUS.store(Box::into_raw(Box::new(previous)), Ordering::Release);
 }
 
 fn os_error(op: Op, errno: Errno) -> Error {
@@ -102,7 +112,31 @@ fn sigaction(new: Option<&libc::sigaction>) -> Result<libc::sigaction, Errno> {
     Ok(unsafe { old.assume_init() })
 }
 
-/// The handler. Async-signal-safe: it reads one initialised `OnceLock`, edits the saved registers,
+/// Lets SIGBUS through to this thread; the mask that stood before, or none if that failed.
+fn unblock() -> Option<libc::sigset_t> {
+    let mut set = MaybeUninit::uninit();
+    // SAFETY: writes the set.
+    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
+    // SAFETY: initialised by the line above.
+    let mut set = unsafe { set.assume_init() };
+    // SAFETY: takes a valid set and a valid signal.
+    unsafe { libc::sigaddset(&raw mut set, libc::SIGBUS) };
+    let mut before = MaybeUninit::uninit();
+    // SAFETY: both point to sets that live through the call.
+    let failed =
+        unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, before.as_mut_ptr()) };
+    // SAFETY: written by the call that has succeeded.
+    (failed == 0).then(|| unsafe { before.assume_init() })
+}
+
+fn restore(mask: &Option<libc::sigset_t>) {
+    if let Some(mask) = mask {
+        // SAFETY: the mask came from the kernel; the old one is not asked for.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, ptr::from_ref(mask), ptr::null_mut()) };
+    }
+}
+
+/// The handler. Async-signal-safe: it loads one atomic pointer, edits the saved registers,
 /// or calls `sigaction` and `raise`, which POSIX lists as safe.
 extern "C" fn on_sigbus(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
     // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler.
@@ -110,12 +144,17 @@ extern "C" fn on_sigbus(signal: c_int, info: *mut siginfo_t, context: *mut c_voi
     let code = details.si_code;
     // SAFETY: the address is only meaningful for faults, and only used for those.
     let address = unsafe { details.si_addr() }.addr();
-    let is_fault = code > 0;
+    // BUS_ADRALN, BUS_ADRERR, BUS_OBJERR and BUS_MCEERR_AR are faults of the interrupted
+    // instruction; BUS_MCEERR_AO and what others send are not.
+    let is_fault = (1..=libc::BUS_MCEERR_AR).contains(&code);
     // SAFETY: the kernel passes a valid ucontext, and nobody else refers to it while we run.
     if is_fault && unsafe { arch::recover(context, address, code) } {
         return;
     }
-    match PREVIOUS.get() {
+    // Acquire: pairs with the Release in `remember`.
+    let previous = PREVIOUS.load(Ordering::Acquire);
+    // SAFETY: null or a leaked box, which nobody changes.
+    match unsafe { previous.as_ref() } {
         Some(previous) if previous.sa_sigaction == libc::SIG_IGN && !is_fault => {}
         Some(previous) if !matches!(previous.sa_sigaction, libc::SIG_DFL | libc::SIG_IGN) => {
             // SAFETY: the previous owner installed this function for exactly this call.

@@ -40,21 +40,24 @@ pub trait Stage2: Send + Sync + std::fmt::Debug {
     /// Takes the pages away from the host and gives them to the guest, contents preserved.
     ///
     /// Nothing to do for pages that are the guest's already. When this returns, the host has no
-    /// translation for them.
+    /// translation for them. `prepare` is called once, when nothing can fail any more and before the
+    /// guest can reach pages that it could not reach before; it may write to their frames.
     ///
     /// # Errors
     /// The hypervisor's own errno: `EPERM` if a page is in no state to be given, or is the guest's
     /// own and the guest has not asked for this; `ENOMEM` without memory for tables; `EINVAL` for
     /// pages the machine does not have or a guest that is being torn down.
-    fn make_private(&self, runs: &[GuestRun]) -> Result<(), Errno>;
+    fn make_private(&self, runs: &[GuestRun], prepare: &mut dyn FnMut()) -> Result<(), Errno>;
 
     /// Lets the host see pages of the guest, contents preserved.
     ///
     /// Nothing to do for pages that the guest has never been given, or that are shared already.
+    /// `prepare` is called once, when nothing can fail any more and while no vCPU is in the middle of
+    /// an access to them.
     ///
     /// # Errors
     /// `EPERM` unless the guest has asked for exactly those pages and waits for the answer.
-    fn make_shared(&self, runs: &[GuestRun]) -> Result<(), Errno>;
+    fn make_shared(&self, runs: &[GuestRun], prepare: &mut dyn FnMut()) -> Result<(), Errno>;
 
     /// Drops every stage-2 translation of pages that are not the guest's own.
     ///

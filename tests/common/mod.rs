@@ -30,14 +30,17 @@ pub(crate) enum Capability {
     Uffd,
     /// `/dev/kvm` can be opened.
     Kvm,
-    /// Huge pages of 2 MiB from the reserved pool: some are free, or the pool may be enlarged.
+    /// Huge pages of 2 MiB: the reserved pool may be enlarged and made smaller.
     Hugetlb,
-    /// Transparent huge pages in shared memory files: on, or may be switched on.
+    /// Transparent huge pages in shared memory files: may be switched on and off.
     Thp,
+    /// Some GiB of addresses may be locked.
+    Mlock,
 }
 
 impl Capability {
-    pub(crate) const ALL: [Self; 4] = [Self::Uffd, Self::Kvm, Self::Hugetlb, Self::Thp];
+    pub(crate) const ALL: [Self; 5] =
+        [Self::Uffd, Self::Kvm, Self::Hugetlb, Self::Thp, Self::Mlock];
 
     /// As in `GMEM_REQUIRE`.
     pub(crate) fn name(self) -> &'static str {
@@ -46,6 +49,7 @@ impl Capability {
             Self::Kvm => "kvm",
             Self::Hugetlb => "hugetlb",
             Self::Thp => "thp",
+            Self::Mlock => "mlock",
         }
     }
 }

@@ -4,8 +4,7 @@
 // with the descriptor. Nothing is done with it.
 #![expect(unsafe_code, reason = "asks the kernel for a userfaultfd and its features")]
 
-use std::fs::{self, OpenOptions};
-use std::path::Path;
+use std::fs::OpenOptions;
 
 use linux_raw_sys::general::{
     UFFD_FEATURE_MINOR_SHMEM, UFFD_FEATURE_MISSING_SHMEM, UFFD_FEATURE_SIGBUS, UFFD_USER_MODE_ONLY,
@@ -14,6 +13,7 @@ use linux_raw_sys::general::{
 use linux_raw_sys::ioctl::UFFDIO_API;
 use rustix::ioctl::{Opcode, Updater, ioctl};
 use rustix::mm::{UserfaultfdFlags, userfaultfd};
+use rustix::process::{Resource, geteuid, getrlimit};
 
 use super::Capability;
 
@@ -22,8 +22,10 @@ pub(crate) fn probe(capability: Capability) -> Result<(), String> {
     match capability {
         Capability::Uffd => uffd(),
         Capability::Kvm => writable("/dev/kvm"),
-        Capability::Hugetlb => hugetlb("/sys/kernel/mm/hugepages/hugepages-2048kB"),
-        Capability::Thp => thp("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
+        // The tests set how many they need, and put it back.
+        Capability::Hugetlb => writable("/proc/sys/vm/nr_hugepages"),
+        Capability::Thp => writable("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
+        Capability::Mlock => mlock(),
     }
 }
 
@@ -51,25 +53,13 @@ fn writable(path: &str) -> Result<(), String> {
     }
 }
 
-fn hugetlb(dir: &str) -> Result<(), String> {
-    let free = Path::new(dir).join("free_hugepages");
-    let free = fs::read_to_string(&free).map_err(|e| format!("{}: {e}", free.display()))?;
-    if free.trim() != "0" {
-        return Ok(());
+/// Enough address space that can be locked for what the tests map.
+fn mlock() -> Result<(), String> {
+    let enough = 1 << 32;
+    match getrlimit(Resource::Memlock).maximum {
+        Some(limit) if limit < enough && !geteuid().is_root() => {
+            Err(format!("RLIMIT_MEMLOCK is {limit}"))
+        }
+        _ => Ok(()),
     }
-    writable(&format!("{dir}/nr_hugepages")).map_err(|why| format!("none is free, and {why}"))
-}
-
-fn thp(path: &str) -> Result<(), String> {
-    let setting = fs::read_to_string(path).map_err(|e| format!("{path}: {e}"))?;
-    match chosen(&setting) {
-        Some("always" | "within_size" | "advise" | "force") => Ok(()),
-        chosen => writable(path).map_err(|why| format!("{path} is {chosen:?}, and {why}")),
-    }
-}
-
-/// The word in brackets: `always [never]`.
-pub(crate) fn chosen(setting: &str) -> Option<&str> {
-    let (_, rest) = setting.split_once('[')?;
-    Some(rest.split_once(']')?.0)
 }

@@ -351,19 +351,27 @@ impl VmCore {
     }
 }
 
-/// Whether a vCPU waits for an answer about this very page. Until it has one, it takes the page to be
-/// as it was, so it consents to the way back as well: a conversion that fails later can be undone.
-fn consents(vcpus: &Slab<Option<Request>>, gfn: Gfn) -> bool {
-    vcpus.iter().any(|(_, request)| request.is_some_and(|request| request.gfn == gfn))
+/// Whether a vCPU waits for an answer about this very page, and wants it to go this way. The way back
+/// is the host's to ask for no more than any other: until it has its answer the guest takes the page
+/// to be as it was.
+fn consents(vcpus: &Slab<Option<Request>>, gfn: Gfn, to: Visibility) -> bool {
+    vcpus.iter().any(|(_, request)| *request == Some(Request { gfn, to }))
 }
 
 impl Stage2 for VmCore {
-    fn make_private(&self, runs: &[GuestRun]) -> Result<(), Errno> {
-        self.with_parties(|parties, vcpus| parties.make_private(runs, |gfn| consents(vcpus, gfn)))
+    fn make_private(&self, runs: &[GuestRun], prepare: &mut dyn FnMut()) -> Result<(), Errno> {
+        self.with_parties(|parties, vcpus| {
+            let consents = |gfn| consents(vcpus, gfn, Visibility::Private);
+            // Before the locks are let go: no vCPU can get to the pages in between.
+            parties.make_private(runs, consents).inspect(|()| prepare())
+        })
     }
 
-    fn make_shared(&self, runs: &[GuestRun]) -> Result<(), Errno> {
-        self.with_parties(|parties, vcpus| parties.make_shared(runs, |gfn| consents(vcpus, gfn)))
+    fn make_shared(&self, runs: &[GuestRun], prepare: &mut dyn FnMut()) -> Result<(), Errno> {
+        self.with_parties(|parties, vcpus| {
+            let consents = |gfn| consents(vcpus, gfn, Visibility::Shared);
+            parties.make_shared(runs, consents).inspect(|()| prepare())
+        })
     }
 
     /// Nothing to do: a protected guest maps no page that is not its own, and what it owns nobody

@@ -1,0 +1,112 @@
+//! Limits of the process: each is met with an error, in a process of its own.
+
+use std::env;
+use std::os::fd::{AsFd, AsRawFd};
+use std::process::Command;
+
+mod common;
+
+use common::Capability;
+use gmem::addr::{ByteSize, Pgoff};
+use gmem::audit;
+use gmem::error::{Error, ErrorKind};
+use gmem::range::PgoffRange;
+use gmem::{ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, Visibility};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+const CHILD: &str = "GMEM_TEST_LIMITED_CHILD";
+const DONE: &str = "the limited child has seen what it should";
+
+/// Runs `body` in a copy of this process under the limit. `test` is the caller's name, so that the
+/// copy ends up here again.
+fn under(test: &str, resource: Resource, limit: u64, body: impl FnOnce()) {
+    if env::var_os(CHILD).is_some() {
+        let hard = getrlimit(resource).maximum;
+        let limit = hard.map_or(limit, |hard| hard.min(limit));
+        setrlimit(resource, Rlimit { current: Some(limit), maximum: hard }).unwrap();
+        body();
+        println!("{DONE}");
+        return;
+    }
+    let child = Command::new(env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture", "--test-threads=1"])
+        .env(CHILD, "1")
+        .output()
+        .unwrap();
+    let output = String::from_utf8_lossy(&child.stdout).into_owned();
+    assert!(child.status.success() && output.contains(DONE), "{:?}\n{output}", child.status);
+}
+
+fn pool() -> Result<FolioPool, Error> {
+    FolioPool::new(ArenaBacking::Memfd, ByteSize::from_mib(64))
+}
+
+#[test]
+fn a_file_size_limit_is_an_error_and_no_signal() {
+    under("a_file_size_limit_is_an_error_and_no_signal", Resource::Fsize, 1 << 20, || {
+        let error = pool().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Exhausted);
+        assert!(error.to_string().contains("RLIMIT_FSIZE is 1048576"), "{error}");
+        let small = FolioPool::new(ArenaBacking::Memfd, ByteSize::from_kib(64));
+        assert!(small.is_ok(), "what is below the limit still works");
+    });
+}
+
+#[test]
+fn an_address_space_limit_is_an_error() {
+    under("an_address_space_limit_is_an_error", Resource::As, 256 << 20, || {
+        let big = FolioPool::new(ArenaBacking::Memfd, ByteSize::from_mib(512)).unwrap_err();
+        assert_eq!(big.kind(), ErrorKind::Exhausted, "{big}");
+        let pool = FolioPool::new(ArenaBacking::Memfd, ByteSize::from_mib(16)).unwrap();
+        assert_eq!(pool.stat().free, ByteSize::from_mib(16));
+    });
+}
+
+/// A VMM may lock its memory. Then the kernel maps every page of a mapping at once, and refuses to
+/// let go of it by a plain `MADV_DONTNEED`.
+#[test]
+fn locked_memory_is_hidden_all_the_same() {
+    if !(common::require(Capability::Uffd) && common::require(Capability::Mlock)) {
+        return;
+    }
+    let unlimited = u64::MAX;
+    under("locked_memory_is_hidden_all_the_same", Resource::Memlock, unlimited, || {
+        use rustix::mm::{MlockAllFlags, mlockall};
+        mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE).unwrap();
+        let pool = FolioPool::new(ArenaBacking::Memfd, ByteSize::from_mib(4)).unwrap();
+        let builder = GuestMemfd::builder(ByteSize::from_mib(4)).initial(Visibility::Shared);
+        let memfd = builder.create(&pool).unwrap();
+        let view = memfd.map_view().unwrap();
+        let half = PgoffRange::new(Pgoff::new(0), 512).unwrap();
+        let private = Visibility::Private;
+        let _ = memfd.convert(half, private, ContentPolicy::Preserve).unwrap();
+        assert_eq!(memfd.stat().mapped, ByteSize::from_mib(2));
+        // Which asks the kernel's page tables.
+        assert_eq!(audit::check(&pool, &[&memfd]).to_string(), "clean");
+        drop(view);
+    });
+}
+
+#[test]
+fn without_descriptors_nothing_is_left_behind() {
+    if !common::require(Capability::Uffd) {
+        return;
+    }
+    let body = || {
+        let pool = pool().unwrap();
+        let builder = GuestMemfd::builder(ByteSize::from_mib(64)).initial(Visibility::Shared);
+        let memfd = builder.clone().create(&pool).unwrap();
+        // Descriptors are given out lowest first, so there is none left below the newest.
+        let current = Some(u64::try_from(memfd.as_fd().as_raw_fd()).unwrap() + 1);
+        let maximum = getrlimit(Resource::Nofile).maximum;
+        setrlimit(Resource::Nofile, Rlimit { current, maximum }).unwrap();
+        for error in [memfd.map_view().map(drop), self::pool().map(drop)].map(Result::unwrap_err) {
+            assert_eq!(error.kind(), ErrorKind::Os, "{error}");
+        }
+        assert_eq!(memfd.stat().resident, ByteSize::default(), "the view left nothing behind");
+        drop(memfd);
+        assert_eq!(pool.stat().reserved, ByteSize::default());
+        assert!(builder.create(&pool).is_ok(), "the descriptor is free again");
+    };
+    under("without_descriptors_nothing_is_left_behind", Resource::Nofile, 64, body);
+}

@@ -1,0 +1,149 @@
+//! Raw pointers that keep touching a view while folios come, views go and pages change sides.
+
+// UNSAFETY: system calls on raw pointers, which may fail with EFAULT and must not see private bytes.
+#![expect(unsafe_code, reason = "a system call on a raw pointer is what is tested")]
+
+mod common;
+
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use common::Capability;
+use gmem::addr::{ByteSize, Gfn, Hva, Ipa, Offset};
+use gmem::audit;
+use gmem::hyp::pkvm::Hypervisor;
+use gmem::{ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, Visibility};
+
+const SIZE: ByteSize = ByteSize::from_mib(2);
+const SECRET: u8 = b'S';
+
+/// The byte at an address, by a system call: it fails instead of faulting, mapped or not.
+fn peek(at: Hva) -> Option<u8> {
+    let (out, into) = rustix::pipe::pipe().unwrap();
+    let from = std::ptr::with_exposed_provenance::<libc::c_void>(at.get());
+    // SAFETY: the kernel checks the address itself.
+    let written = unsafe { libc::write(into.as_raw_fd(), from, 1) };
+    let mut byte = [0];
+    (written == 1).then(|| rustix::io::read(&out, &mut byte).map(|_| byte[0]).unwrap())
+}
+
+/// Peeks from another thread until `work` is done; all that was seen, each once.
+fn peek_during(at: Hva, work: impl FnOnce()) -> Vec<u8> {
+    let (stop, begun) = (AtomicBool::new(false), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let peeker = scope.spawn(|| {
+            let mut seen = Vec::new();
+            while !stop.load(Ordering::Acquire) {
+                seen.extend(peek(at));
+                seen.dedup();
+                begun.store(true, Ordering::Release);
+            }
+            seen
+        });
+        while !begun.load(Ordering::Acquire) {
+            std::hint::spin_loop();
+        }
+        work();
+        stop.store(true, Ordering::Release);
+        peeker.join().unwrap()
+    })
+}
+
+fn object(initial: Visibility) -> (FolioPool, GuestMemfd) {
+    let pool = FolioPool::new(ArenaBacking::Memfd, SIZE).unwrap();
+    let memfd = GuestMemfd::builder(SIZE).initial(initial).create(&pool).unwrap();
+    (pool, memfd)
+}
+
+/// A folio that is installed under a raw pointer's eyes stays out of sight once it is private.
+#[test]
+fn a_guests_first_touch_is_not_seen() {
+    if !common::require(Capability::Uffd) {
+        return;
+    }
+    for _ in 0..200 {
+        let (pool, memfd) = object(Visibility::Private);
+        let view = memfd.map_view().unwrap();
+        let host = Hypervisor::new(&pool).unwrap();
+        let vm = host.create_vm().unwrap();
+        vm.bind(Gfn::new(0), &memfd, memfd.pages()).unwrap();
+        let mut vcpu = vm.create_vcpu().unwrap();
+        let seen = peek_during(view.hva(), || vcpu.store(Ipa::new(0), &[SECRET]).unwrap());
+        assert!(!seen.contains(&SECRET), "the host has seen {seen:?}");
+        assert_eq!(peek(view.hva()), None);
+        assert_eq!(memfd.stat().mapped, ByteSize::default());
+        assert_eq!(audit::check_under(&pool, &[&memfd], &host).to_string(), "clean");
+    }
+}
+
+/// What is written in that moment does not reach the guest either.
+#[test]
+fn a_guests_first_touch_finds_zeroes() {
+    if !common::require(Capability::Uffd) {
+        return;
+    }
+    for _ in 0..200 {
+        let (pool, memfd) = object(Visibility::Private);
+        let view = memfd.map_view().unwrap();
+        let zero = std::fs::File::open("/dev/urandom").unwrap();
+        let stop = AtomicBool::new(false);
+        let at = view.pointer(Offset::new(64), ByteSize::from_bytes(64)).unwrap();
+        let at = Hva::new(at.as_ptr().expose_provenance());
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let into = std::ptr::with_exposed_provenance_mut(at.get());
+                while !stop.load(Ordering::Acquire) {
+                    // SAFETY: nobody has a reference to the memory; the kernel checks the address.
+                    unsafe { libc::read(zero.as_raw_fd(), into, 64) };
+                }
+            });
+            memfd.allocate(memfd.pages()).unwrap();
+            stop.store(true, Ordering::Release);
+        });
+        let vm = Hypervisor::new(&pool).unwrap().create_vm().unwrap();
+        vm.bind(Gfn::new(0), &memfd, memfd.pages()).unwrap();
+        let mut found = [1; 64];
+        vm.create_vcpu().unwrap().load(Ipa::new(64), &mut found).unwrap();
+        assert_eq!(found, [0; 64]);
+    }
+}
+
+/// A view that goes away shows nothing on its way out.
+#[test]
+fn a_view_that_is_dropped_shows_nothing() {
+    if !common::require(Capability::Uffd) {
+        return;
+    }
+    for keep_object in [true, false].repeat(100) {
+        let (_pool, memfd) = object(Visibility::Shared);
+        memfd.write(Offset::new(0), &[SECRET; 4096]).unwrap();
+        let view = memfd.map_view().unwrap();
+        let all = memfd.pages();
+        let _ = memfd.convert(all, Visibility::Private, ContentPolicy::Preserve).unwrap();
+        let kept = keep_object.then(|| memfd.clone());
+        drop(memfd);
+        let seen = peek_during(view.hva(), || drop(view));
+        assert!(!seen.contains(&SECRET), "the host has seen {seen:?}");
+        drop(kept);
+    }
+}
+
+/// Views that come while pages turn shared show all of them.
+#[test]
+fn a_view_that_comes_during_a_conversion_shows_what_is_shared() {
+    if !common::require(Capability::Uffd) {
+        return;
+    }
+    for _ in 0..200 {
+        let (pool, memfd) = object(Visibility::Private);
+        let view = std::thread::scope(|scope| {
+            let mapper = scope.spawn(|| memfd.map_view().unwrap());
+            let all = memfd.pages();
+            let _ = memfd.convert(all, Visibility::Shared, ContentPolicy::Preserve).unwrap();
+            mapper.join().unwrap()
+        });
+        assert_eq!(memfd.stat().mapped, SIZE);
+        assert_eq!(audit::check(&pool, &[&memfd]).to_string(), "clean");
+        drop(view);
+    }
+}
