@@ -13,7 +13,8 @@ be tried against its private memory being tried meanwhile.
 usage: vmm [--json] [--map FILE.svg] [--backing auto|hugetlb|thp|memfd] [FILE]
 
   FILE             what the disk holds; a regular file of any size (default: this program itself)
-  --json           print a summary as one line of JSON at the end
+  --json           print a summary as one line of JSON at the end, also of a run that fails; only a
+                   wrong command line and a run that hangs have none
   --map FILE.svg   write a picture of the guest's memory, taken while a request is in flight
   --backing KIND   what the guest's memory is made of (default: auto, the best that is to be had)
   --help           print this

@@ -47,7 +47,8 @@ fn fuzz(context: &Context, nightly: &str, target: &str, seconds: &str) -> Finish
     let seeds = Path::new("fuzz/seeds").join(target);
     // The first directory is the one that libFuzzer writes to: never the seeds.
     let mut cmd = Cmd::cargo_of(&context.root, nightly)
-        .args(&["fuzz", "run", target])
+        // Comparisons are not what guides it, and tracing them takes two thirds of the time.
+        .args(&["fuzz", "run", "--no-trace-compares", target])
         .path(&context.scratch.join("corpus").join(target));
     if let Err(error) = std::fs::create_dir_all(context.scratch.join("corpus").join(target)) {
         println!("xtask: no directory for the corpus: {error}");
