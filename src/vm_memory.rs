@@ -243,7 +243,8 @@ impl GuestMemoryRegion for Region {
         // SAFETY: 1. `locate` has checked that the bytes lie in the slot, `OwnedSlot::new` that the
         // slot lies in the object, all of which the view maps at consecutive addresses. 2. the slice
         // borrows the region, which holds the view, so they stay mapped. 3. the pins keep them
-        // shared for as long. 4. the library accesses them atomically or through raw copies only.
+        // shared for as long. 4. nobody has a reference to them. That vm-memory's accesses and
+        // ours race with different sizes, where the guest lets them race, is what its traits are like.
         Ok(unsafe { VolatileSlice::new(start, count) })
     }
 }

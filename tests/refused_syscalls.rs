@@ -3,13 +3,16 @@
 // UNSAFETY: prctl, to install a filter for the calling thread.
 #![expect(unsafe_code, reason = "a seccomp filter is installed by a raw system call")]
 
+mod common;
+
 use std::thread;
 
-use gmem::addr::{ByteSize, Offset, Pgoff};
+use common::Capability;
+use gmem::addr::{Access, ByteSize, Offset, Pgoff};
 use gmem::audit;
 use gmem::error::{Errno, ErrorKind};
 use gmem::range::PgoffRange;
-use gmem::{ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, Visibility};
+use gmem::{ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, SigbusHandler, Touch, Visibility};
 
 const PRESERVE: ContentPolicy = ContentPolicy::Preserve;
 
@@ -60,6 +63,34 @@ fn without_userfaultfd_only_views_are_missing_and_the_error_says_why() {
         memfd.write(Offset::new(0), b"still works").unwrap();
         let _ = memfd.convert(memfd.pages(), Visibility::Private, PRESERVE).unwrap();
         assert_eq!(audit::check(&pool, &[&memfd]).to_string(), "clean");
+    })
+    .join()
+    .unwrap();
+}
+
+/// Half an installation must not stay: the frame goes on to somebody else.
+#[test]
+fn a_folio_that_cannot_be_registered_leaves_no_mapping_behind() {
+    if !common::require(Capability::Uffd) {
+        return;
+    }
+    thread::spawn(|| {
+        let size = ByteSize::from_mib(2);
+        let pool = FolioPool::new(ArenaBacking::Memfd, ByteSize::from_mib(4)).unwrap();
+        let first = GuestMemfd::builder(size).create(&pool).unwrap();
+        let view = first.map_view().unwrap();
+        let handler = SigbusHandler::install().unwrap();
+        refuse(libc::SYS_ioctl);
+        let error = first.allocate(first.pages()).unwrap_err();
+        assert_eq!((error.kind(), error.errno()), (ErrorKind::Os, Errno::EPERM));
+        assert_eq!(first.stat().resident, ByteSize::default());
+
+        let builder = GuestMemfd::builder(size).initial(Visibility::Shared);
+        let second = builder.create(&pool).unwrap();
+        second.write(Offset::new(0), &[7; 4096]).unwrap();
+        let touch = view.touch(handler, Offset::new(0), Access::Read).unwrap();
+        assert!(matches!(touch, Touch::Fault(_)), "{touch:?}");
+        assert_eq!(audit::check(&pool, &[&first, &second]).to_string(), "clean");
     })
     .join()
     .unwrap();

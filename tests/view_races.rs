@@ -9,10 +9,12 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::Capability;
-use gmem::addr::{ByteSize, Gfn, Hva, Ipa, Offset};
+use gmem::addr::{ByteSize, Gfn, Hva, Ipa, Offset, Pgoff};
 use gmem::audit;
+use gmem::error::Errno;
 use gmem::hyp::pkvm::Hypervisor;
-use gmem::{ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, Visibility};
+use gmem::range::PgoffRange;
+use gmem::{ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, PinMode, Visibility};
 
 const SIZE: ByteSize = ByteSize::from_mib(2);
 const SECRET: u8 = b'S';
@@ -126,6 +128,57 @@ fn a_view_that_is_dropped_shows_nothing() {
         assert!(!seen.contains(&SECRET), "the host has seen {seen:?}");
         drop(kept);
     }
+}
+
+/// A punch that the hypervisor refuses changes nothing in the view, however closely it is watched.
+#[test]
+fn a_refused_punch_leaves_the_view_as_it_was() {
+    if !common::require(Capability::Uffd) {
+        return;
+    }
+    let (pool, memfd) = object(Visibility::Shared);
+    memfd.write(Offset::new(0), &[1; 2 << 20]).unwrap();
+    let view = memfd.map_view().unwrap();
+    let host = Hypervisor::new(&pool).unwrap();
+    let vm = host.create_vm().unwrap();
+    vm.bind(Gfn::new(0), &memfd, memfd.pages()).unwrap();
+    let guests = PgoffRange::new(Pgoff::new(5), 1).unwrap();
+    let _ = memfd.convert(guests, Visibility::Private, ContentPolicy::Preserve).unwrap();
+    vm.create_vcpu().unwrap().store(Ipa::new(5 << 12), &[SECRET]).unwrap();
+    let owner = memfd.register_owner("disk").unwrap();
+    let neighbour = PgoffRange::new(Pgoff::new(6), 1).unwrap();
+    let _pin = memfd.pin(neighbour, owner, PinMode::Counted).unwrap();
+
+    let private = view.hva_of(Offset::new(5 << 12)).unwrap();
+    let seen = peek_during(private, || {
+        for _ in 0..2_000 {
+            assert_eq!(memfd.punch_hole(guests).unwrap_err().errno(), Errno::EBUSY);
+        }
+    });
+    assert_eq!(seen, []);
+    assert_eq!(peek(view.hva_of(Offset::new(6 << 12)).unwrap()), Some(1), "the pinned one");
+    assert_eq!(memfd.stat().mapped.get(), SIZE.get() - 4096);
+    assert_eq!(audit::check_under(&pool, &[&memfd], &host).to_string(), "clean");
+}
+
+/// Collapsing a view into huge pages would map what is hidden in it.
+#[test]
+fn a_view_cannot_be_collapsed() {
+    if !common::require(Capability::Uffd) {
+        return;
+    }
+    let (pool, memfd) = object(Visibility::Shared);
+    memfd.write(Offset::new(0), &[SECRET; 2 << 20]).unwrap();
+    let view = memfd.map_view().unwrap();
+    let half = PgoffRange::new(Pgoff::new(0), 256).unwrap();
+    let _ = memfd.convert(half, Visibility::Private, ContentPolicy::Preserve).unwrap();
+    let at = view.pointer(Offset::new(0), SIZE).unwrap();
+    // MADV_COLLAPSE of linux/mman.h.
+    // SAFETY: the range is the view's; nobody has a reference into it.
+    let outcome = unsafe { libc::madvise(at.as_ptr().cast(), 2 << 20, 25) };
+    assert_eq!(outcome, -1);
+    assert_eq!(peek(view.hva()), None);
+    assert_eq!(audit::check(&pool, &[&memfd]).to_string(), "clean");
 }
 
 /// Views that come while pages turn shared show all of them.

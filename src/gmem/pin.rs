@@ -149,6 +149,25 @@ impl GuestMemfd {
 ///
 /// It cannot be copied, and it keeps the object alive: there is no way to drop it twice, and if it
 /// is forgotten its pages stay pinned for good.
+///
+/// ```compile_fail,E0599
+/// fn twice(pin: gmem::PinGuard) -> [gmem::PinGuard; 2] {
+///     [pin.clone(), pin]
+/// }
+/// ```
+///
+/// ```compile_fail,E0382
+/// fn dropped_twice(pin: gmem::PinGuard) {
+///     drop(pin);
+///     drop(pin);
+/// }
+/// ```
+///
+/// ```compile_fail,E0040
+/// fn dropped_by_hand(mut pin: gmem::PinGuard) {
+///     pin.drop();
+/// }
+/// ```
 #[derive(Debug)]
 #[must_use = "the pin ends when the guard is dropped"]
 pub struct PinGuard {

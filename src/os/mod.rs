@@ -1,5 +1,5 @@
-//! The operating system: the only floor that makes system calls, and with `backing` the only one
-//! that is allowed `unsafe`. What it offers upwards is safe.
+//! The operating system: the only floor that makes system calls. It and `backing` hold the library's
+//! `unsafe` code, but for the slices of the vm-memory adapter. What it offers upwards is safe.
 
 pub(crate) mod barrier;
 pub(crate) mod mapping;

@@ -27,20 +27,14 @@ const NOT: [&str; 4] = ["os::", "gmem::", "hyp::", "oracle::"];
 /// provenance and stacked borrows do not know such pointers.
 const FLAGS: &str = "-Zmiri-permissive-provenance -Zmiri-tree-borrows";
 
-const MEMBARRIER: &str = "membarrier is a system call";
 const SLOW: &str = "takes minutes when interpreted";
 
 /// Tests of these modules that an interpreter cannot run, and why. They count as skipped.
-const LEFT_OUT: [(&str, &str); 10] = [
+const LEFT_OUT: [(&str, &str); 5] = [
     ("folio::buddy::tests::any_order_of_frees_makes_it_whole_again", SLOW),
     ("folio::pool::tests::what_comes_back_is_scrubbed_and_promised_again", SLOW),
     ("stage2::table::tests::behaves_like_a_map_of_pages", SLOW),
     ("stage2::table::tests::what_was_reserved_is_what_is_needed", SLOW),
-    ("state::epoch::tests::a_section_that_unwinds_is_left", MEMBARRIER),
-    ("state::epoch::tests::readers_leave_no_slot_behind", MEMBARRIER),
-    ("state::epoch::tests::waiting_lasts_until_the_outermost_section_ends", MEMBARRIER),
-    ("state::section::tests::a_destructor_after_the_reader_still_works", MEMBARRIER),
-    ("state::section::tests::sections_return_what_they_computed_and_nest", MEMBARRIER),
     ("state::table::tests::pins_saturate_and_unwind", SLOW),
 ];
 
