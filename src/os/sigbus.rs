@@ -69,11 +69,11 @@ impl SigbusHandler {
         let target = map.base().as_ptr().wrapping_add(at);
         // A fault while the signal is blocked kills the process, whatever the handler.
         let blocked = unblock();
-        let touched = arch::touch(target, access);
+        let touched = touch::touch(target, access);
         restore(&blocked);
         match touched {
-            arch::Touched { value, code: 0 } => Ok(value.to_le_bytes()[0]),
-            arch::Touched { value, code } => {
+            touch::Touched { value, code: 0 } => Ok(value.to_le_bytes()[0]),
+            touch::Touched { value, code } => {
                 Err(Some(RawFault { hva: Hva::new(value), code: i32::try_from(code).unwrap_or(0) }))
             }
         }
@@ -148,7 +148,7 @@ extern "C" fn on_sigbus(signal: c_int, info: *mut siginfo_t, context: *mut c_voi
     // instruction; BUS_MCEERR_AO and what others send are not.
     let is_fault = (1..=libc::BUS_MCEERR_AR).contains(&code);
     // SAFETY: the kernel passes a valid ucontext, and nobody else refers to it while we run.
-    if is_fault && unsafe { arch::recover(context, address, code) } {
+    if is_fault && unsafe { touch::recover(context, address, code) } {
         return;
     }
     // Acquire: pairs with the Release in `remember`.
@@ -198,33 +198,17 @@ fn die(signal: c_int, is_fault: bool) {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-mod arch {
-    use std::arch::global_asm;
+/// The instructions that may fault, and what follows from their addresses. Each architecture has the
+/// code between the same five labels, and knows where its registers are saved.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod touch {
+    use libc::{c_int, c_void, ucontext_t};
 
-    use libc::{REG_RAX, REG_RDX, REG_RIP, c_int, c_void, greg_t, ucontext_t};
-
+    use super::arch;
     use crate::addr::Access;
 
-    // A store of the same value must be one instruction, or it could undo somebody else's store.
-    global_asm!(
-        ".pushsection .text.gmem_touch, \"ax\", @progbits",
-        "gmem_touch_load:",
-        "xor edx, edx",
-        "gmem_touch_begin:",
-        "movzx eax, byte ptr [rdi]",
-        "ret",
-        "gmem_touch_store:",
-        "xor edx, edx",
-        "xor eax, eax",
-        "lock xadd byte ptr [rdi], al",
-        "gmem_touch_end:",
-        "gmem_touch_recover:",
-        "ret",
-        ".popsection",
-    );
-
-    /// In RAX and RDX: the byte and 0, or the faulting address and the signal's code.
+    /// In the two registers of a returned pair: the byte and 0, or the faulting address and the
+    /// signal's code.
     #[repr(C)]
     pub(super) struct Touched {
         pub(super) value: usize,
@@ -256,17 +240,49 @@ mod arch {
     pub(super) unsafe fn recover(context: *mut c_void, address: usize, code: c_int) -> bool {
         // SAFETY: the caller's promise.
         let context = unsafe { &mut *context.cast::<ucontext_t>() };
-        let registers = &mut context.uc_mcontext.gregs;
-        let pc = registers[REG_RIP as usize] as u64;
-        let touch =
-            (&raw const gmem_touch_begin).addr() as u64..(&raw const gmem_touch_end).addr() as u64;
-        if !touch.contains(&pc) {
-            return false;
+        let begin = (&raw const gmem_touch_begin).addr() as u64;
+        let end = (&raw const gmem_touch_end).addr() as u64;
+        let is_ours = (begin..end).contains(&arch::pc(context));
+        if is_ours {
+            arch::resume(context, (&raw const gmem_touch_recover).addr(), address, code);
         }
-        registers[REG_RAX as usize] = address as greg_t;
+        is_ours
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod arch {
+    use std::arch::global_asm;
+
+    use libc::{REG_RAX, REG_RDX, REG_RIP, c_int, greg_t, ucontext_t};
+
+    // A store of the same value must be one instruction, or it could undo somebody else's store.
+    global_asm!(
+        ".pushsection .text.gmem_touch, \"ax\", @progbits",
+        "gmem_touch_load:",
+        "xor edx, edx",
+        "gmem_touch_begin:",
+        "movzx eax, byte ptr [rdi]",
+        "ret",
+        "gmem_touch_store:",
+        "xor edx, edx",
+        "xor eax, eax",
+        "lock xadd byte ptr [rdi], al",
+        "gmem_touch_end:",
+        "gmem_touch_recover:",
+        "ret",
+        ".popsection",
+    );
+
+    pub(super) fn pc(context: &ucontext_t) -> u64 {
+        context.uc_mcontext.gregs[REG_RIP as usize] as u64
+    }
+
+    pub(super) fn resume(context: &mut ucontext_t, pc: usize, value: usize, code: c_int) {
+        let registers = &mut context.uc_mcontext.gregs;
+        registers[REG_RAX as usize] = value as greg_t;
         registers[REG_RDX as usize] = greg_t::from(code);
-        registers[REG_RIP as usize] = (&raw const gmem_touch_recover).addr() as greg_t;
-        true
+        registers[REG_RIP as usize] = pc as greg_t;
     }
 }
 
@@ -274,9 +290,7 @@ mod arch {
 mod arch {
     use std::arch::global_asm;
 
-    use libc::{c_int, c_void, ucontext_t};
-
-    use crate::addr::Access;
+    use libc::{c_int, ucontext_t};
 
     // The exclusive pair stores the value it loaded only if nobody stored in between.
     global_asm!(
@@ -298,53 +312,20 @@ mod arch {
         ".popsection",
     );
 
-    /// In X0 and X1: the byte and 0, or the faulting address and the signal's code.
-    #[repr(C)]
-    pub(super) struct Touched {
-        pub(super) value: usize,
-        pub(super) code: usize,
+    pub(super) fn pc(context: &ucontext_t) -> u64 {
+        context.uc_mcontext.pc
     }
 
-    unsafe extern "C" {
-        fn gmem_touch_load(at: *mut u8) -> Touched;
-        fn gmem_touch_store(at: *mut u8) -> Touched;
-        safe static gmem_touch_begin: u8;
-        safe static gmem_touch_end: u8;
-        safe static gmem_touch_recover: u8;
-    }
-
-    pub(super) fn touch(at: *mut u8, access: Access) -> Touched {
-        match access {
-            // SAFETY: a fault is recovered from, since a `SigbusHandler` exists; the byte belongs
-            // to a mapping of guest memory, to which there are no references.
-            Access::Read => unsafe { gmem_touch_load(at) },
-            // SAFETY: as above; the value stored is the value found.
-            Access::Write => unsafe { gmem_touch_store(at) },
-        }
-    }
-
-    /// If the fault came from a touch: makes it return address and code.
-    ///
-    /// # Safety
-    /// `context` must be the `ucontext_t` of the interrupted thread, with no other reference to it.
-    pub(super) unsafe fn recover(context: *mut c_void, address: usize, code: c_int) -> bool {
-        // SAFETY: the caller's promise.
-        let context = unsafe { &mut *context.cast::<ucontext_t>() };
+    pub(super) fn resume(context: &mut ucontext_t, pc: usize, value: usize, code: c_int) {
         let machine = &mut context.uc_mcontext;
-        let touch =
-            (&raw const gmem_touch_begin).addr() as u64..(&raw const gmem_touch_end).addr() as u64;
-        if !touch.contains(&machine.pc) {
-            return false;
-        }
-        machine.regs[0] = address as u64;
+        machine.regs[0] = value as u64;
         machine.regs[1] = code as u64;
-        machine.pc = (&raw const gmem_touch_recover).addr() as u64;
-        true
+        machine.pc = pc as u64;
     }
 }
 
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-mod arch {
+mod touch {
     use libc::{c_int, c_void};
 
     use crate::addr::Access;
