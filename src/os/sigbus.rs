@@ -259,6 +259,11 @@ mod arch {
     // A store of the same value must be one instruction, or it could undo somebody else's store.
     global_asm!(
         ".pushsection .text.gmem_touch, \"ax\", @progbits",
+        // Visible to other objects of this crate, which may not be compiled as one, and to nobody else.
+        ".globl gmem_touch_load, gmem_touch_store",
+        ".globl gmem_touch_begin, gmem_touch_end, gmem_touch_recover",
+        ".hidden gmem_touch_load, gmem_touch_store",
+        ".hidden gmem_touch_begin, gmem_touch_end, gmem_touch_recover",
         "gmem_touch_load:",
         "xor edx, edx",
         "gmem_touch_begin:",
@@ -295,6 +300,11 @@ mod arch {
     // The exclusive pair stores the value it loaded only if nobody stored in between.
     global_asm!(
         ".pushsection .text.gmem_touch, \"ax\", %progbits",
+        // Visible to other objects of this crate, which may not be compiled as one, and to nobody else.
+        ".globl gmem_touch_load, gmem_touch_store",
+        ".globl gmem_touch_begin, gmem_touch_end, gmem_touch_recover",
+        ".hidden gmem_touch_load, gmem_touch_store",
+        ".hidden gmem_touch_begin, gmem_touch_end, gmem_touch_recover",
         "gmem_touch_load:",
         "mov x1, #0",
         "gmem_touch_begin:",
