@@ -59,10 +59,10 @@ pub use crate::state::modelled;
 
 pub use crate::folio::{ArenaBacking, FolioPool, PoolStat, Unscrubbed};
 pub use crate::gmem::{
-    ContentPolicy, Conversion, FaultCause, GuestMemfd, GuestMemfdBuilder, HostFault, HostView,
-    ObjectStat, OwnerTag, PageInfo, PageStatus, PinGuard, PinMode, Residency, Touch,
+    ContentPolicy, Conversion, GuestMemfd, GuestMemfdBuilder, HostFault, HostView, ObjectStat,
+    OwnerTag, PageInfo, PageStatus, PinGuard, PinMode, Residency, Touch,
 };
-pub use crate::os::sigbus::SigbusHandler;
+pub use crate::os::sigbus::{FaultCause, SigbusHandler};
 pub use crate::state::Visibility;
 #[doc(hidden)]
 pub use crate::sync::MODELLED;

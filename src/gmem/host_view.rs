@@ -22,7 +22,7 @@ use crate::error::{Error, ErrorKind, Op};
 use crate::folio::try_bits;
 use crate::geometry::{FolioSize, index};
 use crate::os::mapping::Mapping;
-use crate::os::sigbus::{RawFault, SigbusHandler};
+use crate::os::sigbus::{FaultCause, RawFault, SigbusHandler};
 use crate::os::uffd::Userfault;
 use crate::range::PgoffRange;
 use crate::state::Visibility;
@@ -167,18 +167,6 @@ pub struct HostFault {
     pub cause: FaultCause,
 }
 
-/// The `si_code` of a `SIGBUS`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum FaultCause {
-    /// `BUS_ADRERR`: nothing is mapped there; the page is private or absent.
-    NotMapped,
-    /// `BUS_MCEERR_AR`: the memory itself failed.
-    MemoryFailure,
-    /// Something else.
-    Other,
-}
-
 impl GuestMemfd {
     /// Maps the whole object. Shared pages get folios first, so that a raw access to one never
     /// faults.
@@ -305,13 +293,8 @@ impl HostView {
         match handler.touch(&self.map.map, place, access) {
             Ok(byte) => Ok(Touch::Byte(byte)),
             Err(None) => Err(out_of_range()),
-            Err(Some(RawFault { hva, code })) => {
+            Err(Some(RawFault { hva, cause })) => {
                 let into = hva.get().wrapping_sub(self.hva().get());
-                let cause = match code {
-                    libc::BUS_ADRERR => FaultCause::NotMapped,
-                    libc::BUS_MCEERR_AR => FaultCause::MemoryFailure,
-                    _ => FaultCause::Other,
-                };
                 Ok(Touch::Fault(HostFault { hva, offset: Offset::new(into as u64), cause }))
             }
         }

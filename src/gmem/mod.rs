@@ -24,6 +24,6 @@ mod pin;
 
 pub use convert::{ContentPolicy, Conversion};
 pub(crate) use guest_fault::BindingId;
-pub use host_view::{FaultCause, HostFault, HostView, Touch};
+pub use host_view::{HostFault, HostView, Touch};
 pub use object::{GuestMemfd, GuestMemfdBuilder, ObjectStat, PageInfo, PageStatus, Residency};
 pub use pin::{OwnerTag, PinGuard, PinMode};

@@ -5,7 +5,8 @@ use super::model::Model;
 use super::real::{Real, Trouble};
 use crate::addr::{Access, ByteSize, Offset, Pgoff};
 use crate::geometry::{HUGE_PAGES, PAGE_BYTES};
-use crate::gmem::{FaultCause, GuestMemfd, HostView, Touch};
+use crate::gmem::{GuestMemfd, HostView, Touch};
+use crate::os::sigbus::FaultCause;
 use crate::os::sigbus::SigbusHandler;
 use crate::state::Visibility;
 

@@ -23,11 +23,33 @@ use crate::os::mapping::Mapping;
 #[derive(Clone, Copy, Debug)]
 pub struct SigbusHandler(());
 
+/// The `si_code` of a `SIGBUS`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FaultCause {
+    /// `BUS_ADRERR`: nothing is mapped there; the page is private or absent.
+    NotMapped,
+    /// `BUS_MCEERR_AR`: the memory itself failed.
+    MemoryFailure,
+    /// Something else.
+    Other,
+}
+
+impl FaultCause {
+    fn of(si_code: usize) -> Self {
+        match c_int::try_from(si_code) {
+            Ok(libc::BUS_ADRERR) => Self::NotMapped,
+            Ok(libc::BUS_MCEERR_AR) => Self::MemoryFailure,
+            _ => Self::Other,
+        }
+    }
+}
+
 /// A `SIGBUS` that a touch ran into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct RawFault {
     pub(crate) hva: Hva,
-    pub(crate) code: i32,
+    pub(crate) cause: FaultCause,
 }
 
 /// The action that stood before ours, never freed; written before ours is installed, so that the
@@ -74,7 +96,7 @@ impl SigbusHandler {
         match touched {
             touch::Touched { value, code: 0 } => Ok(value.to_le_bytes()[0]),
             touch::Touched { value, code } => {
-                Err(Some(RawFault { hva: Hva::new(value), code: i32::try_from(code).unwrap_or(0) }))
+                Err(Some(RawFault { hva: Hva::new(value), cause: FaultCause::of(code) }))
             }
         }
     }
