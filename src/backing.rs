@@ -53,6 +53,7 @@ impl Arena {
         let size = ByteSize::from_pages(nr_pages);
         let fd = create_arena(kind, size)?;
         let map = Mapping::of_file(Op::CreatePool, fd.as_fd(), size)?;
+        map.forbid_collapse(0, map.len())?;
         Ok(Arc::new(Self { memory: Memory::File { map, fd }, nr_pages }))
     }
 
@@ -352,7 +353,9 @@ mod tests {
     #[test]
     #[cfg_attr(miri, ignore = "Miri stops where an allocator fails")]
     fn more_than_there_can_be_is_refused() {
-        assert_eq!(Arena::heap(MAX_PAGES).unwrap_err().kind(), ErrorKind::Exhausted);
+        let error = Arena::heap(MAX_PAGES).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Exhausted);
+        assert!(error.to_string().contains("available"), "{error}: not even asked");
     }
 
     #[test]

@@ -1,5 +1,8 @@
 //! Limits of the process: each is met with an error, in a process of its own.
 
+// UNSAFETY: maps until the kernel refuses.
+#![expect(unsafe_code, reason = "the limit of mappings is reached by raw system calls")]
+
 use std::env;
 use std::os::fd::{AsFd, AsRawFd};
 use std::process::Command;
@@ -60,6 +63,68 @@ fn an_address_space_limit_is_an_error() {
         let pool = FolioPool::new(ArenaBacking::Memfd, ByteSize::from_mib(16)).unwrap();
         assert_eq!(pool.stat().free, ByteSize::from_mib(16));
     });
+}
+
+/// The kernel maps so many pieces and no more. A folio that cannot be mapped is not allocated, and not
+/// lost either.
+#[test]
+fn the_limit_of_mappings_costs_no_folio() {
+    if !common::require(Capability::Uffd) {
+        return;
+    }
+    let test = "the_limit_of_mappings_costs_no_folio";
+    under(test, Resource::Core, 0, || {
+        let pool = FolioPool::new(ArenaBacking::Memfd, ByteSize::from_mib(8)).unwrap();
+        let memfd = GuestMemfd::builder(ByteSize::from_mib(8)).create(&pool).unwrap();
+        let view = memfd.map_view().unwrap();
+        let folio = PgoffRange::new(Pgoff::new(512), 512).unwrap();
+        // Neighbours of different protection do not merge, so each page is a mapping of its own.
+        let limit: usize = std::fs::read_to_string("/proc/sys/vm/max_map_count")
+            .map(|text| text.trim().parse().unwrap())
+            .unwrap();
+        let filler = Filler::new(limit);
+        for _ in 0..8 {
+            let error = memfd.allocate(folio).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Exhausted, "{error}");
+        }
+        assert_eq!(pool.stat().free, pool.stat().capacity, "nothing is lost");
+        assert_eq!(pool.stat().quarantined, ByteSize::default());
+        drop(filler);
+        memfd.allocate(folio).unwrap();
+        assert_eq!(audit::check(&pool, &[&memfd]).to_string(), "clean");
+        drop(view);
+    });
+}
+
+/// As many mappings as the kernel gives.
+struct Filler {
+    base: *mut libc::c_void,
+    len: usize,
+}
+
+impl Filler {
+    fn new(most: usize) -> Self {
+        let (len, none) = (most * 2 * 4096, libc::PROT_NONE);
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: no address is asked for, so nothing is replaced.
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), len, none, flags, -1, 0) };
+        assert_ne!(base, libc::MAP_FAILED);
+        for page in (0..2 * most).step_by(2) {
+            let at = base.wrapping_byte_add(page * 4096);
+            // SAFETY: a page of the mapping above.
+            if unsafe { libc::mprotect(at, 4096, libc::PROT_READ) } != 0 {
+                break;
+            }
+        }
+        Self { base, len }
+    }
+}
+
+impl Drop for Filler {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and goes as a whole.
+        assert_eq!(unsafe { libc::munmap(self.base, self.len) }, 0);
+    }
 }
 
 /// A VMM may lock its memory. Then the kernel maps every page of a mapping at once, and refuses to

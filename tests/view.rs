@@ -123,6 +123,12 @@ fn a_touch_survives_where_the_signal_is_blocked() {
         for _ in 0..2 {
             assert!(matches!(touch(&view, 0), Touch::Fault(_)));
         }
+        // One that was sent stays blocked: the touch would have to let it through.
+        // SAFETY: takes no pointers. The signal is this thread's and ends with it.
+        unsafe { libc::raise(libc::SIGBUS) };
+        let handler = SigbusHandler::install().unwrap();
+        let refused = view.touch(handler, Offset::new(0), Access::Read).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Busy);
         let mut after = std::mem::MaybeUninit::uninit();
         // SAFETY: no set is given; the old one is written.
         unsafe { libc::pthread_sigmask(0, std::ptr::null(), after.as_mut_ptr()) };

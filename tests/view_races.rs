@@ -181,6 +181,32 @@ fn a_view_cannot_be_collapsed() {
     assert_eq!(audit::check(&pool, &[&memfd]).to_string(), "clean");
 }
 
+/// Nor can the kernel collapse them by itself: neither views nor the pool's alias allow it.
+#[test]
+fn no_mapping_of_an_arena_may_be_collapsed() {
+    if !common::require(Capability::Uffd) {
+        return;
+    }
+    let (_pool, memfd) = object(Visibility::Shared);
+    let _view = memfd.map_view().unwrap();
+    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let mut nr_arenas = 0;
+    let mut is_arena = false;
+    for line in smaps.lines() {
+        if line.split_once('-').is_some_and(|(start, _)| u64::from_str_radix(start, 16).is_ok()) {
+            is_arena = line.contains("gmem-arena");
+            nr_arenas += usize::from(is_arena);
+        }
+        if let Some(flags) = line.strip_prefix("VmFlags:").filter(|_| is_arena) {
+            // proc(5): nh no huge pages, dd not dumped, dc not copied to children.
+            for flag in ["nh", "dd", "dc"] {
+                assert!(flags.split_whitespace().any(|it| it == flag), "{flag} in {flags}");
+            }
+        }
+    }
+    assert!(nr_arenas >= 2, "alias and view, at least");
+}
+
 /// Views that come while pages turn shared show all of them.
 #[test]
 fn a_view_that_comes_during_a_conversion_shows_what_is_shared() {

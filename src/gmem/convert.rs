@@ -223,6 +223,7 @@ mod tests {
 
     use super::*;
     use crate::addr::{ByteSize, Gfn, Offset, Pgoff};
+    use crate::backing::Arena;
     use crate::error::Found;
     use crate::folio::{ArenaBacking, FolioPool};
 
@@ -237,6 +238,8 @@ mod tests {
     #[derive(Debug)]
     struct Fake {
         mood: Mutex<Mood>,
+        /// A guest that stores a byte as soon as it can get to its pages.
+        hasty: Mutex<Option<Arc<Arena>>>,
         asked: Mutex<Vec<(&'static str, Vec<GuestRun>)>>,
     }
 
@@ -254,7 +257,14 @@ mod tests {
 
     impl Stage2 for Fake {
         fn make_private(&self, runs: &[GuestRun], prepare: &mut dyn FnMut()) -> Result<(), Errno> {
-            self.answer("make_private", runs).inspect(|()| prepare())
+            self.answer("make_private", runs)?;
+            prepare();
+            let hasty = self.hasty.lock().unwrap();
+            for (arena, run) in hasty.iter().flat_map(|arena| runs.iter().map(move |r| (arena, r)))
+            {
+                arena.write(run.pfn.pa(), &[1]).unwrap();
+            }
+            Ok(())
         }
         fn make_shared(&self, runs: &[GuestRun], prepare: &mut dyn FnMut()) -> Result<(), Errno> {
             self.answer("make_shared", runs).inspect(|()| prepare())
@@ -274,7 +284,11 @@ mod tests {
             .initial(Visibility::Shared)
             .create(&pool)
             .unwrap();
-        let fake = Arc::new(Fake { mood: Mutex::new(Mood::Agree), asked: Mutex::default() });
+        let fake = Arc::new(Fake {
+            mood: Mutex::new(Mood::Agree),
+            hasty: Mutex::default(),
+            asked: Mutex::default(),
+        });
         let vm = Arc::downgrade(&fake);
         memfd.bind(vm, Gfn::new(0x100), range(2, 4)).unwrap();
         (memfd, fake)
@@ -368,6 +382,24 @@ mod tests {
         assert_eq!(memfd.stat().resident, ByteSize::default());
     }
 
+    /// Zeroing comes with the hypervisor's step: what the guest stores after it stays.
+    #[test]
+    fn zeroing_is_over_when_the_guest_can_store() {
+        let (memfd, fake) = bound();
+        memfd.write(Offset::new(0), &[7; 8 << 12]).unwrap();
+        *fake.hasty.lock().unwrap() = Some(Arc::clone(&memfd.0.arena));
+        let all = memfd.pages();
+        let _ = memfd.convert(all, Visibility::Private, ContentPolicy::Zero).unwrap();
+        let first_bytes = |page| {
+            let mut bytes = [9; 2];
+            let frame = memfd.0.frames.frame(Pgoff::new(page)).unwrap();
+            memfd.0.arena.read(frame.pa(), &mut bytes).unwrap();
+            bytes
+        };
+        // Page 2 begins the run that is bound; page 0 is not bound, and zeroed all the same.
+        assert_eq!([first_bytes(0), first_bytes(2), first_bytes(3)], [[0, 0], [1, 0], [0, 0]]);
+    }
+
     #[test]
     fn pages_are_bound_once_and_to_one_machine() {
         let (memfd, fake) = bound();
@@ -376,7 +408,11 @@ mod tests {
         };
         assert_eq!(bind(&fake, range(5, 2)), Err(ErrorKind::Exists));
         assert_eq!(bind(&fake, range(7, 2)), Err(ErrorKind::OutOfRange));
-        let other = Arc::new(Fake { mood: Mutex::new(Mood::Agree), asked: Mutex::default() });
+        let other = Arc::new(Fake {
+            mood: Mutex::new(Mood::Agree),
+            hasty: Mutex::default(),
+            asked: Mutex::default(),
+        });
         assert_eq!(bind(&other, range(6, 1)), Err(ErrorKind::Exists));
         let id = bind(&fake, range(6, 2)).unwrap();
         memfd.unbind(id);

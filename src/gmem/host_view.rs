@@ -22,7 +22,7 @@ use crate::error::{Error, ErrorKind, Op};
 use crate::folio::try_bits;
 use crate::geometry::{FolioSize, index};
 use crate::os::mapping::Mapping;
-use crate::os::sigbus::{FaultCause, RawFault, SigbusHandler};
+use crate::os::sigbus::{FaultCause, NotTouched, RawFault, SigbusHandler};
 use crate::os::uffd::Userfault;
 use crate::range::PgoffRange;
 use crate::state::Visibility;
@@ -61,13 +61,26 @@ impl ViewMap {
     ///
     /// Until it is registered a raw pointer can touch the folio. So the caller installs no folio that
     /// anybody has written to in a view whose address is known, and scrubs it afterwards.
-    pub(super) fn install(&self, pages: PgoffRange, pfn: Pfn) -> Result<(), Error> {
-        let fd = self
-            .arena
-            .fd()
-            .ok_or_else(|| Error::new(Op::MapView, ErrorKind::Unsupported).on(pages))?;
+    pub(super) fn install(
+        &self,
+        object: &Inner,
+        pages: PgoffRange,
+        pfn: Pfn,
+    ) -> Result<(), NotInstalled> {
+        let no_file = || Error::new(Op::MapView, ErrorKind::Unsupported).on(pages);
+        let fd = self.arena.fd().ok_or_else(no_file).map_err(NotInstalled::Undone)?;
         let (at, len) = bytes(pages);
-        self.map.map_over(at, len, fd, pfn.pa().get())?;
+        self.map.map_over(at, len, fd, pfn.pa().get()).map_err(NotInstalled::Undone)?;
+        let opened = self.register(at, len);
+        opened.map_err(|error| match self.map.map_over(at, len, object.identity.as_fd(), 0) {
+            Ok(()) => NotInstalled::Undone(error),
+            Err(_) => NotInstalled::Left(error),
+        })
+    }
+
+    /// Makes what is mapped at the pages answer with SIGBUS.
+    fn register(&self, at: usize, len: usize) -> Result<(), Error> {
+        self.map.keep_private(at, len)?;
         self.map.forbid_collapse(at, len)?;
         self.uffd.register(&self.map, at, len)?;
         // Whatever was touched before it was registered is mapped, and stays so if left alone.
@@ -109,6 +122,22 @@ impl ViewMap {
 
     pub(super) fn shown(&self) -> MutexGuard<'_, BitVec> {
         self.shown.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Why a folio could not be installed, and what of it is left.
+pub(super) enum NotInstalled {
+    /// Nothing.
+    Undone(Error),
+    /// A mapping that may show the folio to raw pointers.
+    Left(Error),
+}
+
+impl NotInstalled {
+    fn into_error(self) -> Error {
+        match self {
+            Self::Undone(error) | Self::Left(error) => error,
+        }
     }
 }
 
@@ -181,7 +210,8 @@ impl GuestMemfd {
         let map = Arc::new(ViewMap::new(object)?);
         object.populate_shared(Op::MapView, &mut layout, object.pages)?;
         for (pages, frames) in object.frames.resident(object.pages) {
-            map.install(pages, frames.start())?;
+            // Nobody knows its address yet, and if it fails it goes again.
+            map.install(object, pages, frames.start()).map_err(NotInstalled::into_error)?;
         }
         let key = layout.views.insert(Arc::clone(&map));
         object.show_shared(&layout, object.pages);
@@ -277,7 +307,8 @@ impl HostView {
     /// Touches one byte as a raw pointer would, and survives: a load, or a store of what is there.
     ///
     /// # Errors
-    /// [`ErrorKind::OutOfRange`] past the end.
+    /// [`ErrorKind::OutOfRange`] past the end; [`ErrorKind::Busy`] if a `SIGBUS` that somebody sent is
+    /// blocked and pending, since the touch would let it through.
     pub fn touch(
         &self,
         handler: SigbusHandler,
@@ -292,8 +323,11 @@ impl HostView {
         let place = usize::try_from(at.get()).map_err(|_| out_of_range())?;
         match handler.touch(&self.map.map, place, access) {
             Ok(byte) => Ok(Touch::Byte(byte)),
-            Err(None) => Err(out_of_range()),
-            Err(Some(RawFault { hva, cause })) => {
+            Err(NotTouched::OutOfRange) => Err(out_of_range()),
+            Err(NotTouched::SignalPending) => {
+                Err(Error::new(op, ErrorKind::Busy).because("a SIGBUS is pending"))
+            }
+            Err(NotTouched::Fault(RawFault { hva, cause })) => {
                 let into = hva.get().wrapping_sub(self.hva().get());
                 Ok(Touch::Fault(HostFault { hva, offset: Offset::new(into as u64), cause }))
             }

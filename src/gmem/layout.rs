@@ -8,7 +8,7 @@ use std::sync::{Arc, Weak};
 
 use slab::Slab;
 
-use super::host_view::ViewMap;
+use super::host_view::{NotInstalled, ViewMap};
 use super::object::{Inner, runs};
 use crate::addr::{Gfn, Pfn};
 use crate::error::{Error, ErrorKind, Op};
@@ -110,23 +110,20 @@ impl Inner {
     /// A folio for the slot, installed in every view but not shown, and not yet the object's.
     fn take_folio(&self, layout: &Layout, slot: &Slot) -> Result<Pfn, Error> {
         let pfn = self.reservation.take(slot.size())?;
-        let installed =
-            layout.views.iter().try_for_each(|(_, view)| view.install(slot.pages(), pfn)).and_then(
-                |()| match layout.views.is_empty() {
-                    true => Ok(()),
-                    // A raw pointer may have written to it while it was being installed.
-                    false => self.arena.zero(PfnRange::new(pfn, slot.size().nr_pages())?),
-                },
-            );
-        if let Err(error) = installed {
-            // A view that failed half way may show the folio to raw pointers.
-            let views = layout.views.iter();
-            let removed = views.map(|(_, view)| view.remove(self, slot.pages()));
-            match removed.fold(Ok(()), Result::and) {
-                Ok(()) => self.reservation.give_back(pfn, slot.size()),
-                Err(_) => self.reservation.quarantine(slot.size()),
+        let mut views = layout.views.iter();
+        match views.try_for_each(|(_, view)| view.install(self, slot.pages(), pfn)) {
+            Ok(()) if layout.views.is_empty() => {}
+            // A raw pointer may have written to it while it was being installed.
+            Ok(()) => self.arena.zero(PfnRange::new(pfn, slot.size().nr_pages())?)?,
+            // Views that have it already hide it, and answer with SIGBUS as before.
+            Err(NotInstalled::Undone(error)) => {
+                self.reservation.give_back(pfn, slot.size());
+                return Err(error);
             }
-            return Err(error);
+            Err(NotInstalled::Left(error)) => {
+                self.reservation.quarantine(slot.size());
+                return Err(error);
+            }
         }
         Ok(pfn)
     }

@@ -11,6 +11,10 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, mun
 use crate::addr::{ByteSize, Hva};
 use crate::error::{Errno, Error, ErrorKind, Op};
 use crate::os::failed;
+use crate::sync::relax;
+
+/// How often a call that asks to be repeated is.
+const MOST_ATTEMPTS: u32 = 1_000;
 
 /// A range of addresses that stays ours, whatever is mapped into it, until it is dropped.
 #[derive(Debug)]
@@ -58,6 +62,7 @@ impl Mapping {
         let start = whole.base.as_ptr().align_offset(align);
         let mapping = whole.keep_only(start, len);
         mapping.map_over(0, len, empty, 0)?;
+        mapping.keep_private(0, len)?;
         Ok(mapping)
     }
 
@@ -104,7 +109,7 @@ impl Mapping {
         // a reference (bytes are only copied through raw pointers).
         unsafe { mmap(target.cast(), len, prot, flags, fd, file_at) }
             .map_err(|e| failed(self.op, "mmap", e))?;
-        self.keep_private(at, len)
+        Ok(())
     }
 
     /// Makes the pages of a shared file mapping vanish from it; their contents stay in the file.
@@ -134,7 +139,8 @@ impl Mapping {
         }
     }
 
-    fn keep_private(&self, at: usize, len: usize) -> Result<(), Error> {
+    /// Keeps the range out of children and core dumps.
+    pub(crate) fn keep_private(&self, at: usize, len: usize) -> Result<(), Error> {
         self.advise(at, len, Advice::LinuxDontFork, "madvise(MADV_DONTFORK)")?;
         self.advise(at, len, Advice::LinuxDontDump, "madvise(MADV_DONTDUMP)")
     }
@@ -147,15 +153,17 @@ impl Mapping {
         call: &'static str,
     ) -> Result<(), Error> {
         let target = self.at(at, len)?;
-        loop {
+        for attempt in 0..MOST_ATTEMPTS {
             // SAFETY: 1. the range lies in our own mapping. 2. nobody has a reference into it, so
             // pages may come and go.
             match unsafe { madvise(target.cast(), len, advice) } {
                 Ok(()) => return Ok(()),
-                Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
+                Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => relax(attempt),
                 Err(e) => return Err(failed(self.op, call, e)),
             }
         }
+        // EAGAIN for ever is how madvise says that it cannot split a mapping for want of memory.
+        Err(Error::new(self.op, ErrorKind::Exhausted).errno_is(Errno::EAGAIN).because(call))
     }
 
     fn at(&self, at: usize, len: usize) -> Result<*mut u8, Error> {

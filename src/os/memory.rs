@@ -99,7 +99,7 @@ fn groups_of(mounts: &str, groups: &str) -> Vec<Group> {
 fn group_of(mount: &str, groups: &str) -> Option<Vec<Group>> {
     let (place, kind) = mount.split_once(" - ")?;
     let mut place = place.split(' ').skip(3);
-    let (root, mount_point) = (place.next()?, place.next()?);
+    let (root, mount_point) = (unescaped(place.next()?), unescaped(place.next()?));
     let mut kind = kind.split(' ');
     let (fs_type, options) = (kind.next()?, kind.nth(1)?);
     let version = match fs_type {
@@ -116,11 +116,31 @@ fn group_of(mount: &str, groups: &str) -> Option<Vec<Group>> {
         ours.then_some(path)
     })?;
     let top = Path::new(mount_point.trim_start_matches('/'));
-    let below = Path::new(path).strip_prefix(root).ok()?;
+    let below = Path::new(path).strip_prefix(&root).ok()?;
     // Joining an empty path would leave a slash at the end.
     let group: PathBuf = top.components().chain(below.components()).collect();
     let all = group.ancestors().take_while(|path| path.starts_with(top));
     Some(all.map(|path| Group { version, path: path.to_owned() }).collect())
+}
+
+/// Spaces, tabs, newlines and backslashes are a backslash and three octal digits in mountinfo.
+fn unescaped(field: &str) -> String {
+    let mut parts = field.split('\\');
+    let mut out = String::from(parts.next().unwrap_or_default());
+    for part in parts {
+        let code = part.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        match code {
+            Some(code) => {
+                out.push(char::from(code));
+                out.push_str(&part[3..]);
+            }
+            None => {
+                out.push('\\');
+                out.push_str(part);
+            }
+        }
+    }
+    out
 }
 
 #[cfg(test)]
@@ -161,6 +181,16 @@ mod tests {
             ]
         );
         assert_eq!(paths("nonsense\n- - -\n", groups), []);
+    }
+
+    #[test]
+    fn names_are_unescaped() {
+        assert_eq!(unescaped("/a\\040b\\134x2d\\"), "/a b\\x2d\\");
+        let mount = "31 24 0:27 /\\134x2d /sys/fs/a\\040b rw - cgroup2 cgroup2 rw\n";
+        assert_eq!(
+            paths(mount, "0::/\\x2d/y\n"),
+            [(Version::Two, "sys/fs/a b/y".into()), (Version::Two, "sys/fs/a b".into())]
+        );
     }
 
     #[test]

@@ -52,6 +52,14 @@ pub(crate) struct RawFault {
     pub(crate) cause: FaultCause,
 }
 
+/// Why a touch has no byte to return.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NotTouched {
+    OutOfRange,
+    SignalPending,
+    Fault(RawFault),
+}
+
 /// The action that stood before ours, never freed; written before ours is installed, so that the
 /// handler finds one always.
 static PREVIOUS: AtomicPtr<libc::sigaction> = AtomicPtr::new(ptr::null_mut());
@@ -79,25 +87,24 @@ impl SigbusHandler {
     }
 
     /// Loads the byte at `at` of the mapping, or stores it back unchanged.
-    pub(crate) fn touch(
-        self,
-        map: &Mapping,
-        at: usize,
-        access: Access,
-    ) -> Result<u8, Option<RawFault>> {
+    pub(crate) fn touch(self, map: &Mapping, at: usize, access: Access) -> Result<u8, NotTouched> {
         if at >= map.len() {
-            return Err(None);
+            return Err(NotTouched::OutOfRange);
         }
         let target = map.base().as_ptr().wrapping_add(at);
         // A fault while the signal is blocked kills the process, whatever the handler.
+        if is_pending() {
+            return Err(NotTouched::SignalPending);
+        }
         let blocked = unblock();
         let touched = touch::touch(target, access);
         restore(&blocked);
         match touched {
             touch::Touched { value, code: 0 } => Ok(value.to_le_bytes()[0]),
-            touch::Touched { value, code } => {
-                Err(Some(RawFault { hva: Hva::new(value), cause: FaultCause::of(code) }))
-            }
+            touch::Touched { value, code } => Err(NotTouched::Fault(RawFault {
+                hva: Hva::new(value),
+                cause: FaultCause::of(code),
+            })),
         }
     }
 }
@@ -132,6 +139,17 @@ fn sigaction(new: Option<&libc::sigaction>) -> Result<libc::sigaction, Errno> {
     }
     // SAFETY: the call succeeded, so it has written the old action.
     Ok(unsafe { old.assume_init() })
+}
+
+/// Whether a SIGBUS waits for this thread to let it through.
+fn is_pending() -> bool {
+    let mut set = MaybeUninit::uninit();
+    // SAFETY: writes the set.
+    if unsafe { libc::sigpending(set.as_mut_ptr()) } != 0 {
+        return false;
+    }
+    // SAFETY: written by the call that has succeeded.
+    unsafe { libc::sigismember(set.as_ptr(), libc::SIGBUS) == 1 }
 }
 
 /// Lets SIGBUS through to this thread; the mask that stood before, or none if that failed.

@@ -6,6 +6,7 @@ use crate::folio::ArenaBacking;
 use crate::gmem::{ContentPolicy, GuestMemfd, PinMode};
 use crate::hyp::{ConversionRequest, Exit, HvcResult, Hypercall, MmioAccess, Vcpu};
 use crate::range::PgoffRange;
+use crate::stage2::{GuestRun, Stage2};
 
 const PRESERVE: ContentPolicy = ContentPolicy::Preserve;
 const NR_PAGES: u64 = 32;
@@ -299,25 +300,34 @@ fn the_host_converts_nothing_of_the_guests_without_its_consent() {
     world.sound();
 }
 
-/// Zeroing is done while no vCPU can get to the page: what one stores afterwards stays.
+/// What a conversion prepares it prepares once, and while no vCPU can get to the page.
 #[test]
-fn a_zeroing_conversion_loses_no_store_that_came_after_it() {
-    let world = World::with(Visibility::Shared, TableShape::IPA_40, usize::MAX);
-    let mut vcpu = world.vcpu();
-    for page in 0..NR_PAGES {
-        world.memfd.write(Pgoff::new(page).offset(), &[7; 64]).unwrap();
-        std::thread::scope(|scope| {
-            let pages = PgoffRange::new(Pgoff::new(page), 1).unwrap();
-            let memfd = &world.memfd;
+fn a_page_is_prepared_before_its_guest_can_store() {
+    let world = World::new();
+    world.memfd.allocate(world.memfd.pages()).unwrap();
+    let pfn = world.memfd.frames()[0].0;
+    let runs = [GuestRun { gfn: Gfn::new(BASE), pfn, nr_pages: 1 }];
+    let core = world.hyp.0.vms.lock().iter().find_map(|(_, vm)| vm.upgrade()).unwrap();
+    let mut vcpu = Some(world.vcpu());
+    let stored = std::sync::OnceLock::new();
+    let mut nr_prepared = 0;
+    std::thread::scope(|scope| {
+        let stored = &stored;
+        core.make_private(&runs, &mut || {
+            nr_prepared += 1;
+            let mut vcpu = vcpu.take().unwrap();
             scope.spawn(move || {
-                memfd.convert(pages, Visibility::Private, ContentPolicy::Zero).unwrap();
+                vcpu.store(ipa(0), &[1]).unwrap();
+                stored.set(()).unwrap();
             });
-            while vcpu.store(ipa(page), &[1]).is_err() {}
-        });
-        let mut found = [9; 2];
-        vcpu.load(ipa(page), &mut found).unwrap();
-        assert_eq!(found, [1, 0], "page {page}");
-    }
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            assert_eq!(stored.get(), None, "a vCPU got in");
+        })
+        .unwrap();
+    });
+    assert_eq!(stored.get(), Some(&()));
+    core.make_shared(&runs, &mut || nr_prepared += 10).unwrap_err();
+    assert_eq!(nr_prepared, 1, "once if it goes well, never if not");
 }
 
 #[test]
