@@ -156,7 +156,6 @@ pub enum Op {
     Atomic,
     MapView,
     BindSlot,
-    UnbindSlot,
     GuestFault,
     Hypervisor,
     RegisterOwner,
@@ -180,7 +179,6 @@ impl fmt::Display for Op {
             Self::Atomic => "access atomically",
             Self::MapView => "map a view",
             Self::BindSlot => "bind a memslot",
-            Self::UnbindSlot => "unbind a memslot",
             Self::GuestFault => "resolve a guest fault",
             Self::Hypervisor => "call the hypervisor",
             Self::RegisterOwner => "register an owner",
@@ -209,8 +207,6 @@ pub enum Found {
     Converting,
     /// Private memory where shared was needed.
     Private,
-    /// Shared memory where private was needed.
-    Shared,
     /// Memory whose state is unknown since an earlier failure.
     Quarantined,
 }
@@ -228,7 +224,6 @@ impl fmt::Display for Found {
             }
             Self::Converting => f.write_str("is being converted"),
             Self::Private => f.write_str("is private"),
-            Self::Shared => f.write_str("is shared"),
             Self::Quarantined => f.write_str("is quarantined"),
         }
     }

@@ -5,6 +5,7 @@
 
 mod common;
 
+use std::os::fd::{AsFd, AsRawFd};
 use std::thread;
 
 use common::Capability;
@@ -23,13 +24,21 @@ fn object() -> (FolioPool, GuestMemfd) {
     (pool, memfd)
 }
 
+/// Where in seccomp_data the number of the system call is.
+const NUMBER: u32 = 0;
+/// And the low half of its fifth argument, which is mmap's descriptor.
+const MMAP_FD: u32 = 16 + 4 * 8;
+
 /// From here on the system call answers `EPERM` to this thread, and to no other.
 fn refuse(syscall: libc::c_long) {
+    refuse_where(NUMBER, u32::try_from(syscall).unwrap());
+}
+
+/// The same for what has this word in this place.
+fn refuse_where(place: u32, number: u32) {
     let statement = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
-    let number = u32::try_from(syscall).unwrap();
     let mut program = [
-        // The system call's number is the first word of seccomp_data.
-        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0),
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, place),
         libc::sock_filter {
             code: (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16,
             jt: 0,
@@ -91,6 +100,32 @@ fn a_folio_that_cannot_be_registered_leaves_no_mapping_behind() {
         let touch = view.touch(handler, Offset::new(0), Access::Read).unwrap();
         assert!(matches!(touch, Touch::Fault(_)), "{touch:?}");
         assert_eq!(audit::check(&pool, &[&first, &second]).to_string(), "clean");
+    })
+    .join()
+    .unwrap();
+}
+
+/// If it cannot even be undone, the frame is kept from everybody.
+#[test]
+fn a_folio_that_may_still_be_seen_goes_to_nobody() {
+    if !common::require(Capability::Uffd) {
+        return;
+    }
+    thread::spawn(|| {
+        let size = ByteSize::from_mib(2);
+        let pool = FolioPool::new(ArenaBacking::Memfd, ByteSize::from_mib(4)).unwrap();
+        let first = GuestMemfd::builder(size).create(&pool).unwrap();
+        let _view = first.map_view().unwrap();
+        refuse(libc::SYS_ioctl);
+        refuse_where(MMAP_FD, u32::try_from(first.as_fd().as_raw_fd()).unwrap());
+        let error = first.allocate(first.pages()).unwrap_err();
+        assert_eq!((error.kind(), error.errno()), (ErrorKind::Os, Errno::EPERM));
+        assert_eq!(first.stat().resident, ByteSize::default());
+        let stat = pool.stat();
+        assert_eq!((stat.quarantined, stat.free), (size, size));
+        drop(first);
+        assert_eq!(pool.stat().quarantined, size, "for good");
+        assert_eq!(audit::check(&pool, &[]).to_string(), "clean");
     })
     .join()
     .unwrap();

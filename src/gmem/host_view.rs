@@ -129,7 +129,7 @@ impl ViewMap {
 pub(super) enum NotInstalled {
     /// Nothing.
     Undone(Error),
-    /// A mapping that may show the folio to raw pointers.
+    /// A mapping that may show the folio to raw pointers, or bytes that they may have written.
     Left(Error),
 }
 

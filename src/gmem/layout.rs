@@ -111,21 +111,27 @@ impl Inner {
     fn take_folio(&self, layout: &Layout, slot: &Slot) -> Result<Pfn, Error> {
         let pfn = self.reservation.take(slot.size())?;
         let mut views = layout.views.iter();
-        match views.try_for_each(|(_, view)| view.install(self, slot.pages(), pfn)) {
-            Ok(()) if layout.views.is_empty() => {}
-            // A raw pointer may have written to it while it was being installed.
-            Ok(()) => self.arena.zero(PfnRange::new(pfn, slot.size().nr_pages())?)?,
+        let outcome = views
+            .try_for_each(|(_, view)| view.install(self, slot.pages(), pfn))
+            .and_then(|()| match layout.views.is_empty() {
+                true => Ok(()),
+                // A raw pointer may have written to it while it was being installed.
+                false => PfnRange::new(pfn, slot.size().nr_pages())
+                    .and_then(|frames| self.arena.zero(frames))
+                    .map_err(NotInstalled::Left),
+            });
+        match outcome {
+            Ok(()) => Ok(pfn),
             // Views that have it already hide it, and answer with SIGBUS as before.
             Err(NotInstalled::Undone(error)) => {
                 self.reservation.give_back(pfn, slot.size());
-                return Err(error);
+                Err(error)
             }
             Err(NotInstalled::Left(error)) => {
                 self.reservation.quarantine(slot.size());
-                return Err(error);
+                Err(error)
             }
         }
-        Ok(pfn)
     }
 
     /// Maps into the views what the range has of shared pages with folios. The caller has excluded
