@@ -29,7 +29,8 @@ macro_rules! errnos {
 errnos! {
     EPERM = 1, ENOENT = 2, EIO = 5, E2BIG = 7, EBADF = 9, EAGAIN = 11, ENOMEM = 12, EACCES = 13,
     EFAULT = 14, EBUSY = 16, EEXIST = 17, ENODEV = 19, EINVAL = 22, ENFILE = 23, EMFILE = 24,
-    ENOSPC = 28, ERANGE = 34, ENOSYS = 38, EOVERFLOW = 75, EOPNOTSUPP = 95, EHWPOISON = 133,
+    ENOSPC = 28, ERANGE = 34, ENOSYS = 38, EOVERFLOW = 75, EOPNOTSUPP = 95, ETIMEDOUT = 110,
+    ECANCELED = 125, EHWPOISON = 133,
 }
 
 impl Errno {
@@ -84,6 +85,16 @@ pub enum ErrorKind {
     /// Somebody holds part of the range; the [`Culprit`] says who. Trying again may help.
     #[error("part of the range is in use")]
     Busy,
+    /// Somebody held part of the range for longer than the caller would wait; the [`Culprit`] says
+    /// who.
+    #[error("part of the range stayed in use")]
+    TimedOut,
+    /// The caller called a wait off.
+    #[error("the wait was cancelled")]
+    Cancelled,
+    /// A subscriber would not give memory up; [`Error::errno`] is its answer.
+    #[error("a subscriber refused")]
+    SubscriberRefused,
     /// A counter is at its limit.
     #[error("a counter is at its limit")]
     Saturated,
@@ -124,6 +135,9 @@ impl ErrorKind {
             | Self::OutOfRange => Errno::EINVAL,
             Self::NotShared => Errno::EFAULT,
             Self::Busy => Errno::EAGAIN,
+            Self::TimedOut => Errno::ETIMEDOUT,
+            Self::Cancelled => Errno::ECANCELED,
+            Self::SubscriberRefused => Errno::EBUSY,
             Self::Saturated => Errno::EOVERFLOW,
             Self::Exhausted => Errno::ENOMEM,
             Self::Exists => Errno::EEXIST,
@@ -151,6 +165,7 @@ pub enum Op {
     ConvertToShared,
     Pin,
     PinExclusive,
+    Trim,
     Read,
     Write,
     Atomic,
@@ -159,6 +174,7 @@ pub enum Op {
     GuestFault,
     Hypervisor,
     RegisterOwner,
+    Subscribe,
     InstallSigbusHandler,
 }
 
@@ -174,6 +190,7 @@ impl fmt::Display for Op {
             Self::ConvertToShared => "convert to shared",
             Self::Pin => "pin",
             Self::PinExclusive => "pin exclusively",
+            Self::Trim => "trim",
             Self::Read => "read",
             Self::Write => "write",
             Self::Atomic => "access atomically",
@@ -182,6 +199,7 @@ impl fmt::Display for Op {
             Self::GuestFault => "resolve a guest fault",
             Self::Hypervisor => "call the hypervisor",
             Self::RegisterOwner => "register an owner",
+            Self::Subscribe => "subscribe",
             Self::InstallSigbusHandler => "install the SIGBUS handler",
         })
     }
@@ -236,7 +254,7 @@ fn write_owners(f: &mut fmt::Formatter<'_>, owners: &[Arc<str>]) -> fmt::Result 
     }
 }
 
-/// The first subpage that stood in the way.
+/// A subpage that stood in the way.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Culprit {
     /// Where it lies in the object: the first byte of the subpage.
@@ -251,7 +269,7 @@ struct Report {
     kind: ErrorKind,
     errno: Errno,
     range: Option<PgoffRange>,
-    culprit: Option<Culprit>,
+    culprits: Vec<Culprit>,
     detail: Option<Cow<'static, str>>,
 }
 
@@ -267,7 +285,7 @@ pub struct Error(Box<Report>);
 impl Error {
     pub(crate) fn new(op: Op, kind: ErrorKind) -> Self {
         let errno = kind.errno();
-        Self(Box::new(Report { op, kind, errno, range: None, culprit: None, detail: None }))
+        Self(Box::new(Report { op, kind, errno, range: None, culprits: Vec::new(), detail: None }))
     }
 
     pub(crate) fn of(mut self, op: Op) -> Self {
@@ -281,7 +299,7 @@ impl Error {
     }
 
     pub(crate) fn at(mut self, offset: Offset, found: Found) -> Self {
-        self.0.culprit = Some(Culprit { offset, found });
+        self.0.culprits.push(Culprit { offset, found });
         self
     }
 
@@ -317,7 +335,13 @@ impl Error {
 
     /// The first subpage that stood in the way, where one did.
     pub fn culprit(&self) -> Option<&Culprit> {
-        self.0.culprit.as_ref()
+        self.0.culprits.first()
+    }
+
+    /// All subpages that stood in the way, the first one first, as far as the caller asked for them and
+    /// they were still there to be found.
+    pub fn culprits(&self) -> &[Culprit] {
+        &self.0.culprits
     }
 }
 
@@ -328,14 +352,20 @@ impl fmt::Display for Report {
             write!(f, " {range}")?;
         }
         write!(f, ": {}", self.kind)?;
-        if let Some(Culprit { offset, found }) = &self.culprit {
+        if let Some((Culprit { offset, found }, others)) = self.culprits.split_first() {
             write!(f, ": subpage {offset} {found}")?;
+            match others.len() {
+                0 => {}
+                more => write!(f, " and {more} more")?,
+            }
         }
         if let Some(detail) = &self.detail {
             write!(f, ": {detail}")?;
         }
         match self.kind {
-            ErrorKind::Os | ErrorKind::HypervisorRefused => write!(f, " ({})", self.errno),
+            ErrorKind::Os | ErrorKind::HypervisorRefused | ErrorKind::SubscriberRefused => {
+                write!(f, " ({})", self.errno)
+            }
             _ => Ok(()),
         }
     }

@@ -38,6 +38,11 @@ pub mod addr;
 pub mod audit;
 mod backing;
 pub mod error;
+#[cfg(not(feature = "oracle"))]
+mod failpoint;
+#[cfg(feature = "oracle")]
+#[doc(hidden)]
+pub mod failpoint;
 mod folio;
 pub mod geometry;
 mod gmem;
@@ -59,11 +64,12 @@ pub use crate::state::modelled;
 
 pub use crate::folio::{ArenaBacking, FolioPool, PoolStat, Unscrubbed};
 pub use crate::gmem::{
-    ContentPolicy, Conversion, GuestMemfd, GuestMemfdBuilder, HostFault, HostView, ObjectStat,
-    OwnerTag, PageInfo, PageStatus, PinGuard, PinMode, Residency, Touch,
+    ContentPolicy, Conversion, ConvertOptions, GuestMemfd, GuestMemfdBuilder, HostFault, HostView,
+    ObjectStat, OwnerTag, PageInfo, PageStatus, PinGuard, PinMode, Residency, Subscriber,
+    Subscription, Touch,
 };
 pub use crate::os::sigbus::{FaultCause, SigbusHandler};
-pub use crate::state::Visibility;
+pub use crate::state::{CancelToken, Visibility, Wait};
 #[doc(hidden)]
 pub use crate::sync::MODELLED;
 

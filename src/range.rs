@@ -91,6 +91,14 @@ impl<T: PageNumber> PageRange<T> {
         Some(Self { start, nr_pages })
     }
 
+    /// Both ranges as one, if they overlap or touch.
+    pub(crate) fn hull_if_joined(&self, other: &Self) -> Option<Self> {
+        let start = self.start.min(other.start);
+        let end = self.end().max(other.end());
+        let joined = self.start <= other.end() && other.start <= self.end();
+        joined.then(|| Self { start, nr_pages: end.to_raw() - start.to_raw() })
+    }
+
     /// The pages of `self` from its `skip`th on, at most `most` of them.
     pub(crate) fn slice(&self, skip: u64, most: u64) -> Option<Self> {
         let left = self.nr_pages.checked_sub(skip)?;
@@ -166,6 +174,10 @@ mod tests {
     fn overlap_and_slices() {
         assert_eq!(range(0, 4).intersection(&range(2, 8)), Some(range(2, 2)));
         assert_eq!(range(0, 4).intersection(&range(4, 1)), None);
+        assert_eq!(range(0, 4).hull_if_joined(&range(2, 8)), Some(range(0, 10)));
+        assert_eq!(range(4, 1).hull_if_joined(&range(0, 4)), Some(range(0, 5)));
+        assert_eq!(range(0, 9).hull_if_joined(&range(2, 2)), Some(range(0, 9)));
+        assert_eq!(range(0, 4).hull_if_joined(&range(5, 1)), None);
         assert_eq!(range(4, 4).slice(1, 2), Some(range(5, 2)));
         assert_eq!(range(4, 4).slice(4, 2), None);
         assert_eq!(range(4, 2).iter().rev().map(Pgoff::get).collect::<Vec<_>>(), [5, 4]);

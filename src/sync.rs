@@ -15,6 +15,7 @@ mod facade {
     pub(crate) use loom::thread::yield_now;
 
     pub(super) type RawMutex<T> = loom::sync::Mutex<T>;
+    pub(super) type RawCondvar = loom::sync::Condvar;
 
     /// Under loom every step is a scheduling point already, and a sleep has no meaning.
     pub(crate) fn relax(_spins: u32) {
@@ -28,6 +29,7 @@ mod facade {
     pub(crate) use std::sync::{Arc, MutexGuard};
 
     pub(super) type RawMutex<T> = std::sync::Mutex<T>;
+    pub(super) type RawCondvar = std::sync::Condvar;
 
     /// Waits a little, longer the longer it has been going on: a few spins, then yields, then
     /// sleeps of 50 us, so that a descheduled thread gets its core back.
@@ -41,6 +43,8 @@ mod facade {
 }
 
 pub(crate) use facade::*;
+
+use std::time::Instant;
 
 /// Whether loom has really taken the place of `std`: models assert it first.
 pub const MODELLED: bool = cfg!(all(loom, feature = "loom"));
@@ -56,6 +60,37 @@ impl<T> Mutex<T> {
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, T> {
         self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// A condition variable for [`Mutex`].
+#[derive(Debug)]
+pub(crate) struct Condvar(RawCondvar);
+
+impl Condvar {
+    pub(crate) fn new() -> Self {
+        Self(RawCondvar::new())
+    }
+
+    /// Sleeps until it is woken, or for no reason, or until the deadline. Models have no clock: there a
+    /// deadline never comes.
+    pub(crate) fn wait_until<'a, T>(
+        &self,
+        guard: MutexGuard<'a, T>,
+        deadline: Option<Instant>,
+    ) -> MutexGuard<'a, T> {
+        match deadline.filter(|_| !MODELLED) {
+            None => self.0.wait(guard).unwrap_or_else(std::sync::PoisonError::into_inner),
+            Some(deadline) => {
+                let left = deadline.saturating_duration_since(Instant::now());
+                let woken = self.0.wait_timeout(guard, left);
+                woken.unwrap_or_else(std::sync::PoisonError::into_inner).0
+            }
+        }
+    }
+
+    pub(crate) fn wake_all(&self) {
+        self.0.notify_all();
     }
 }
 

@@ -193,7 +193,7 @@ impl Region {
         let start = at.get() - at.get() % granule;
         let pages = PgoffRange::from_bytes(Offset::new(start), ByteSize::from_bytes(end - start))?;
         self.pins.lock().add(pages, |gap| {
-            let pin = object.pin(gap, self.slot.owner, PinMode::Counted)?;
+            let pin = object.pin(gap, self.slot.owner, PinMode::Counted)?.into_owned();
             // A hole that was punched in shared memory is not in the view. Once it is filled, the
             // pin keeps it from being punched again.
             if object.snapshot(gap)?.any(|(_, page)| page.residency == Residency::Absent) {
@@ -364,7 +364,7 @@ fn whole(completed: usize, expected: usize) -> GuestMemoryResult<()> {
 #[derive(Debug, Default)]
 struct PinSet {
     /// By first page; ranges that do not overlap.
-    held: BTreeMap<Pgoff, (PgoffRange, PinGuard)>,
+    held: BTreeMap<Pgoff, (PgoffRange, PinGuard<'static>)>,
 }
 
 impl PinSet {
@@ -372,7 +372,7 @@ impl PinSet {
     fn add(
         &mut self,
         pages: PgoffRange,
-        pin: impl Fn(PgoffRange) -> Result<PinGuard, Error>,
+        pin: impl Fn(PgoffRange) -> Result<PinGuard<'static>, Error>,
     ) -> Result<(), Error> {
         // Those pinned before a refusal are let go with the vector.
         let pinned = self

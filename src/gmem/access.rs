@@ -94,7 +94,7 @@ impl Inner {
     }
 
     fn check_open(&self, op: Op, pages: PgoffRange) -> Result<(), Error> {
-        self.table.check_open(pages).map_err(|stop| self.stopped(op, pages, stop))
+        self.tree.check_open(pages).map_err(|stop| self.stopped(op, Some(pages), stop))
     }
 
     /// Runs an access inside of a section in which the pages are shared and all have folios.

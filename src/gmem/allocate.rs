@@ -4,7 +4,7 @@ use super::layout::Layout;
 use super::object::{GuestMemfd, Inner};
 use crate::error::{Error, ErrorKind, Op};
 use crate::range::{PfnRange, PgoffRange};
-use crate::state::wait_for_sections;
+use crate::state::{Frozen, Reader, Wait, Wanted, with_reader};
 
 impl GuestMemfd {
     /// Gives every page of the range a folio, as `fallocate(FALLOC_FL_KEEP_SIZE)` does. Cannot fail
@@ -35,23 +35,31 @@ impl GuestMemfd {
         let object = &*self.0;
         let Some(range) = object.pages.intersection(&range) else { return Ok(()) };
         let layout = &mut *object.layout.write();
-        let frozen = object
-            .table
-            .freeze(range)
-            .map_err(|stop| object.stopped(Op::PunchHole, range, stop))?;
-        let outcome = object.punch_frozen(layout, range);
-        // Conversions are locked out, so nothing can turn private between the two.
-        frozen.thaw();
-        object.show_shared(layout, range);
-        outcome.map_err(|error| error.on(range))
+        with_reader(|reader| {
+            let mut frozen = object
+                .tree
+                .freeze(reader, &[range], Wanted::All, &Wait::never())
+                .map_err(|stop| object.stopped(Op::PunchHole, Some(range), stop))?;
+            let outcome = object.punch_frozen(reader, layout, &mut frozen, range);
+            // Conversions need the lock to go on, so nothing turns private between the two.
+            frozen.thaw();
+            object.show_shared(layout, range);
+            outcome.map_err(|error| error.on(range))
+        })
     }
 }
 
 impl Inner {
-    fn punch_frozen(&self, layout: &Layout, range: PgoffRange) -> Result<(), Error> {
+    fn punch_frozen(
+        &self,
+        reader: &Reader,
+        layout: &Layout,
+        frozen: &mut Frozen<'_>,
+        range: PgoffRange,
+    ) -> Result<(), Error> {
         let op = Op::PunchHole;
         let guest = self.guest_runs(op, layout, &[range])?;
-        if !wait_for_sections() {
+        if !frozen.wait_for_sections(reader) {
             return Err(Error::new(op, ErrorKind::MissingCapability).because("membarrier(2)"));
         }
         self.hide(layout, range)?;

@@ -1,22 +1,69 @@
 //! Where a conversion is ordered. design/conversion.md argues the order.
 
+use std::borrow::Cow;
+use std::num::NonZeroU32;
 use std::ops::Deref;
 
 use super::layout::Layout;
 use super::object::{GuestMemfd, Inner};
 use crate::error::{Errno, Error, ErrorKind, Op};
+use crate::failpoint::{FailPoint, fails};
 use crate::geometry::FolioSize;
 use crate::range::PgoffRange;
 use crate::stage2::{GuestRun, Stage2};
-use crate::state::{Frozen, Visibility, wait_for_sections};
+use crate::state::{Frozen, Phase, Reader, Stop, Visibility, Wait, Wanted, with_reader};
 
 /// What a conversion does with the bytes of the pages that change sides.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum ContentPolicy {
     /// The other side finds what was written last.
+    #[default]
     Preserve,
     /// Both sides find zeroes.
     Zero,
+}
+
+/// How a conversion is to be made: at once, with the bytes preserved, unless said otherwise.
+#[derive(Clone, Debug)]
+pub struct ConvertOptions {
+    content: ContentPolicy,
+    wait: Wait,
+    most_culprits: NonZeroU32,
+}
+
+impl Default for ConvertOptions {
+    fn default() -> Self {
+        Self {
+            content: ContentPolicy::default(),
+            wait: Wait::never(),
+            most_culprits: NonZeroU32::MIN,
+        }
+    }
+}
+
+impl ConvertOptions {
+    /// What becomes of the bytes.
+    #[must_use]
+    pub fn content(mut self, content: ContentPolicy) -> Self {
+        self.content = content;
+        self
+    }
+
+    /// How long to wait for pins to be dropped and for other conversions to settle. Meanwhile no new
+    /// pins are let in, accesses go on, and what is not in the way is held.
+    #[must_use]
+    pub fn wait(mut self, wait: Wait) -> Self {
+        self.wait = wait;
+        self
+    }
+
+    /// How many subpages an error names that stood in the way; one unless said otherwise. More than one
+    /// take a look at the whole range.
+    #[must_use]
+    pub fn most_culprits(mut self, most: NonZeroU32) -> Self {
+        self.most_culprits = most;
+        self
+    }
 }
 
 /// What a conversion did.
@@ -43,74 +90,187 @@ impl GuestMemfd {
     /// # Errors
     /// [`ErrorKind::OutOfRange`]; [`ErrorKind::Busy`] if a page is pinned or being converted, with
     /// the first one and who holds it; [`ErrorKind::Quarantined`]; [`ErrorKind::HypervisorRefused`]
-    /// with the hypervisor's errno; [`ErrorKind::Exhausted`] or [`ErrorKind::Os`] where a view or the
-    /// host's memory is at its limits; [`ErrorKind::MissingCapability`] if the kernel refuses
-    /// membarrier(2) that it granted before. All is as before then.
+    /// or [`ErrorKind::SubscriberRefused`] with the errno of whoever refused;
+    /// [`ErrorKind::Exhausted`] or [`ErrorKind::Os`] where a view or the host's memory is at its
+    /// limits; [`ErrorKind::MissingCapability`] if the kernel refuses membarrier(2) that it granted
+    /// before. All is as before then.
     pub fn convert(
         &self,
         range: PgoffRange,
         to: Visibility,
         content: ContentPolicy,
     ) -> Result<Conversion, Error> {
+        self.convert_ranges(&[range], to, &ConvertOptions::default().content(content))
+    }
+
+    /// [`convert`](Self::convert) for any number of ranges, in any order, as one conversion: all pages of
+    /// all of them change, or none does. Cheaper than one call for each.
+    ///
+    /// With [time to wait](ConvertOptions::wait), a conversion to shared gives way to one to private
+    /// that wants the same pages. Whoever waits must not hold a pin on the pages itself.
+    ///
+    /// # Errors
+    /// As [`convert`](Self::convert); and with time to wait, instead of [`ErrorKind::Busy`],
+    /// [`ErrorKind::TimedOut`] or [`ErrorKind::Cancelled`], with what stood in the way last.
+    pub fn convert_ranges(
+        &self,
+        ranges: &[PgoffRange],
+        to: Visibility,
+        options: &ConvertOptions,
+    ) -> Result<Conversion, Error> {
         let object = &*self.0;
         let op = match to {
             Visibility::Private => Op::ConvertToPrivate,
             Visibility::Shared => Op::ConvertToShared,
         };
-        object.check_range(op, range)?;
-        // Where views only know huge pages, a neighbour's visibility matters as well: one at a time.
-        let (alone, together);
-        let layout: &Layout = match object.reservation.pool().view_granule() {
-            FolioSize::Huge2M => {
-                alone = object.locked_for(op, range, to, || object.layout.write())?;
-                &alone
-            }
-            FolioSize::Base => {
-                together = object.locked_for(op, range, to, || object.layout.read())?;
-                &together
-            }
-        };
-        let frozen =
-            object.table.freeze_for(range, to).map_err(|stop| object.stopped(op, range, stop))?;
-        let changed_pages = frozen.runs().iter().map(PgoffRange::nr_pages).sum();
-        let outcome = match to {
-            Visibility::Private => object.make_private(op, layout, frozen, content),
-            Visibility::Shared => object.make_shared(op, layout, frozen, content),
-        };
-        outcome.map_err(|error| error.on(range))?;
-        Ok(Conversion { changed_pages })
+        ranges.iter().try_for_each(|&range| object.check_range(op, range))?;
+        let ranges = ascending(op, ranges)?;
+        with_reader(|reader| object.convert(reader, op, &ranges, to, options))
     }
 }
 
+/// The ranges as runs that neither overlap nor touch, in ascending order.
+fn ascending(op: Op, ranges: &[PgoffRange]) -> Result<Cow<'_, [PgoffRange]>, Error> {
+    if ranges.windows(2).all(|pair| matches!(pair, [one, next] if one.end() < next.start())) {
+        return Ok(Cow::Borrowed(ranges));
+    }
+    let mut sorted: Vec<PgoffRange> = Vec::new();
+    if fails(FailPoint::Memory) || sorted.try_reserve_exact(ranges.len()).is_err() {
+        return Err(Error::new(op, ErrorKind::Exhausted));
+    }
+    sorted.extend_from_slice(ranges);
+    sorted.sort_unstable_by_key(PgoffRange::start);
+    sorted.dedup_by(|next, last| match last.hull_if_joined(next) {
+        Some(both) => {
+            *last = both;
+            true
+        }
+        None => false,
+    });
+    Ok(Cow::Owned(sorted))
+}
+
 impl Inner {
+    fn convert(
+        &self,
+        reader: &Reader,
+        op: Op,
+        ranges: &[PgoffRange],
+        to: Visibility,
+        options: &ConvertOptions,
+    ) -> Result<Conversion, Error> {
+        let frozen = self
+            .tree
+            .freeze(reader, ranges, Wanted::Other(to), &options.wait)
+            .map_err(|stop| self.not_frozen(op, ranges, to, stop, options.most_culprits))?;
+        if frozen.runs().is_empty() {
+            frozen.thaw();
+            return Ok(Conversion::default());
+        }
+        let changed_pages = frozen.runs().iter().map(PgoffRange::nr_pages).sum();
+        // Where views only know huge pages, a neighbour's visibility matters as well: one at a time.
+        let outcome = match self.reservation.pool().view_granule() {
+            FolioSize::Huge2M => {
+                self.convert_frozen(reader, op, frozen, to, options, || self.layout.write())
+            }
+            FolioSize::Base => {
+                self.convert_frozen(reader, op, frozen, to, options, || self.layout.read())
+            }
+        };
+        let over = |error: Error| match ranges {
+            [range] => error.on(*range),
+            _ => error,
+        };
+        outcome.map_err(over)?;
+        Ok(Conversion { changed_pages })
+    }
+
+    /// The error for a freeze that did not come about, with as many culprits as are asked for.
+    fn not_frozen(
+        &self,
+        op: Op,
+        ranges: &[PgoffRange],
+        to: Visibility,
+        stop: Stop,
+        most_culprits: NonZeroU32,
+    ) -> Error {
+        let first = stop.page();
+        let range = ranges.iter().find(|range| first.is_some_and(|page| range.contains(page)));
+        let mut error = self.stopped(op, range.copied(), stop);
+        let Some(first) = first else { return error };
+        let mut left = most_culprits.get() - 1;
+        for (pages, word) in ranges.iter().flat_map(|&range| self.tree.spans(range)) {
+            if left == 0 {
+                break;
+            }
+            if word.visibility() == to && word.phase() == Phase::Settled {
+                continue;
+            }
+            let Err(refusal) = word.freeze() else { continue };
+            for page in pages.iter().filter(|&page| page != first) {
+                let Some(less) = left.checked_sub(1) else { break };
+                left = less;
+                error = error.at(page.offset(), self.found(page, refusal));
+            }
+        }
+        error
+    }
+
+    /// Does with the frozen pages what a conversion does. Whatever fails, they are thawed.
+    fn convert_frozen<L: Deref<Target = Layout>>(
+        &self,
+        reader: &Reader,
+        op: Op,
+        frozen: Frozen<'_>,
+        to: Visibility,
+        options: &ConvertOptions,
+        lock: impl Fn() -> L,
+    ) -> Result<(), Error> {
+        let layout = match self.locked_for(op, frozen.runs(), to, lock) {
+            Ok(layout) => layout,
+            Err(error) => {
+                frozen.thaw();
+                return Err(error);
+            }
+        };
+        match to {
+            Visibility::Private => self.make_private(reader, op, &layout, frozen, options.content),
+            Visibility::Shared => self.make_shared(reader, op, &layout, frozen, options.content),
+        }
+    }
+
     /// Locks the layout. If pages are to be shared and a view is there to show them, they have folios
     /// by then: this is the last moment at which finding one may fail.
     fn locked_for<L: Deref<Target = Layout>>(
         &self,
         op: Op,
-        range: PgoffRange,
+        pages: &[PgoffRange],
         to: Visibility,
         lock: impl Fn() -> L,
     ) -> Result<L, Error> {
         loop {
             let layout = lock();
-            if to == Visibility::Private || layout.views.is_empty() || self.is_resident(range) {
-                return Ok(layout);
+            let absent = pages.iter().find(|&&run| !self.is_resident(run));
+            match absent.filter(|_| to == Visibility::Shared && !layout.views.is_empty()) {
+                None => return Ok(layout),
+                Some(&run) => {
+                    drop(layout);
+                    // Frozen pages are not punched, so each round gets further.
+                    self.populate(op, &mut self.layout.write(), run)?;
+                }
             }
-            drop(layout);
-            // Whoever punches it away again before the next attempt has made progress.
-            self.populate(op, &mut self.layout.write(), range)?;
         }
     }
 
     fn make_private(
         &self,
+        reader: &Reader,
         op: Op,
         layout: &Layout,
-        frozen: Frozen<'_>,
+        mut frozen: Frozen<'_>,
         content: ContentPolicy,
     ) -> Result<(), Error> {
-        match self.revoke(op, layout, &frozen, content) {
+        match self.take_from_host(reader, op, layout, &mut frozen, content) {
             Ok(Settled::Yes) => {
                 frozen.release(Visibility::Private);
                 Ok(())
@@ -119,8 +279,6 @@ impl Inner {
             // quarantined.
             Ok(Settled::No) => Err(Error::new(op, ErrorKind::Quarantined)),
             Err(error) => {
-                // Still frozen: nobody can turn them private before they are shown again.
-                frozen.runs().iter().for_each(|&run| self.show(layout, run));
                 frozen.thaw();
                 Err(error)
             }
@@ -128,32 +286,41 @@ impl Inner {
     }
 
     /// Takes the frozen pages away from the host: first from those who are inside of an access, then
-    /// from the views, then by the hypervisor, whose refusal can still be undone.
-    fn revoke(
+    /// from subscribers and views, then by the hypervisor. What is refused is undone, down to the
+    /// freeze: while that lasts nobody can turn the pages private before they are shown again.
+    fn take_from_host(
         &self,
+        reader: &Reader,
         op: Op,
         layout: &Layout,
-        frozen: &Frozen<'_>,
+        frozen: &mut Frozen<'_>,
         content: ContentPolicy,
     ) -> Result<Settled, Error> {
         let guest = self.guest_runs(op, layout, frozen.runs())?;
-        if !frozen.runs().is_empty() && !wait_for_sections() {
+        if fails(FailPoint::Barrier) || !frozen.wait_for_sections(reader) {
             return Err(Error::new(op, ErrorKind::MissingCapability)
                 .because("membarrier(2) is refused since it was registered"));
         }
-        for &run in frozen.runs() {
-            self.hide(layout, run)?;
+        self.revoke_from_subscribers(op, layout, frozen)?;
+        let hidden = frozen.runs().iter().try_for_each(|&run| self.hide(layout, run));
+        let outcome = hidden.and_then(|()| {
+            self.move_pages(op, layout, &guest, frozen, content, |hypervisor, prepare| {
+                hypervisor.make_private(&guest, prepare)
+            })
+        });
+        if outcome.is_err() {
+            frozen.runs().iter().for_each(|&run| self.show(layout, run, &[]));
+            self.grant_to_subscribers(layout, frozen);
         }
-        self.move_pages(op, layout, &guest, frozen, content, |hypervisor, prepare| {
-            hypervisor.make_private(&guest, prepare)
-        })
+        outcome.map_err(|error| error.of(op))
     }
 
     fn make_shared(
         &self,
+        reader: &Reader,
         op: Op,
         layout: &Layout,
-        frozen: Frozen<'_>,
+        mut frozen: Frozen<'_>,
         content: ContentPolicy,
     ) -> Result<(), Error> {
         let outcome = self.guest_runs(op, layout, frozen.runs()).and_then(|guest| {
@@ -165,7 +332,14 @@ impl Inner {
             Ok(Settled::Yes) => {
                 // Before the words are published: afterwards another conversion could hide the pages,
                 // and they would be shown after that.
-                frozen.runs().iter().for_each(|&run| self.show(layout, run));
+                for &run in frozen.runs() {
+                    self.show(layout, run, frozen.runs());
+                }
+                self.grant_to_subscribers(layout, &frozen);
+                // Without the barrier blocks stay split, and that is all.
+                if frozen.could_merge() {
+                    let _ = frozen.wait_for_sections(reader);
+                }
                 frozen.release(Visibility::Shared);
                 Ok(())
             }
@@ -190,10 +364,14 @@ impl Inner {
         content: ContentPolicy,
         ask: impl FnOnce(&dyn Stage2, &mut dyn FnMut()) -> Result<(), Errno>,
     ) -> Result<Settled, Error> {
+        let refused = |errno| Error::new(op, ErrorKind::HypervisorRefused).errno_is(errno);
         let mut settled = None;
         if let Some(hypervisor) = layout.hypervisor().filter(|_| !guest.is_empty()) {
+            if fails(FailPoint::Hypervisor) {
+                return Err(refused(Errno::ENOMEM));
+            }
             ask(&*hypervisor, &mut || settled = Some(self.settle(content, frozen)))
-                .map_err(|errno| Error::new(op, ErrorKind::HypervisorRefused).errno_is(errno))?;
+                .map_err(refused)?;
         }
         Ok(settled.unwrap_or_else(|| self.settle(content, frozen)))
     }

@@ -84,7 +84,7 @@ impl ViewMap {
         self.map.forbid_collapse(at, len)?;
         self.uffd.register(&self.map, at, len)?;
         // Whatever was touched before it was registered is mapped, and stays so if left alone.
-        self.map.unmap_pages(at, len)
+        self.map.discard(at, len)
     }
 
     /// Gives the pages their entries. Should the kernel have no memory for page tables, the pages
@@ -96,7 +96,7 @@ impl ViewMap {
         set(&mut shown, pages, done);
         if !done {
             // Whatever was mapped of them is taken out again, to agree with `shown`.
-            let _ = self.map.unmap_pages(at, len);
+            let _ = self.map.discard(at, len);
         }
     }
 
@@ -104,7 +104,7 @@ impl ViewMap {
     pub(super) fn hide(&self, pages: PgoffRange) -> Result<(), Error> {
         let mut shown = self.shown();
         let (at, len) = bytes(pages);
-        self.map.unmap_pages(at, len)?;
+        self.map.discard(at, len)?;
         set(&mut shown, pages, false);
         Ok(())
     }
@@ -227,7 +227,7 @@ impl Inner {
         layout: &mut super::layout::Layout,
         range: PgoffRange,
     ) -> Result<(), Error> {
-        let words = self.words(range).map(|(page, word)| (page, word.visibility()));
+        let words = self.tree.spans(range).map(|(pages, word)| (pages, word.visibility()));
         for (pages, visibility) in super::object::runs(words) {
             if visibility == Visibility::Shared {
                 self.populate(op, layout, pages)?;

@@ -12,7 +12,7 @@ impl GuestMemfd {
         let object = &*self.0;
         // No folio, view or binding comes or goes, and no conversion is under way, meanwhile.
         let layout = object.layout.write();
-        let words: Vec<(Pgoff, Word)> = object.words(object.pages).collect();
+        let words: Vec<(Pgoff, Word)> = object.words().collect();
         let mut say = |page: Pgoff, what: String| {
             findings.push(format!("{} page {page}: {what}", object.name));
         };
@@ -62,6 +62,6 @@ impl GuestMemfd {
         let object = &*self.0;
         let resident = object.frames.resident(object.pages);
         let each = resident.flat_map(|(pages, frames)| pages.iter().zip(frames.iter()));
-        each.filter_map(|(page, pfn)| Some((pfn, object.table.load(page)?.visibility()))).collect()
+        each.filter_map(|(page, pfn)| Some((pfn, object.tree.load(page)?.visibility()))).collect()
     }
 }

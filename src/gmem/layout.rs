@@ -1,8 +1,9 @@
 //! What folios, views and bindings change together, under one lock.
 //!
-//! Conversions hold the lock for reading: the words keep two of them apart. Whatever puts a folio
-//! somewhere or takes it away holds it for writing, and then no conversion is under way. Lock order:
-//! this one, then the hypervisor's, then the pool's.
+//! Conversions hold the lock for reading from when they have frozen what they need: the words keep
+//! two of them apart. Whatever puts a folio somewhere or takes it away holds it for writing. Lock order:
+//! words, this one, then the hypervisor's, then the pool's; who has this one takes words only if it need
+//! not wait for them.
 
 use std::sync::{Arc, Weak};
 
@@ -10,8 +11,10 @@ use slab::Slab;
 
 use super::host_view::{NotInstalled, ViewMap};
 use super::object::{Inner, runs};
+use super::subscriber::Subscriber;
 use crate::addr::{Gfn, Pfn};
 use crate::error::{Error, ErrorKind, Op};
+use crate::failpoint::{FailPoint, fails};
 use crate::folio::Slot;
 use crate::geometry::FolioSize;
 use crate::range::{PfnRange, PgoffRange};
@@ -29,6 +32,7 @@ pub(super) struct Binding {
 pub(super) struct Layout {
     pub(super) views: Slab<Arc<ViewMap>>,
     pub(super) bindings: Slab<Binding>,
+    pub(super) subscribers: Slab<Arc<dyn Subscriber>>,
     /// The one virtual machine that the bindings are of. Not kept alive: it keeps the object alive.
     pub(super) vm: Option<Weak<dyn Stage2>>,
 }
@@ -67,7 +71,9 @@ impl Inner {
                 for (pages, frames) in self.frames.resident(part) {
                     let skip = pages.start().get() - binding.pages.start().get();
                     let Some(gfn) = binding.gfn.checked_add(skip) else { continue };
-                    runs.try_reserve(1).map_err(|_| Error::new(op, ErrorKind::Exhausted))?;
+                    if fails(FailPoint::Memory) || runs.try_reserve(1).is_err() {
+                        return Err(Error::new(op, ErrorKind::Exhausted));
+                    }
                     let nr_pages = frames.nr_pages();
                     runs.push(GuestRun { gfn, pfn: frames.start(), nr_pages });
                 }
@@ -109,6 +115,9 @@ impl Inner {
 
     /// A folio for the slot, installed in every view but not shown, and not yet the object's.
     fn take_folio(&self, layout: &Layout, slot: &Slot) -> Result<Pfn, Error> {
+        if fails(FailPoint::Folio) {
+            return Err(Error::new(Op::Allocate, ErrorKind::Exhausted));
+        }
         let pfn = self.reservation.take(slot.size())?;
         let mut views = layout.views.iter();
         let outcome = views
@@ -134,28 +143,28 @@ impl Inner {
         }
     }
 
-    /// Maps into the views what the range has of shared pages with folios. The caller has excluded
-    /// conversions, or has frozen all of the range.
+    /// Maps into the views what the range has of shared pages with folios, with the layout locked for
+    /// writing: a conversion to private that holds some of them hides them when its turn comes.
     pub(super) fn show_shared(&self, layout: &Layout, range: PgoffRange) {
         if layout.views.is_empty() {
             return;
         }
-        let shared = self.words(range).map(|(page, word)| {
+        let shared = self.tree.spans(range).map(|(pages, word)| {
             let shared = word.visibility() == Visibility::Shared;
-            (page, shared && word.phase() != Phase::Quarantined)
+            (pages, shared && word.phase() != Phase::Quarantined)
         });
         for (pages, shared) in runs(shared) {
             if shared {
-                self.show(layout, pages);
+                self.show(layout, pages, &[]);
             }
         }
     }
 
     /// Maps the pages into the views, as far as they have folios, whatever their words say.
     ///
-    /// Where views only take whole huge folios, one is mapped if the rest of it is shared. The
-    /// layout is then locked for writing, so frozen pages are the caller's own.
-    pub(super) fn show(&self, layout: &Layout, pages: PgoffRange) {
+    /// Where views only take whole huge folios, one is mapped if the rest of it is shared, or is among
+    /// `becoming_shared`, which the caller holds. The layout is then locked for writing.
+    pub(super) fn show(&self, layout: &Layout, pages: PgoffRange, becoming_shared: &[PgoffRange]) {
         match self.reservation.pool().view_granule() {
             FolioSize::Base => {
                 for (pages, _) in self.frames.resident(pages) {
@@ -163,9 +172,14 @@ impl Inner {
                 }
             }
             FolioSize::Huge2M => {
+                let becomes = |pages: PgoffRange| {
+                    becoming_shared.iter().any(|becoming| becoming.covers(&pages))
+                };
                 let is_shared = |slot: &Slot| {
-                    self.words(slot.pages())
-                        .all(|(_, word)| word.is_open() || word.phase() == Phase::Converting)
+                    self.tree.spans(slot.pages()).all(|(pages, word)| {
+                        let shared = word.visibility() == Visibility::Shared;
+                        shared && word.phase() != Phase::Quarantined || becomes(pages)
+                    })
                 };
                 let resident = |slot: &Slot| self.frames.get(slot).is_some();
                 for slot in self.frames.shape().slots(pages).filter(resident).filter(is_shared) {
@@ -179,6 +193,9 @@ impl Inner {
     pub(super) fn hide(&self, layout: &Layout, pages: PgoffRange) -> Result<(), Error> {
         let granule = self.reservation.pool().view_granule();
         for (_, view) in &layout.views {
+            if fails(FailPoint::View) {
+                return Err(Error::new(Op::MapView, ErrorKind::Os).because("made to fail"));
+            }
             match granule {
                 FolioSize::Base => view.hide(pages)?,
                 FolioSize::Huge2M => {

@@ -8,6 +8,7 @@
 //! | `pin` | where a pin is taken, and by whom |
 //! | `access` | checked reads, writes and atomics of the host |
 //! | `host_view` | the object mapped into the VMM, where private memory faults |
+//! | `subscriber` | those who are told which pages are shared |
 //! | `guest_fault` | the door for hypervisors: memslots, and the faults of guests |
 //! | `invariants` | what must hold of an object: its part of the audit |
 //! | `layout` | what all of these change together: folios, views and bindings, under one lock |
@@ -21,9 +22,11 @@ mod invariants;
 mod layout;
 mod object;
 mod pin;
+mod subscriber;
 
-pub use convert::{ContentPolicy, Conversion};
+pub use convert::{ContentPolicy, Conversion, ConvertOptions};
 pub(crate) use guest_fault::BindingId;
 pub use host_view::{HostFault, HostView, Touch};
 pub use object::{GuestMemfd, GuestMemfdBuilder, ObjectStat, PageInfo, PageStatus, Residency};
 pub use pin::{OwnerTag, PinGuard, PinMode};
+pub use subscriber::{Subscriber, Subscription};

@@ -13,7 +13,9 @@ use crate::folio::{FolioMap, FolioPool, Reservation, Shape};
 use crate::geometry::{FolioSize, HUGE_PAGES, MAX_BYTES};
 use crate::os::memfd;
 use crate::range::PgoffRange;
-use crate::state::{Phase, Refusal, Stop, Table, Visibility, Word};
+use crate::state::{
+    Phase, Refusal, Shape as Blocks, Stop, Tree, Visibility, Word, waiters, with_reader,
+};
 use crate::sync::RwLock;
 
 /// Guest memory: shared and private pages side by side, inside folios that stay whole.
@@ -30,7 +32,7 @@ pub struct GuestMemfd(pub(super) Arc<Inner>);
 pub(super) struct Inner {
     pub(super) name: Box<str>,
     pub(super) pages: PgoffRange,
-    pub(super) table: Table,
+    pub(super) tree: Tree,
     pub(super) frames: FolioMap,
     pub(super) arena: Arc<Arena>,
     pub(super) reservation: Reservation,
@@ -101,7 +103,7 @@ impl GuestMemfdBuilder {
         let reservation = pool.reserve(huge, base)?;
         Ok(GuestMemfd(Arc::new(Inner {
             pages,
-            table: Table::new(nr_pages, self.initial)?,
+            tree: Tree::new(Blocks::of_pages(nr_pages), self.initial, waiters())?,
             frames: FolioMap::new(shape)?,
             arena: Arc::clone(pool.arena()),
             reservation,
@@ -132,6 +134,8 @@ pub struct ObjectStat {
     pub mapped: ByteSize,
     /// Pages that are kept out of use since a failure.
     pub quarantined: ByteSize,
+    /// What the words of state take of the host's memory, on top of the object's size.
+    pub metadata: ByteSize,
 }
 
 /// The state of a page at one moment.
@@ -201,18 +205,21 @@ impl GuestMemfd {
         self.0.reservation.pool()
     }
 
-    /// The counters. Looks at every page.
+    /// The counters. Looks at every block that is the same all over, and at every folio.
     pub fn stat(&self) -> ObjectStat {
         let layout = self.0.layout.read();
-        let mut stat = ObjectStat { size: self.size(), ..ObjectStat::default() };
-        let add = |sum: &mut ByteSize| *sum = ByteSize::from_bytes(sum.get() + 4096);
-        for (_, word) in self.0.words(self.0.pages) {
+        let metadata = self.0.tree.metadata();
+        let mut stat = ObjectStat { size: self.size(), metadata, ..ObjectStat::default() };
+        for (pages, word) in self.0.tree.spans(self.0.pages) {
+            let add = |sum: &mut ByteSize| {
+                *sum = ByteSize::from_bytes(sum.get() + pages.len_bytes().get());
+            };
             match (word.phase(), word.visibility()) {
                 (Phase::Quarantined, _) => add(&mut stat.quarantined),
                 (_, Visibility::Shared) => add(&mut stat.shared),
                 (_, Visibility::Private) => add(&mut stat.private),
             }
-            if word.pins() > 0 || word.is_exclusive() {
+            if word.is_held() {
                 add(&mut stat.pinned);
             }
         }
@@ -236,7 +243,7 @@ impl GuestMemfd {
         range: PgoffRange,
     ) -> Result<impl Iterator<Item = (PgoffRange, Visibility)>, Error> {
         self.0.check_range(Op::Range, range)?;
-        Ok(runs(self.0.words(range).map(|(page, word)| (page, word.visibility()))))
+        Ok(runs(self.0.tree.spans(range).map(|(pages, word)| (pages, word.visibility()))))
     }
 
     /// The state of the pages of the range: runs in ascending order, as long as they can be.
@@ -248,7 +255,29 @@ impl GuestMemfd {
         range: PgoffRange,
     ) -> Result<impl Iterator<Item = (PgoffRange, PageInfo)>, Error> {
         self.0.check_range(Op::Range, range)?;
-        Ok(runs(self.0.words(range).map(|(page, word)| (page, self.0.info(page, word)))))
+        let object = &*self.0;
+        // Blocks of state and folios do not end in the same places.
+        let parts = object.tree.spans(range).flat_map(move |(pages, word)| {
+            let slots = object.frames.shape().slots(pages);
+            slots.filter_map(move |slot| {
+                let part = slot.pages().intersection(&pages)?;
+                Some((part, info(word, object.frames.get(&slot).is_some())))
+            })
+        });
+        Ok(runs(parts))
+    }
+
+    /// Makes the words of state as few as they can be, and gives what they took back to the host; says
+    /// how much that was. Words multiply where pages of a larger block differ, and stay when those are
+    /// alike again.
+    ///
+    /// Nothing about the pages changes. Accesses go on meanwhile; a pin or conversion that comes to a
+    /// block in the moment in which it becomes one waits for that moment.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Os`]: that of the system call that gives memory back.
+    pub fn trim(&self) -> Result<ByteSize, Error> {
+        with_reader(|reader| self.0.tree.trim(reader)).map_err(|error| error.of(Op::Trim))
     }
 }
 
@@ -272,46 +301,66 @@ impl Inner {
         self.frames.shape().slots(range).all(|slot| self.frames.get(&slot).is_some())
     }
 
-    /// The words of the range's pages, as they are when the iterator gets there.
-    pub(super) fn words(&self, range: PgoffRange) -> impl Iterator<Item = (Pgoff, Word)> {
-        range.iter().filter_map(|page| Some((page, self.table.load(page)?)))
-    }
-
-    fn info(&self, page: Pgoff, word: Word) -> PageInfo {
-        PageInfo {
-            visibility: word.visibility(),
-            pins: word.pins(),
-            status: match word.phase() {
-                Phase::Settled if word.is_exclusive() => PageStatus::ExclusivelyPinned,
-                Phase::Settled => PageStatus::Settled,
-                Phase::Converting => PageStatus::Converting,
-                Phase::Quarantined => PageStatus::Quarantined,
-            },
-            residency: match self.frames.frame(page) {
-                Some(_) => Residency::Resident,
-                None => Residency::Absent,
-            },
-        }
+    /// The words of all pages, as they are when the iterator gets there.
+    pub(super) fn words(&self) -> impl Iterator<Item = (Pgoff, Word)> {
+        let spans = self.tree.spans(self.pages);
+        spans.flat_map(|(pages, word)| pages.iter().map(move |page| (page, word)))
     }
 
     /// The error for a range operation that stopped.
-    pub(super) fn stopped(&self, op: Op, range: PgoffRange, stop: Stop) -> Error {
-        let (page, refusal) = match stop {
-            Stop::At(page, refusal) => (page, refusal),
-            Stop::OutOfMemory => return Error::new(op, ErrorKind::Exhausted).on(range),
+    pub(super) fn stopped(&self, op: Op, range: Option<PgoffRange>, stop: Stop) -> Error {
+        let (kind, at) = match stop {
+            Stop::At(page, refusal) => (kind_of(refusal), Some((page, refusal))),
+            Stop::TimedOut(page, refusal) => (ErrorKind::TimedOut, Some((page, refusal))),
+            Stop::Cancelled(page, refusal) => (ErrorKind::Cancelled, Some((page, refusal))),
+            Stop::OutOfMemory => (ErrorKind::Exhausted, None),
         };
+        let mut error = Error::new(op, kind);
+        if let Some(range) = range {
+            error = error.on(range);
+        }
+        match at {
+            Some((page, refusal)) => error.at(page.offset(), self.found(page, refusal)),
+            None => error,
+        }
+    }
+
+    /// What was found at a page that refused.
+    pub(super) fn found(&self, page: Pgoff, refusal: Refusal) -> Found {
         let owners = || self.ledger.owners_of_page(page);
-        let (kind, found) = match refusal {
-            Refusal::Private => (ErrorKind::NotShared, Found::Private),
-            Refusal::Pinned(pins) => (ErrorKind::Busy, Found::Pinned { pins, owners: owners() }),
-            Refusal::Exclusive => (ErrorKind::Busy, Found::ExclusivelyPinned { owners: owners() }),
-            Refusal::Converting => (ErrorKind::Busy, Found::Converting),
-            Refusal::Quarantined | Refusal::NotHeld => (ErrorKind::Quarantined, Found::Quarantined),
-            Refusal::Saturated => {
-                (ErrorKind::Saturated, Found::Pinned { pins: Word::MAX_PINS, owners: owners() })
-            }
-        };
-        Error::new(op, kind).on(range).at(page.offset(), found)
+        match refusal {
+            Refusal::Private => Found::Private,
+            Refusal::Pinned(pins) => Found::Pinned { pins, owners: owners() },
+            Refusal::Saturated => Found::Pinned { pins: Word::MAX_PINS, owners: owners() },
+            Refusal::Exclusive => Found::ExclusivelyPinned { owners: owners() },
+            Refusal::Converting | Refusal::Folding => Found::Converting,
+            Refusal::Quarantined | Refusal::NotHeld => Found::Quarantined,
+        }
+    }
+}
+
+fn kind_of(refusal: Refusal) -> ErrorKind {
+    match refusal {
+        Refusal::Private => ErrorKind::NotShared,
+        Refusal::Saturated => ErrorKind::Saturated,
+        Refusal::Quarantined | Refusal::NotHeld => ErrorKind::Quarantined,
+        Refusal::Pinned(_) | Refusal::Exclusive | Refusal::Converting | Refusal::Folding => {
+            ErrorKind::Busy
+        }
+    }
+}
+
+fn info(word: Word, is_resident: bool) -> PageInfo {
+    PageInfo {
+        visibility: word.visibility(),
+        pins: word.pins(),
+        status: match word.phase() {
+            Phase::Settled | Phase::Folding if word.is_exclusive() => PageStatus::ExclusivelyPinned,
+            Phase::Settled | Phase::Folding => PageStatus::Settled,
+            Phase::Draining | Phase::Converting => PageStatus::Converting,
+            Phase::Quarantined => PageStatus::Quarantined,
+        },
+        residency: if is_resident { Residency::Resident } else { Residency::Absent },
     }
 }
 
@@ -328,9 +377,9 @@ impl Drop for Inner {
     fn drop(&mut self) {
         for slot in self.frames.shape().slots(self.pages) {
             let Some(pfn) = self.frames.get(&slot) else { continue };
-            let quarantined =
-                self.words(slot.pages()).any(|(_, word)| word.phase() == Phase::Quarantined);
-            if quarantined {
+            // A pin whose guard was forgotten may be a device that is still at work there.
+            let unknown = |word: Word| word.phase() == Phase::Quarantined || word.is_held();
+            if self.tree.spans(slot.pages()).any(|(_, word)| unknown(word)) {
                 self.reservation.quarantine(slot.size());
             } else {
                 self.reservation.give_back(pfn, slot.size());
@@ -339,17 +388,17 @@ impl Drop for Inner {
     }
 }
 
-/// Joins neighbouring pages that are alike.
+/// Joins neighbouring ranges that are alike.
 pub(super) fn runs<T: PartialEq>(
-    pages: impl Iterator<Item = (Pgoff, T)>,
+    parts: impl Iterator<Item = (PgoffRange, T)>,
 ) -> impl Iterator<Item = (PgoffRange, T)> {
-    let mut pages = pages.peekable();
+    let mut parts = parts.peekable();
     std::iter::from_fn(move || {
-        let (start, what) = pages.next()?;
-        let mut nr_pages = 1;
-        while pages.next_if(|(_, next)| *next == what).is_some() {
-            nr_pages += 1;
+        let (first, what) = parts.next()?;
+        let mut nr_pages = first.nr_pages();
+        while let Some((more, _)) = parts.next_if(|(_, next)| *next == what) {
+            nr_pages += more.nr_pages();
         }
-        Some((PgoffRange::new(start, nr_pages).ok()?, what))
+        Some((PgoffRange::new(first.start(), nr_pages).ok()?, what))
     })
 }

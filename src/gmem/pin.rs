@@ -9,6 +9,7 @@ use super::object::GuestMemfd;
 use crate::addr::Pgoff;
 use crate::error::{Error, ErrorKind, Op};
 use crate::range::PgoffRange;
+use crate::state::{Counted, Refusal, Stop, Wait, with_reader};
 
 /// How a pin gets on with others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -105,13 +106,30 @@ impl GuestMemfd {
     /// [`ErrorKind::OutOfRange`]; [`ErrorKind::NotFound`] for a tag of another object;
     /// [`ErrorKind::NotShared`], [`ErrorKind::Busy`] (being converted, pinned exclusively, or for an
     /// exclusive pin pinned at all), [`ErrorKind::Saturated`] (65,535 pins on a page) or
-    /// [`ErrorKind::Quarantined`], each with the first culprit.
+    /// [`ErrorKind::Quarantined`], each with the first culprit; [`ErrorKind::Exhausted`].
+    #[inline]
     pub fn pin(
         &self,
         range: PgoffRange,
         owner: OwnerTag,
         mode: PinMode,
-    ) -> Result<PinGuard, Error> {
+    ) -> Result<PinGuard<'_>, Error> {
+        self.pin_waiting(range, owner, mode, &Wait::never())
+    }
+
+    /// [`pin`](Self::pin), but waits for a conversion that is at the pages to settle. Other pins are
+    /// not waited for, and neither is memory that is private.
+    ///
+    /// # Errors
+    /// As [`pin`](Self::pin); [`ErrorKind::TimedOut`] or [`ErrorKind::Cancelled`] if the conversion
+    /// did not settle.
+    pub fn pin_waiting(
+        &self,
+        range: PgoffRange,
+        owner: OwnerTag,
+        mode: PinMode,
+        wait: &Wait,
+    ) -> Result<PinGuard<'_>, Error> {
         let object = &*self.0;
         let op = match mode {
             PinMode::Counted => Op::Pin,
@@ -126,15 +144,28 @@ impl GuestMemfd {
         }
         let key = records.pins.insert(Record { range, owner: owner.index });
         drop(records);
-        let outcome = match mode {
-            PinMode::Counted => object.table.pin(range),
-            PinMode::Exclusive => object.table.pin_exclusive(range),
-        };
+        let outcome = with_reader(|reader| {
+            loop {
+                let outcome = match mode {
+                    PinMode::Counted => object.tree.pin(reader, range),
+                    PinMode::Exclusive => object.tree.pin_exclusive(reader, range),
+                };
+                match outcome {
+                    Err(Stop::At(page, Refusal::Converting)) if !wait.is_never() => {
+                        object.tree.await_settled(wait, page)?;
+                    }
+                    outcome => return outcome,
+                }
+            }
+        });
         match outcome {
-            Ok(()) => Ok(PinGuard { memfd: self.clone(), range, owner, mode, key }),
+            Ok(counted) => {
+                let counted = Some(counted);
+                Ok(PinGuard { memfd: Handle::Borrowed(self), range, owner, mode, counted, key })
+            }
             Err(stop) => {
                 object.ledger.records().pins.try_remove(key);
-                Err(object.stopped(op, range, stop))
+                Err(object.stopped(op, Some(range), stop))
             }
         }
     }
@@ -147,38 +178,47 @@ impl GuestMemfd {
 
 /// A pin. The pages stay shared and in place until it is dropped.
 ///
-/// It cannot be copied, and it keeps the object alive: there is no way to drop it twice, and if it
-/// is forgotten its pages stay pinned for good.
+/// It borrows the object, which costs nothing, or [owns](Self::into_owned) a handle to it. It cannot be
+/// copied: there is no way to drop it twice. If it is forgotten its pages stay pinned for good, and when
+/// the object goes their folios are quarantined: a device may still be at work there.
 ///
 /// ```compile_fail,E0599
-/// fn twice(pin: gmem::PinGuard) -> [gmem::PinGuard; 2] {
+/// fn twice(pin: gmem::PinGuard<'static>) -> [gmem::PinGuard<'static>; 2] {
 ///     [pin.clone(), pin]
 /// }
 /// ```
 ///
 /// ```compile_fail,E0382
-/// fn dropped_twice(pin: gmem::PinGuard) {
+/// fn dropped_twice(pin: gmem::PinGuard<'static>) {
 ///     drop(pin);
 ///     drop(pin);
 /// }
 /// ```
 ///
 /// ```compile_fail,E0040
-/// fn dropped_by_hand(mut pin: gmem::PinGuard) {
+/// fn dropped_by_hand(mut pin: gmem::PinGuard<'static>) {
 ///     pin.drop();
 /// }
 /// ```
 #[derive(Debug)]
 #[must_use = "the pin ends when the guard is dropped"]
-pub struct PinGuard {
-    memfd: GuestMemfd,
+pub struct PinGuard<'a> {
+    memfd: Handle<'a>,
     range: PgoffRange,
     owner: OwnerTag,
     mode: PinMode,
+    /// `None` once the pin has been handed on.
+    counted: Option<Counted>,
     key: usize,
 }
 
-impl PinGuard {
+#[derive(Debug)]
+enum Handle<'a> {
+    Borrowed(&'a GuestMemfd),
+    Owned(GuestMemfd),
+}
+
+impl PinGuard<'_> {
     /// The pages that are pinned.
     pub fn range(&self) -> PgoffRange {
         self.range
@@ -196,16 +236,38 @@ impl PinGuard {
 
     /// The object whose pages these are.
     pub fn memfd(&self) -> &GuestMemfd {
-        &self.memfd
+        match &self.memfd {
+            Handle::Borrowed(memfd) => memfd,
+            Handle::Owned(memfd) => memfd,
+        }
+    }
+
+    /// The same pin with a handle of its own, which keeps the object alive.
+    pub fn into_owned(mut self) -> PinGuard<'static> {
+        PinGuard {
+            memfd: Handle::Owned(self.memfd().clone()),
+            range: self.range,
+            owner: self.owner,
+            mode: self.mode,
+            counted: self.counted.take(),
+            key: self.key,
+        }
     }
 }
 
-impl Drop for PinGuard {
+impl Drop for PinGuard<'_> {
+    #[inline]
     fn drop(&mut self) {
-        let object = &*self.memfd.0;
-        match self.mode {
-            PinMode::Counted => object.table.unpin(self.range),
-            PinMode::Exclusive => object.table.unpin_exclusive(self.range),
+        let Some(counted) = self.counted.take() else { return };
+        let object = &*self.memfd().0;
+        match (counted, self.mode) {
+            (Counted::InPage, _) => object.tree.unpin_page(self.range.start()),
+            (Counted::InRange, PinMode::Counted) => {
+                with_reader(|reader| object.tree.unpin(reader, self.range));
+            }
+            (Counted::InRange, PinMode::Exclusive) => {
+                with_reader(|reader| object.tree.unpin_exclusive(reader, self.range));
+            }
         }
         object.ledger.records().pins.try_remove(self.key);
     }

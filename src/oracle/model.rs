@@ -366,9 +366,13 @@ impl Model {
             let from = self.object(object)?;
             self.first_held(op, object, range, |page| there_too || !from.is(page, to))?;
         }
-        // A view maps what is shared, so there has to be something.
+        // A view maps what becomes shared, so there has to be something.
         if to == Visibility::Shared && self.nr_views(object) > 0 {
-            self.populate(object, range)?;
+            for page in pages_of(range) {
+                if !self.object(object)?.is(page, to) {
+                    self.populate(object, (page, 1))?;
+                }
+            }
         }
         let mistake = self.mistake;
         let object = self.object_mut(object)?;

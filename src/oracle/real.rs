@@ -25,7 +25,7 @@ struct RealObject {
 #[derive(Debug)]
 pub(super) struct Real {
     // Before the objects, so that a run that ends early drops them in the usual order.
-    pins: Vec<(usize, PinGuard)>,
+    pins: Vec<(usize, PinGuard<'static>)>,
     objects: Vec<RealObject>,
     pool: FolioPool,
 }
@@ -215,7 +215,7 @@ impl Real {
             return nonsense(format!("{name} got two tags"));
         }
         let range = range.born()?;
-        let guard = self.of(object)?.pin(range, tag, mode)?;
+        let guard = self.of(object)?.pin(range, tag, mode)?.into_owned();
         if (guard.range(), guard.owner(), guard.mode()) != (range, tag, mode) {
             return nonsense(format!("{guard:?} is not what was asked for"));
         }

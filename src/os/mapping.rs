@@ -66,6 +66,20 @@ impl Mapping {
         Ok(mapping)
     }
 
+    /// Maps zeroes that take memory only where they are written, and page by page.
+    pub(crate) fn of_zeroes(op: Op, len: ByteSize) -> Result<Self, Error> {
+        let len = to_usize(op, len)?;
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: no address is asked for, so nothing that exists is replaced.
+        let base = unsafe { mmap_anonymous(ptr::null_mut(), len, prot, flags) }
+            .map_err(|e| failed(op, "mmap", e))?;
+        let mapping = Self::adopt(op, base.cast(), len)?;
+        // One huge page would be 512 tables at once.
+        mapping.forbid_collapse(0, len)?;
+        Ok(mapping)
+    }
+
     fn adopt(op: Op, base: *mut u8, len: usize) -> Result<Self, Error> {
         let base = NonNull::new(base).ok_or_else(|| Error::new(op, ErrorKind::Os))?;
         Ok(Self { base, len, op })
@@ -112,8 +126,9 @@ impl Mapping {
         Ok(())
     }
 
-    /// Makes the pages of a shared file mapping vanish from it; their contents stay in the file.
-    pub(crate) fn unmap_pages(&self, at: usize, len: usize) -> Result<(), Error> {
+    /// Makes the pages of a mapping vanish from it: what a file holds stays there, zeroes are zeroes
+    /// again.
+    pub(crate) fn discard(&self, at: usize, len: usize) -> Result<(), Error> {
         // The plain one refuses memory that somebody has locked with mlockall.
         self.advise(at, len, Advice::LinuxDontneedLocked, "madvise(MADV_DONTNEED_LOCKED)")
     }

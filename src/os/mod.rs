@@ -8,6 +8,7 @@ pub(crate) mod memory;
 pub(crate) mod pagemap;
 pub(crate) mod thp;
 pub(crate) mod uffd;
+pub(crate) mod words;
 
 pub(crate) mod sigbus;
 

@@ -1,65 +1,91 @@
-//! One word as an atomic. Nobody else sees the integer, and nobody else loops.
-
-use super::rules::Refusal;
-use super::word::{Visibility, Word};
-use crate::sync::AtomicU64;
+//! A word as an atomic. Nobody else sees the integer.
 
 use std::sync::atomic::Ordering;
 
-/// The state of one subpage.
-#[derive(Debug)]
-pub struct StateCell(AtomicU64);
+use super::word::Word;
+use crate::sync::AtomicU64;
 
-impl StateCell {
-    /// A subpage that nobody holds.
-    pub fn new(visibility: Visibility) -> Self {
-        Self(AtomicU64::new(Word::new(visibility).bits()))
+/// The word of one block, where it lies in memory.
+#[derive(Clone, Copy, Debug)]
+pub struct StateCell<'a>(&'a AtomicU64);
+
+impl<'a> StateCell<'a> {
+    pub(super) fn new(bits: &'a AtomicU64) -> Self {
+        Self(bits)
     }
 
     /// The word as it is now.
-    pub fn load(&self) -> Word {
-        // Acquire: pairs with the Release of `step`. Whoever sees a published word sees the bytes
-        // that the converter prepared, and everything that the holders before it did.
+    #[inline]
+    pub fn load(self) -> Word {
+        // Acquire: pairs with the Release of `replace` and `set`. Whoever sees a published word sees the
+        // bytes that the converter prepared, and everything that the holders before it did. On the
+        // way down, whoever sees a split sees the parts at least as new as it found them.
         Word::from_bits(self.0.load(Ordering::Acquire))
     }
 
-    /// Applies a rule, once, atomically; returns the word it was applied to.
-    ///
-    /// # Errors
-    /// What the rule said of the word that was found last.
-    pub fn step(&self, rule: impl Fn(Word) -> Result<Word, Refusal>) -> Result<Word, Refusal> {
-        let mut found = self.load();
-        loop {
-            let next = rule(found)?;
-            // Release: pairs with the Acquire of `load` and of the next `step`. A pin that is
-            // dropped hands its holder's accesses to the freeze that follows; a publish hands the
-            // converter's work to the next pin. Acquire: pairs with the same Release, so that a
-            // freeze comes after all of that and a pin after the conversion. On failure Acquire,
-            // as in `load`, since the rule judges what was found.
-            match self.0.compare_exchange_weak(
-                found.bits(),
-                next.bits(),
-                Ordering::AcqRel,
-                Ordering::Acquire,
-            ) {
-                Ok(_) => return Ok(found),
-                Err(bits) => found = Word::from_bits(bits),
-            }
-        }
+    /// The word as it was at some time: good enough to guess where to look.
+    #[inline]
+    pub(super) fn guess(self) -> Word {
+        // Relaxed: pairs with nothing; whatever is done about the guess checks it.
+        Word::from_bits(self.0.load(Ordering::Relaxed))
     }
 
-    /// What a check followed by a store would do: the seeded bug of the canary models.
+    /// Replaces the word if it is still what was found.
     ///
     /// # Errors
-    /// What the rule said.
-    #[cfg(all(loom, feature = "loom"))]
-    pub fn step_by_check_then_store(
-        &self,
-        rule: impl Fn(Word) -> Result<Word, Refusal>,
-    ) -> Result<Word, Refusal> {
-        let found = self.load();
-        // Release: pairs with the Acquire of `load`; the bug is the gap between the two.
-        self.0.store(rule(found)?.bits(), Ordering::Release);
-        Ok(found)
+    /// It is not.
+    #[inline]
+    pub fn replace(self, found: Word, next: Word) -> Result<(), Changed> {
+        // Release: pairs with the Acquire of `load` and of the next `replace`. A pin that is dropped
+        // hands its holder's accesses to the freeze that follows; a publish hands the converter's
+        // work to the next pin. Acquire: pairs with the same Release, so that a freeze comes after all
+        // of that and a pin after the conversion. Relaxed on failure: pairs with nothing, since the
+        // word is then loaded anew.
+        self.0
+            .compare_exchange_weak(found.bits(), next.bits(), Ordering::AcqRel, Ordering::Relaxed)
+            .map_or(Err(Changed), |_| Ok(()))
+    }
+
+    /// Writes a word that nobody else may change: that of a split block all of whose parts the
+    /// caller has frozen.
+    pub(super) fn set(self, next: Word) {
+        // Release: pairs with the Acquire of `load`, as a publish by `replace` does.
+        self.0.store(next.bits(), Ordering::Release);
+    }
+
+    /// Drops one pin that is known to be counted right here; returns the word before.
+    #[inline]
+    pub(super) fn drop_pin(self) -> Word {
+        // Release: pairs with the Acquire of `replace`, which a freeze takes the word with.
+        Word::from_bits(self.0.fetch_sub(Word::ONE_PIN, Ordering::Release))
+    }
+}
+
+/// Somebody else was faster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Changed;
+
+/// A number for people, and for the trim that counts tables.
+#[derive(Debug)]
+pub(super) struct Counter(AtomicU64);
+
+impl Counter {
+    pub(super) fn new() -> Self {
+        Self(AtomicU64::new(0))
+    }
+
+    pub(super) fn get(&self) -> u64 {
+        // Relaxed: pairs with nothing; a number that is only reported.
+        self.0.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn add(&self, more: u64) {
+        // Relaxed: as in `get`.
+        self.0.fetch_add(more, Ordering::Relaxed);
+    }
+
+    pub(super) fn sub(&self, less: u64) {
+        // Relaxed: as in `get`.
+        self.0.fetch_sub(less, Ordering::Relaxed);
     }
 }

@@ -53,22 +53,25 @@ impl Domain {
         Reader { domain: Arc::clone(domain), slot, key, depth: Cell::new(0) }
     }
 
-    /// Returns when every section that began before the call has ended. Must not be called from
-    /// inside one.
+    /// Returns when every section of others than `own` that began before the call has ended.
     ///
     /// `false`, at once, if the kernel refuses the barrier that it granted before: then nothing is
     /// known, and the caller must not go on.
-    #[must_use]
-    pub fn wait(&self) -> bool {
+    fn wait(&self, own: Option<usize>) -> bool {
+        // A reader that registers while the lock is held has not entered yet; it synchronises with us
+        // through the lock and will see the frozen words.
+        let slots = self.slots.lock();
+        let mut others = slots.iter().filter(|&(key, _)| Some(key) != own).peekable();
+        if others.peek().is_none() {
+            return true;
+        }
         match self.barrier {
             Barrier::Membarrier if !crate::os::barrier::heavy() => return false,
             Barrier::Membarrier => {}
             // SeqCst: pairs with the fence in `Reader::enter`.
             Barrier::Fences => fence(Ordering::SeqCst),
         }
-        // A reader that registers while the lock is held has not entered yet; it synchronises with
-        // us through the lock and will see the frozen words.
-        for (_, slot) in self.slots.lock().iter() {
+        for (_, slot) in others {
             // Acquire: pairs with the Release in `Section::drop`, and with the one in `Reader::enter`
             // if the reader is back already; its copies come before whatever the converter does
             // next.
@@ -113,6 +116,18 @@ impl Reader {
             }
         }
         Section(self)
+    }
+}
+
+impl Reader {
+    /// Returns when every section of other readers that began before the call has ended. Must not be
+    /// called from inside one: two that did would wait for each other.
+    ///
+    /// `false`, at once, if the kernel refuses the barrier that it granted before: then nothing is
+    /// known, and the caller must not go on.
+    #[must_use]
+    pub fn wait_for_others(&self) -> bool {
+        self.domain.wait(Some(self.key))
     }
 }
 
@@ -162,7 +177,7 @@ mod tests {
                 drop(outer);
             });
             ready.recv().unwrap();
-            assert!(domain.wait());
+            assert!(domain.wait(None));
             assert!(ended.load(Ordering::SeqCst), "the nested section did not end the outer one");
         });
     }
@@ -174,7 +189,7 @@ mod tests {
             drop(Domain::register(&domain));
         }
         assert!(domain.slots.lock().is_empty());
-        assert!(domain.wait());
+        assert!(domain.wait(None));
     }
 
     #[test]
@@ -186,6 +201,6 @@ mod tests {
             panic!("inside a section");
         }));
         assert!(outcome.is_err());
-        assert!(domain.wait());
+        assert!(domain.wait(None));
     }
 }

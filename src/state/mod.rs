@@ -1,14 +1,20 @@
-//! The state of every subpage: one word each, pure rules for it, one loop that applies them, and
-//! grace periods for accesses too short to be written down in it.
+//! The state of every subpage: a tree of words, pure rules for a word, and grace periods for accesses
+//! too short to be written down in one.
 //!
 //! | file | holds |
 //! |---|---|
 //! | `word` | the bits of a word, and nothing that changes them |
 //! | `rules` | every change there is, as a pure function |
-//! | `cell` | the word as an atomic, and the only compare-and-swap loop |
-//! | `table` | the words of an object; ranges, all or nothing |
+//! | `cell` | the word as an atomic |
+//! | `shape` | how an object is cut into blocks, and where their words lie |
+//! | `tree` | which word speaks for a page; the compare-and-swap loop; pins |
+//! | `freeze` | how a conversion gets hold of ranges: all or nothing, at once or with time to wait |
+//! | `frozen` | what it holds then, how that is merged and given back |
+//! | `trim` | parts that are alike become one again; tables go back to the host |
 //! | `epoch` | grace periods: who is inside an access right now |
-//! | `section` | the process's one epoch domain, a reader for each thread |
+//! | `waiting` | sleeping until something becomes possible; deadlines and cancellation |
+//! | `process` | the process's one epoch domain, a reader for each thread |
+//! | `flaw` | mistakes that models seed |
 
 #![cfg_attr(
     not(all(loom, feature = "loom")),
@@ -17,23 +23,38 @@
 
 mod cell;
 mod epoch;
+mod flaw;
+mod freeze;
+mod frozen;
+mod process;
 mod rules;
-mod section;
-mod table;
+mod shape;
+mod tree;
+mod trim;
+mod waiting;
 mod word;
 
+pub(crate) use epoch::Reader;
+pub(crate) use freeze::Wanted;
+pub(crate) use frozen::Frozen;
+pub(crate) use process::{in_section, waiters, with_reader};
 pub(crate) use rules::Refusal;
-pub(crate) use section::{in_section, wait_for_sections};
-pub(crate) use table::{Frozen, Stop, Table};
+pub(crate) use shape::Shape;
+pub(crate) use tree::{Counted, Stop, Tree};
+pub use waiting::{CancelToken, Wait};
 pub use word::Visibility;
 pub(crate) use word::{Phase, Word};
 
 /// What the loom models drive: exactly the types that the object uses.
 #[cfg(all(loom, feature = "loom"))]
 pub mod modelled {
-    pub use super::cell::StateCell;
     pub use super::epoch::{Domain, Reader};
+    pub use super::flaw::{Flaw, seed};
+    pub use super::freeze::Wanted;
+    pub use super::frozen::Frozen;
     pub use super::rules::Refusal;
-    pub use super::table::{Frozen, Stop, Table};
+    pub use super::shape::Shape;
+    pub use super::tree::{Counted, Stop, Tree};
+    pub use super::waiting::{CancelToken, Wait, Waiters};
     pub use super::word::{Phase, Visibility, Word};
 }

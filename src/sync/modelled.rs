@@ -45,6 +45,16 @@ impl AtomicU64 {
         self.value.compare_exchange_weak(current, new, success, failure)
     }
 
+    pub(crate) fn fetch_add(&self, value: u64, order: Ordering) -> u64 {
+        self.take_turn();
+        self.value.fetch_add(value, order)
+    }
+
+    pub(crate) fn fetch_sub(&self, value: u64, order: Ordering) -> u64 {
+        self.take_turn();
+        self.value.fetch_sub(value, order)
+    }
+
     fn take_turn(&self) {
         // Relaxed: pairs with nothing, and must not.
         self.turn.store(0, Ordering::Relaxed);

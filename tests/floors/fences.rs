@@ -7,8 +7,15 @@ use super::lex::Source;
 const UNSAFE: &[&str] = &["os/", "backing.rs", "vm_memory.rs"];
 
 /// Files that own an atomic.
-const ORDERINGS: &[&str] =
-    &["backing.rs", "os/", "sync/modelled.rs", "state/cell.rs", "state/epoch.rs", "folio/map.rs"];
+const ORDERINGS: &[&str] = &[
+    "backing.rs",
+    "os/",
+    "sync/modelled.rs",
+    "state/cell.rs",
+    "state/epoch.rs",
+    "state/waiting.rs",
+    "folio/map.rs",
+];
 
 /// Files that hand on the orderings of others: the facade, and a trait of vm-memory. They may name
 /// the type, but choose none.

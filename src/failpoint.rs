@@ -1,0 +1,83 @@
+//! Failures on demand: each step of a conversion that may fail asks here first, and tests make it fail.
+//!
+//! In a build without tests every answer is a constant `no`.
+
+/// A step that may fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FailPoint {
+    /// Memory for the list of ranges, of what is held, or of what is told to others.
+    Memory,
+    /// A folio for a page that a view is to show.
+    Folio,
+    /// membarrier(2).
+    Barrier,
+    /// Taking pages out of a view.
+    View,
+    /// The hypervisor.
+    Hypervisor,
+}
+
+#[cfg(not(any(test, feature = "oracle")))]
+#[inline(always)]
+pub(crate) const fn fails(_: FailPoint) -> bool {
+    false
+}
+
+#[cfg(any(test, feature = "oracle"))]
+pub(crate) use armed::fails;
+
+#[cfg(any(test, feature = "oracle"))]
+pub use armed::{Armed, arm};
+
+#[cfg(any(test, feature = "oracle"))]
+mod armed {
+    use std::cell::Cell;
+
+    use super::FailPoint;
+
+    #[derive(Clone, Copy)]
+    struct Plan {
+        point: FailPoint,
+        /// How often it still succeeds.
+        spared: u32,
+    }
+
+    thread_local! {
+        static PLAN: Cell<Option<Plan>> = const { Cell::new(None) };
+    }
+
+    /// Makes a step of this thread fail once, after it has succeeded `spared` times.
+    pub fn arm(point: FailPoint, spared: u32) -> Armed {
+        PLAN.set(Some(Plan { point, spared }));
+        Armed(())
+    }
+
+    /// Disarms when it is dropped.
+    #[derive(Debug)]
+    #[must_use = "the failure is called off when this is dropped"]
+    pub struct Armed(());
+
+    impl Armed {
+        /// Whether the step has failed.
+        pub fn has_fired(&self) -> bool {
+            PLAN.get().is_none()
+        }
+    }
+
+    impl Drop for Armed {
+        fn drop(&mut self) {
+            PLAN.set(None);
+        }
+    }
+
+    pub(crate) fn fails(point: FailPoint) -> bool {
+        match PLAN.get() {
+            Some(plan) if plan.point == point => {
+                let left = plan.spared.checked_sub(1);
+                PLAN.set(left.map(|spared| Plan { spared, ..plan }));
+                left.is_none()
+            }
+            _ => false,
+        }
+    }
+}

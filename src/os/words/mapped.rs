@@ -1,0 +1,72 @@
+//! Words in a mapping of their own.
+
+// UNSAFETY: atomics in an anonymous mapping that this file owns. Indices are checked right here.
+#![expect(unsafe_code, reason = "words live in a mapping of their own")]
+
+use std::sync::atomic::Ordering;
+
+use super::{AtomicU64, Error, Op, Range, Words, exhausted};
+use crate::addr::ByteSize;
+use crate::geometry::PAGE_BYTES;
+use crate::os::mapping::Mapping;
+
+const WORD_BYTES: usize = size_of::<u64>();
+const WORDS_PER_PAGE: usize = PAGE_BYTES / WORD_BYTES;
+
+#[derive(Debug)]
+pub(super) struct Memory {
+    /// None where there are no words at all.
+    map: Option<Mapping>,
+    len: usize,
+}
+
+impl Words {
+    /// So many words, all zero. They take addresses, and memory when they are written.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exhausted`](crate::error::ErrorKind::Exhausted) if there are no addresses, or
+    /// if the host promises no more memory than it has (`vm.overcommit_memory` 2).
+    pub(crate) fn new(len: usize) -> Result<Self, Error> {
+        let map = match len {
+            0 => None,
+            _ => {
+                let bytes = (len as u64).checked_mul(WORD_BYTES as u64).ok_or_else(exhausted)?;
+                let bytes = ByteSize::from_bytes(bytes);
+                Some(Mapping::of_zeroes(Op::CreateObject, bytes).map_err(|_| exhausted())?)
+            }
+        };
+        Ok(Self(Memory { map, len }))
+    }
+
+    /// The word at this place.
+    #[inline]
+    pub(crate) fn get(&self, place: usize) -> Option<&AtomicU64> {
+        let map = self.0.map.as_ref().filter(|_| place < self.0.len)?;
+        let word = map.base().cast::<u64>().as_ptr().wrapping_add(place);
+        // SAFETY: 1. aligned: a mapping begins at a page. 2. valid for reads and writes as long
+        // as `self` is borrowed: the mapping is anonymous, writable, ours until it is dropped, and
+        // `place` has been checked. 3. nobody makes an access there that is not atomic, and the
+        // kernel's zeroing replaces whole pages.
+        Some(unsafe { AtomicU64::from_ptr(word) })
+    }
+
+    /// Makes the words zero again; whole pages of them go back to the host. What runs at the same
+    /// time finds each as it was, or zero.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Os`](crate::error::ErrorKind::Os). Some may be zero then.
+    pub(crate) fn give_back(&self, places: Range<usize>) -> Result<(), Error> {
+        let Some(map) = self.0.map.as_ref() else { return Ok(()) };
+        let end = places.end.min(self.0.len);
+        let first = places.start.next_multiple_of(WORDS_PER_PAGE).min(end);
+        let last = (end - end % WORDS_PER_PAGE).max(first);
+        for word in (places.start..first).chain(last..end).filter_map(|place| self.get(place)) {
+            // Relaxed: who gives words back has seen to it that nobody looks for anything in them.
+            word.store(0, Ordering::Relaxed);
+        }
+        match first..last {
+            pages if pages.is_empty() => Ok(()),
+            pages => map.discard(pages.start * WORD_BYTES, pages.len() * WORD_BYTES),
+        }
+    }
+}

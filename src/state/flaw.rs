@@ -1,0 +1,57 @@
+//! Mistakes that a model seeds to show that it would notice them.
+
+/// A mistake in the protocol of the tree. Each was made in earnest by some variant of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flaw {
+    /// A block that is held by a conversion is split all the same.
+    SplitsFrozenBlocks,
+    /// A part is written for the first time without a look at what it has become.
+    WritesPartsBlindly,
+    /// A merge does not number the split that it ends: old parts pass for parts that inherit.
+    MergeForgetsItsSplit,
+    /// A merge does not ask for all of its parts.
+    MergesTooMuch,
+    /// A merge does not wait for those who may still be on their way down.
+    MergesWithoutWaiting,
+    /// Tables are given back without waiting for those who may still look into them.
+    TrimsWithoutWaiting,
+    /// A block that drains lets pins in.
+    DrainingLetsPinsIn,
+    /// Who gives up waiting leaves the words as they are.
+    GivesUpWithoutUndoing,
+    /// Nobody is woken when the last pin goes.
+    WakesNobody,
+}
+
+#[cfg(not(all(loom, feature = "loom")))]
+#[inline(always)]
+pub(super) const fn seeded(_: Flaw) -> bool {
+    false
+}
+
+#[cfg(all(loom, feature = "loom"))]
+pub(super) use modelled::seeded;
+
+#[cfg(all(loom, feature = "loom"))]
+pub use modelled::seed;
+
+#[cfg(all(loom, feature = "loom"))]
+mod modelled {
+    use std::cell::Cell;
+
+    use super::Flaw;
+
+    thread_local! {
+        // All of loom's threads are one thread of the system.
+        static SEEDED: Cell<Option<Flaw>> = const { Cell::new(None) };
+    }
+
+    /// Makes the mistake from here on, or none.
+    pub fn seed(flaw: Option<Flaw>) {
+        SEEDED.set(flaw);
+    }
+
+    pub(in crate::state) fn seeded(flaw: Flaw) -> bool {
+        SEEDED.get() == Some(flaw)
+    }
+}

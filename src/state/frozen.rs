@@ -1,0 +1,303 @@
+//! What a conversion or a hole punch holds, and how it gives it back.
+
+use smallvec::{SmallVec, smallvec};
+
+use super::epoch::Reader;
+use super::flaw::{Flaw, seeded};
+use super::rules::Refusal;
+use super::shape::Block;
+use super::tree::{Stop, Tree};
+use super::word::{Visibility, Word};
+use crate::addr::Pgoff;
+use crate::failpoint::{FailPoint, fails};
+use crate::range::PgoffRange;
+
+/// Why a block is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// It is to be changed, and nobody holds it but us.
+    Changes,
+    /// It is to be changed, and pins may still be there.
+    Drains,
+    /// It is as it should be already, and is held so that it can be merged with what changes.
+    Along,
+}
+
+/// Blocks of one level in a row.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Held {
+    pub(super) level: u32,
+    pub(super) pages: PgoffRange,
+    pub(super) role: Role,
+}
+
+/// Runs of pages in ascending order. One of them takes no memory.
+type Runs = SmallVec<[PgoffRange; 1]>;
+
+/// Blocks that somebody holds, in ascending order. One of them takes no memory.
+#[derive(Debug, Default)]
+pub(super) struct Holdings(SmallVec<[Held; 1]>);
+
+impl Holdings {
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Held> {
+        self.0.iter()
+    }
+
+    /// One block, which takes no memory.
+    pub(super) fn one(held: Held) -> Self {
+        Self(smallvec![held])
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The pages alone. `None`: there is no memory.
+    pub(super) fn copy_of_pages(&self) -> Option<Vec<PgoffRange>> {
+        let mut pages = Vec::new();
+        if fails(FailPoint::Memory) || pages.try_reserve_exact(self.0.len()).is_err() {
+            return None;
+        }
+        pages.extend(self.0.iter().map(|held| held.pages));
+        Some(pages)
+    }
+
+    /// What changes, as runs that do not touch. `None`: there is no memory.
+    fn runs(&self) -> Option<Runs> {
+        let mut runs = Runs::new();
+        for held in self.iter().filter(|held| held.role != Role::Along) {
+            if let Some(last) = runs.last_mut() {
+                if let Some(longer) = joined(*last, held.pages) {
+                    *last = longer;
+                    continue;
+                }
+            }
+            let no_room = fails(FailPoint::Memory) || runs.try_reserve(1).is_err();
+            if no_room {
+                return None;
+            }
+            runs.push(held.pages);
+        }
+        Some(runs)
+    }
+
+    /// This list and another in one order. `None`: there is no memory.
+    pub(super) fn interleaved(&self, other: &Self) -> Option<Self> {
+        let mut all = Self::default();
+        let (mut ours, mut others) = (self.iter().peekable(), other.iter().peekable());
+        loop {
+            let ours_first = match (ours.peek(), others.peek()) {
+                (Some(one), Some(other)) => one.pages.start() < other.pages.start(),
+                (one, _) => one.is_some(),
+            };
+            let next = if ours_first { ours.next() } else { others.next() };
+            match next {
+                None => return Some(all),
+                Some(&next) if !all.push(next) => return None,
+                Some(_) => {}
+            }
+        }
+    }
+
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Held> {
+        self.0.iter_mut()
+    }
+
+    /// Adds a block that lies behind all others. `false`: there is no memory to write it down.
+    #[must_use]
+    pub(super) fn push(&mut self, held: Held) -> bool {
+        if let Some(last) = self.0.last_mut() {
+            if (last.level, last.role) == (held.level, held.role) {
+                if let Some(joined) = joined(last.pages, held.pages) {
+                    last.pages = joined;
+                    return true;
+                }
+            }
+        }
+        let room = !fails(FailPoint::Memory) && self.0.try_reserve(1).is_ok();
+        if room {
+            self.0.push(held);
+        }
+        room
+    }
+}
+
+/// Two ranges as one, if the second begins where the first ends.
+fn joined(first: PgoffRange, second: PgoffRange) -> Option<PgoffRange> {
+    let nr_pages = first.nr_pages().checked_add(second.nr_pages())?;
+    (first.end() == second.start()).then(|| PgoffRange::new(first.start(), nr_pages).ok())?
+}
+
+impl Tree {
+    /// Applies a rule to every block of a list. The caller holds them, so they speak, and no rule that
+    /// ends the hold can be refused.
+    pub(super) fn end_each(
+        &self,
+        holdings: &Holdings,
+        rule: impl Fn(Word) -> Result<Word, Refusal>,
+    ) {
+        for held in &holdings.0 {
+            for block in self.shape().blocks(held.level, held.pages) {
+                self.end_block(block, &rule);
+            }
+        }
+    }
+
+    /// The same for one block.
+    fn end_block(&self, block: Block, rule: impl Fn(Word) -> Result<Word, Refusal>) {
+        let Some(cell) = self.cell(block) else { return };
+        loop {
+            let found = cell.load();
+            match rule(found) {
+                Ok(next) if cell.replace(found, next).is_err() => {}
+                outcome => {
+                    debug_assert!(outcome.is_ok(), "{block:?}: {outcome:?}, found {found:?}");
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Makes one block of all the parts of a split one, which the caller holds.
+    pub(super) fn merge(&self, block: Block, like: Word) {
+        let Some(cell) = self.cell(block) else { return };
+        let found = cell.load();
+        debug_assert!(found.is_split(), "{block:?}: {found:?}");
+        let merged = found.merged(like);
+        // The seeded one: as if it had not been split, so that parts of then pass for parts that inherit.
+        let splits = match found.splits() {
+            splits if !seeded(Flaw::MergeForgetsItsSplit) => splits,
+            1 => self.shape().nr_splits(),
+            splits => splits - 1,
+        };
+        cell.set(merged.with_splits(splits));
+    }
+}
+
+/// Subpages that the holder of this value has frozen, and must release or thaw. If it is dropped
+/// instead, which only an unwinding panic does, nobody knows how far the change came: the subpages
+/// are quarantined.
+#[derive(Debug)]
+#[must_use = "subpages whose freeze is dropped are quarantined"]
+pub struct Frozen<'t> {
+    tree: &'t Tree,
+    held: Holdings,
+    /// What changes, as runs that do not touch.
+    runs: Runs,
+    merging: Merging,
+}
+
+/// Whether parts that are all held become one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Merging {
+    /// They do. Nobody is on the way down to one of them any more.
+    Yes,
+    No,
+}
+
+impl<'t> Frozen<'t> {
+    /// Everything that is held is converting. Without memory for the runs it is all thawed.
+    pub(super) fn new(tree: &'t Tree, held: Holdings) -> Result<Self, Stop> {
+        match held.runs() {
+            Some(runs) => Ok(Self { tree, held, runs, merging: Merging::No }),
+            None => {
+                Self { tree, held, runs: Runs::new(), merging: Merging::No }.thaw();
+                Err(Stop::OutOfMemory)
+            }
+        }
+    }
+
+    /// The frozen subpages that change, as runs in ascending order that do not touch.
+    pub fn runs(&self) -> &[PgoffRange] {
+        &self.runs
+    }
+
+    /// Whether blocks will be merged at the [release](Self::release), if somebody
+    /// [waits](Self::wait_for_sections) before. Without that they stay split.
+    pub fn could_merge(&self) -> bool {
+        let mut could = false;
+        self.each_block(Merging::Yes, |block, level| could |= block.level > level);
+        could
+    }
+
+    /// Waits until every access that began before has ended. `false`: the kernel refuses the barrier
+    /// that it takes.
+    #[must_use]
+    pub fn wait_for_sections(&mut self, reader: &Reader) -> bool {
+        let waited = reader.wait_for_others();
+        if waited {
+            self.merging = Merging::Yes;
+        }
+        waited
+    }
+
+    /// Ends the freeze: the subpages get this visibility.
+    pub fn release(mut self, to: Visibility) {
+        let merging = match self.merging {
+            Merging::No if seeded(Flaw::MergesWithoutWaiting) => Merging::Yes,
+            merging => merging,
+        };
+        self.each_block(merging, |block, level| match block.level == level {
+            true => self.tree.end_block(block, |word| word.publish(to)),
+            false => self.tree.merge(block, Word::new(to)),
+        });
+        self.held = Holdings::default();
+        self.tree.waiters().wake();
+    }
+
+    /// Ends the freeze: the subpages are as before.
+    pub fn thaw(mut self) {
+        self.end(Word::thaw);
+    }
+
+    fn end(&mut self, rule: impl Fn(Word) -> Result<Word, Refusal>) {
+        let held = std::mem::take(&mut self.held);
+        if !held.0.is_empty() {
+            self.tree.end_each(&held, rule);
+            self.tree.waiters().wake();
+        }
+    }
+
+    /// Goes through the held blocks, each with the level of the words that it is held by. Of parts that
+    /// make up a whole block it is that block, the largest there is.
+    fn each_block(&self, merging: Merging, mut seen: impl FnMut(Block, u32)) {
+        let shape = self.tree.shape();
+        let mut rest = self.held.0.as_slice();
+        while !rest.is_empty() {
+            let nr_joints = rest.windows(2).take_while(|pair| touch(pair)).count();
+            let (run, behind) = rest.split_at(nr_joints + 1);
+            rest = behind;
+            let end = run.last().map_or(Pgoff::new(0), |last| last.pages.end());
+            let mut page = Pgoff::new(0);
+            for held in run {
+                page = page.max(held.pages.start());
+                while page < held.pages.end() {
+                    let most = match merging {
+                        Merging::Yes => shape.top(),
+                        Merging::No => held.level,
+                    };
+                    let fits = |&level: &u32| {
+                        let pages = shape.pages_of(shape.block_of(level, page));
+                        let fits = |pages: PgoffRange| pages.start() == page && pages.end() <= end;
+                        pages.is_some_and(fits) || seeded(Flaw::MergesTooMuch) && level > 0
+                    };
+                    let larger = (held.level + 1..=most).rev().find(fits);
+                    let block = shape.block_of(larger.unwrap_or(held.level), page);
+                    seen(block, held.level);
+                    let Some(pages) = shape.pages_of(block) else { return };
+                    page = pages.end();
+                }
+            }
+        }
+    }
+}
+
+fn touch(pair: &[Held]) -> bool {
+    matches!(pair, [first, second] if first.pages.end() == second.pages.start())
+}
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        self.end(Word::quarantine);
+    }
+}

@@ -1,0 +1,81 @@
+//! What all objects of the process share: one domain of grace periods, with a reader for each thread
+//! that ever touched guest memory, and one place to wait.
+
+use std::sync::LazyLock;
+
+use super::epoch::{Domain, Reader};
+use super::waiting::{CancelToken, Waiters};
+use crate::sync::Arc;
+
+static DOMAIN: LazyLock<Arc<Domain>> = LazyLock::new(|| Arc::new(Domain::new()));
+static WAITERS: LazyLock<Arc<Waiters>> = LazyLock::new(|| Arc::new(Waiters::new()));
+
+thread_local! {
+    static READER: Reader = Domain::register(&DOMAIN);
+}
+
+/// Runs `work` with this thread's reader.
+#[inline]
+pub(crate) fn with_reader<R>(mut work: impl FnMut(&Reader) -> R) -> R {
+    match READER.try_with(|reader| work(reader)) {
+        Ok(result) => result,
+        // A destructor that runs after the thread's reader is gone gets one for once.
+        Err(_) => work(&Domain::register(&DOMAIN)),
+    }
+}
+
+/// Runs `access` inside a section of this thread. It must be short and must not convert, wait or
+/// call out.
+#[inline]
+pub(crate) fn in_section<R>(mut access: impl FnMut() -> R) -> R {
+    with_reader(|reader| {
+        let _section = reader.enter();
+        access()
+    })
+}
+
+/// Where everybody sleeps.
+pub(crate) fn waiters() -> &'static Arc<Waiters> {
+    &WAITERS
+}
+
+impl CancelToken {
+    /// A token that ends waits of this process.
+    pub fn new() -> Self {
+        Self::of(waiters())
+    }
+}
+
+impl Default for CancelToken {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sections_return_what_they_computed_and_nest() {
+        assert_eq!(in_section(|| in_section(|| 7)), 7);
+        assert!(with_reader(Reader::wait_for_others));
+    }
+
+    #[test]
+    fn a_destructor_after_the_reader_still_works() {
+        struct Late;
+        impl Drop for Late {
+            fn drop(&mut self) {
+                assert_eq!(in_section(|| 1), 1);
+            }
+        }
+        thread_local!(static LATE: Late = const { Late });
+        std::thread::spawn(|| {
+            LATE.with(|_| ());
+            in_section(|| ());
+        })
+        .join()
+        .unwrap();
+    }
+}
