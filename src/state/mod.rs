@@ -12,6 +12,7 @@
 //! | `frozen` | what it holds then, how that is merged and given back |
 //! | `trim` | parts that are alike become one again; tables go back to the host |
 //! | `epoch` | grace periods: who is inside an access right now |
+//! | `holders` | who holds which pins, for whoever asks |
 //! | `waiting` | sleeping until something becomes possible; deadlines and cancellation |
 //! | `process` | the process's one epoch domain, a reader for each thread |
 //! | `flaw` | mistakes that models seed |
@@ -26,6 +27,7 @@ mod epoch;
 mod flaw;
 mod freeze;
 mod frozen;
+mod holders;
 mod process;
 mod rules;
 mod shape;
@@ -37,7 +39,8 @@ mod word;
 pub(crate) use epoch::Reader;
 pub(crate) use freeze::Wanted;
 pub(crate) use frozen::Frozen;
-pub(crate) use process::{in_section, waiters, with_reader};
+pub(crate) use holders::{ObjectId, OwnerId, Record};
+pub(crate) use process::{each_holder, in_section, waiters, with_local, with_reader};
 pub(crate) use rules::Refusal;
 pub(crate) use shape::Shape;
 pub(crate) use tree::{Counted, Stop, Tree};
@@ -52,6 +55,7 @@ pub mod modelled {
     pub use super::flaw::{Flaw, seed};
     pub use super::freeze::Wanted;
     pub use super::frozen::Frozen;
+    pub use super::holders::{Holders, ObjectId, OwnerId, Record, Records};
     pub use super::rules::Refusal;
     pub use super::shape::Shape;
     pub use super::tree::{Counted, Stop, Tree};

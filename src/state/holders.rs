@@ -1,0 +1,647 @@
+//! Who holds which pins: written down on the way to every pin, read only when somebody asks.
+//!
+//! Each thread has records of its own, in blocks that are never given back to the allocator. Only
+//! the thread that has a block looks for a free record in it, so finding one is a matter of plain
+//! loads; whoever drops the pin, on whatever thread, frees the record by a plain store. No path of a
+//! pin or its release runs an atomic read-modify-write or takes a lock, but for the one pin that
+//! finds too few records free.
+//!
+//! A query reads the records of all threads while they change. A record is written like a seqlock:
+//!
+//! | who | does |
+//! |---|---|
+//! | note | sees the head free; writes the fields, each with Release; makes the head live |
+//! | clear | makes the head free, with Release |
+//! | query | reads the head, the fields, passes an Acquire fence, and reads the head again |
+//!
+//! A query that saw the head live sees the fields that belong to it, or later ones. If it saw a
+//! later field, that store handed it, through the fence, what the thread had seen when it wrote the
+//! field: that the head was free. So the second look finds a head other than the first, and the
+//! query passes the record over. It need not try again: a pin that is held all the time has a
+//! record that does not change.
+//!
+//! A pin is noted before it is counted in its words, and cleared after. So whoever has seen it
+//! counted finds it, as long as it is held; and when nothing moves the records are exact.
+
+use std::cell::{Cell, RefCell};
+use std::sync::atomic::Ordering;
+
+use crate::addr::Pgoff;
+use crate::range::PgoffRange;
+use crate::sync::{Arc, AtomicU64, MODELLED, Mutex, fence};
+
+/// How many records a thread starts with. A model has to meet a block that is full.
+const FIRST_BLOCK: usize = if MODELLED { 1 } else { 64 };
+
+/// A number that no other object of the process has, or had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ObjectId(u64);
+
+impl ObjectId {
+    /// A new one.
+    pub fn new_unique() -> Self {
+        static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
+        // Relaxed: the numbers must differ, and order nothing.
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// Who holds a pin: a number that the object has given out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct OwnerId(pub u32);
+
+/// The first word of a record: the owner in the upper half; in the lower a count, odd while the
+/// record is live, that grows with every note and every clear.
+///
+/// It comes back to the same value after 2^31 lives. A query would have to stand still between its
+/// two looks while exactly so many pins go through this one record: a thread uses its records in
+/// turn, so that is minutes of pins and nothing else.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Head(u64);
+
+impl Head {
+    const LIVE: u64 = 1;
+    const OWNER_SHIFT: u32 = 32;
+    const COUNT: u64 = (1 << Self::OWNER_SHIFT) - 1;
+
+    fn is_live(self) -> bool {
+        self.0 & Self::LIVE != 0
+    }
+
+    /// From free to live. The owner of the life before goes.
+    fn noted(self, owner: OwnerId) -> Self {
+        Self(u64::from(owner.0) << Self::OWNER_SHIFT | self.0 & Self::COUNT | Self::LIVE)
+    }
+
+    /// From live to free. The count may run over into the owner, who means nothing any more.
+    fn cleared(self) -> Self {
+        Self(self.0.wrapping_add(1))
+    }
+
+    fn owner(self) -> Option<OwnerId> {
+        u32::try_from(self.0 >> Self::OWNER_SHIFT).ok().map(OwnerId)
+    }
+}
+
+/// A pin, written down; or room for one.
+///
+/// Two share a cache line, and none lies in two.
+#[derive(Debug)]
+#[repr(align(32))]
+pub struct Record {
+    head: AtomicU64,
+    object: AtomicU64,
+    start: AtomicU64,
+    nr_pages: AtomicU64,
+}
+
+const _: () = assert!(MODELLED || size_of::<Record>() == 32);
+
+impl Record {
+    fn new() -> Self {
+        let [head, object, start, nr_pages] = [0; 4].map(AtomicU64::new);
+        Self { head, object, start, nr_pages }
+    }
+
+    /// The head, if the record is free. Asked only by the thread that has the block.
+    fn free(&self) -> Option<Head> {
+        // Acquire: pairs with the Release in `clear`. The new fields come after the clear, for a
+        // query that sees them, too.
+        let head = Head(self.head.load(Ordering::Acquire));
+        (!head.is_live()).then_some(head)
+    }
+
+    /// Makes a free record live.
+    fn write(&self, free: Head, object: ObjectId, range: PgoffRange, owner: OwnerId) {
+        // Release, each of the three: pairs with the fence in `read`. Who sees a field knows of the
+        // clear before it. A fence in front of them would do the same, and cost more where it costs
+        // anything.
+        self.object.store(object.0, Ordering::Release);
+        self.start.store(range.start().get(), Ordering::Release);
+        self.nr_pages.store(range.nr_pages(), Ordering::Release);
+        // Release: pairs with the first Acquire in `read`. Who sees the head sees its fields.
+        self.head.store(free.noted(owner).0, Ordering::Release);
+    }
+
+    /// Ends what the record says. By any thread, once for each note, after the pin is not counted
+    /// any more.
+    #[inline]
+    pub fn clear(&self) {
+        // Relaxed: the head is this life's until we write it, and the guard, which says where the
+        // record is, has brought it along.
+        let head = Head(self.head.load(Ordering::Relaxed));
+        debug_assert!(head.is_live(), "a record is cleared twice");
+        // Release: pairs with the Acquire in `free`. Who uses the record again comes after this,
+        // and after the end of the pin.
+        self.head.store(head.cleared().0, Ordering::Release);
+    }
+
+    /// What the record says, if that is a pin of the object and does not change meanwhile.
+    fn read(&self, object: ObjectId) -> Option<(PgoffRange, OwnerId)> {
+        // Acquire: pairs with the last Release in `write`.
+        let head = Head(self.head.load(Ordering::Acquire));
+        // Relaxed, here and for the other fields: the fence below says whether they are of this
+        // life.
+        if !head.is_live() || self.object.load(Ordering::Relaxed) != object.0 {
+            return None;
+        }
+        // Relaxed: as above.
+        let start = self.start.load(Ordering::Relaxed);
+        let nr_pages = self.nr_pages.load(Ordering::Relaxed);
+        // Acquire: pairs with the Release of each field in `write`.
+        fence(Ordering::Acquire);
+        // Relaxed: after the fence it is no older than any of the fields.
+        if self.head.load(Ordering::Relaxed) != head.0 {
+            return None;
+        }
+        Some((PgoffRange::new(Pgoff::new(start), nr_pages).ok()?, head.owner()?))
+    }
+}
+
+/// Records that one thread at a time looks for a free one in.
+type Block = &'static [Record];
+
+/// The records of all threads.
+#[derive(Debug)]
+pub struct Holders(Mutex<Registry>);
+
+#[derive(Debug)]
+struct Registry {
+    /// Every block there ever was.
+    blocks: Vec<Block>,
+    /// Those whose thread has ended. Room for all is reserved: an exit must not fail.
+    idle: Vec<Block>,
+}
+
+impl Holders {
+    /// No records at all.
+    pub fn new() -> Self {
+        Self(Mutex::new(Registry { blocks: Vec::new(), idle: Vec::new() }))
+    }
+
+    /// A thread's own records; memory is taken at the first note. Not a method: loom's `Arc` cannot
+    /// be a receiver.
+    pub fn register(holders: &Arc<Self>) -> Records {
+        Records {
+            ahead: Cell::new(&[]),
+            nr_skipped: Cell::new(0),
+            round: RefCell::new(Round { blocks: Vec::new(), nr_entered: 0, nr_visited: 0 }),
+            holders: Arc::clone(holders),
+        }
+    }
+
+    /// Calls `seen` with the pages and the owner of every record of the object.
+    ///
+    /// A pin that was counted before the call and is held until its end is among them; one that
+    /// comes or goes meanwhile may be. `seen` may pin: no lock is held.
+    pub fn each(&self, object: ObjectId, mut seen: impl FnMut(PgoffRange, OwnerId)) {
+        // A block is entered under the lock before its first pin is counted: who has seen that pin
+        // counted finds the block.
+        let blocks = (0..).map_while(|at| self.0.lock().blocks.get(at).copied());
+        for (range, owner) in blocks.flatten().filter_map(|record| record.read(object)) {
+            seen(range, owner);
+        }
+    }
+
+    /// Adds blocks with so many records to these, or with fewer if a thread has left some; `None`
+    /// if there is no memory.
+    ///
+    /// A block that is larger is left alone: it was made for more pins than the caller has.
+    fn supply(&self, nr_records: usize, to: &mut Vec<Block>) -> Option<()> {
+        let mut nr_missing = nr_records;
+        let mut registry = self.0.lock();
+        while let Some(at) = registry.idle.iter().position(|block| block.len() <= nr_missing) {
+            to.try_reserve(1).ok()?;
+            let block = registry.idle.swap_remove(at);
+            nr_missing -= block.len();
+            to.push(block);
+        }
+        drop(registry);
+        if nr_missing < nr_records {
+            return Some(());
+        }
+
+        let mut block = Vec::new();
+        block.try_reserve_exact(nr_records).ok()?;
+        block.resize_with(nr_records, Record::new);
+
+        to.try_reserve(1).ok()?;
+        let mut registry = self.0.lock();
+        let Registry { blocks, idle } = &mut *registry;
+        blocks.try_reserve(1).ok()?;
+        idle.try_reserve(blocks.len() + 1 - idle.len()).ok()?;
+        let block: Block = block.leak();
+        blocks.push(block);
+        to.push(block);
+        Some(())
+    }
+}
+
+/// One thread's records.
+///
+/// It goes round its blocks and takes what it finds free. It does not follow what is cleared, which
+/// happens on other threads, too. At the end of each block: if a quarter of the records visited in
+/// this round were free, the next round begins, with the first block again; a thread with few pins
+/// stays in few cache lines, whatever it once held. If not, it goes on to the next block; after the
+/// last one it doubles their number. So a note looks at four records on average, or at one more for
+/// each of those that growing adds. And growing means that three quarters were live at once, at the
+/// beginning of the round: the blocks of a thread are bounded by the most pins it ever had.
+#[derive(Debug)]
+pub struct Records {
+    /// What is left of the current block.
+    ahead: Cell<&'static [Record]>,
+    /// How many of those visited in this round were live.
+    nr_skipped: Cell<usize>,
+    round: RefCell<Round>,
+    holders: Arc<Holders>,
+}
+
+#[derive(Debug)]
+struct Round {
+    blocks: Vec<Block>,
+    /// How many blocks this round has come to, the current one included.
+    nr_entered: usize,
+    /// How many records there are in those.
+    nr_visited: usize,
+}
+
+impl Records {
+    /// Writes down a pin, before it is counted: the record is to be cleared once. `None` if there is
+    /// no memory for another block.
+    #[inline]
+    #[must_use = "the record stays until it is cleared"]
+    pub fn note(
+        &self,
+        object: ObjectId,
+        range: PgoffRange,
+        owner: OwnerId,
+    ) -> Option<&'static Record> {
+        let (record, free) = match self.next() {
+            Some((record, Some(free))) => (record, free),
+            skipped => self.search(skipped.is_some())?,
+        };
+        record.write(free, object, range, owner);
+        Some(record)
+    }
+
+    /// The next record of the current block, and its head if it is free.
+    #[inline]
+    fn next(&self) -> Option<(&'static Record, Option<Head>)> {
+        let (record, rest) = self.ahead.get().split_first()?;
+        self.ahead.set(rest);
+        Some((record, record.free()))
+    }
+
+    /// The next free record, after the first try, which found a live one or the end of the block.
+    #[cold]
+    #[inline(never)]
+    fn search(&self, was_live: bool) -> Option<(&'static Record, Head)> {
+        self.nr_skipped.set(self.nr_skipped.get() + usize::from(was_live));
+        loop {
+            match self.next() {
+                Some((record, Some(free))) => return Some((record, free)),
+                Some((_, None)) => self.nr_skipped.set(self.nr_skipped.get() + 1),
+                None => self.enter_block()?,
+            }
+        }
+    }
+
+    /// At the end of a block: on to another. `None` if nothing was free in the whole round and there
+    /// is no memory.
+    fn enter_block(&self) -> Option<()> {
+        let mut round = self.round.borrow_mut();
+        let nr_found = round.nr_visited - self.nr_skipped.get();
+        let is_quarter = nr_found > 0 && nr_found >= round.nr_visited / 4;
+        let is_last = round.nr_entered == round.blocks.len();
+        let grown = match is_last && !is_quarter {
+            true => self.grow(&mut round.blocks),
+            false => Some(()),
+        };
+        if is_quarter || grown.is_none() {
+            round.nr_entered = 0;
+            round.nr_visited = 0;
+            self.nr_skipped.set(0);
+        }
+        if nr_found == 0 {
+            grown?;
+        }
+        let block = *round.blocks.get(round.nr_entered)?;
+        round.nr_entered += 1;
+        round.nr_visited += block.len();
+        self.ahead.set(block);
+        Some(())
+    }
+
+    /// Doubles the records.
+    fn grow(&self, blocks: &mut Vec<Block>) -> Option<()> {
+        let nr_records: usize = blocks.iter().map(|block| block.len()).sum();
+        self.holders.supply(nr_records.max(FIRST_BLOCK), blocks)
+    }
+}
+
+impl Drop for Records {
+    /// A pin may outlive the thread that took it: its record is skipped by whoever gets the block.
+    fn drop(&mut self) {
+        // Within what `supply` has reserved.
+        self.holders.0.lock().idle.append(&mut self.round.get_mut().blocks);
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+    use std::sync::atomic::AtomicBool;
+
+    /// Blocks are never freed. Miri calls that a leak unless something still knows them.
+    fn holders() -> Arc<Holders> {
+        static KEPT: std::sync::Mutex<Vec<Arc<Holders>>> = std::sync::Mutex::new(Vec::new());
+        let holders = Arc::new(Holders::new());
+        KEPT.lock().unwrap().push(Arc::clone(&holders));
+        holders
+    }
+
+    fn range(start: u64, nr_pages: u64) -> PgoffRange {
+        PgoffRange::new(Pgoff::new(start), nr_pages).unwrap()
+    }
+
+    /// What a query says, as starts, lengths and owners.
+    fn seen(holders: &Holders, object: ObjectId) -> BTreeSet<(u64, u64, u32)> {
+        let mut seen = BTreeSet::new();
+        holders.each(object, |range, owner| {
+            let new = seen.insert((range.start().get(), range.nr_pages(), owner.0));
+            assert!(new, "{range:?} twice");
+        });
+        seen
+    }
+
+    fn capacity(holders: &Holders) -> usize {
+        holders.0.lock().blocks.iter().map(|block| block.len()).sum()
+    }
+
+    #[test]
+    fn what_is_noted_is_seen_until_it_is_cleared() {
+        let holders = holders();
+        let records = Holders::register(&holders);
+        let (mine, other) = (ObjectId::new_unique(), ObjectId::new_unique());
+        assert_ne!(mine, other);
+        assert_eq!(capacity(&holders), 0, "memory is taken at the first note");
+
+        let first = records.note(mine, range(1, 2), OwnerId(3)).unwrap();
+        let second = records.note(mine, range(4, 5), OwnerId(u32::MAX)).unwrap();
+        let third = records.note(other, range(6, 7), OwnerId(0)).unwrap();
+        assert_eq!(seen(&holders, mine), BTreeSet::from([(1, 2, 3), (4, 5, u32::MAX)]));
+        assert_eq!(seen(&holders, other), BTreeSet::from([(6, 7, 0)]));
+        first.clear();
+        assert_eq!(seen(&holders, mine), BTreeSet::from([(4, 5, u32::MAX)]));
+        second.clear();
+        third.clear();
+        assert!(seen(&holders, mine).is_empty() && seen(&holders, other).is_empty());
+    }
+
+    #[test]
+    fn the_largest_range_comes_back_whole() {
+        let holders = holders();
+        let records = Holders::register(&holders);
+        let object = ObjectId::new_unique();
+        let nr_pages = crate::geometry::MAX_PAGES;
+        records.note(object, range(0, nr_pages), OwnerId(1)).unwrap();
+        records.note(object, range(nr_pages - 1, 1), OwnerId(1)).unwrap();
+        let both = BTreeSet::from([(0, nr_pages, 1), (nr_pages - 1, 1, 1)]);
+        assert_eq!(seen(&holders, object), both);
+    }
+
+    #[test]
+    fn the_count_of_a_head_may_wrap() {
+        for owner in [0, 1, u32::MAX].map(OwnerId) {
+            let last = Head(Head::COUNT - 1).noted(owner);
+            assert!(last.is_live());
+            let free = last.cleared();
+            assert!(!free.is_live());
+            let again = free.noted(OwnerId(7));
+            assert_eq!((again.is_live(), again.owner()), (true, Some(OwnerId(7))));
+        }
+    }
+
+    #[test]
+    fn each_life_of_a_record_has_another_head() {
+        let holders = holders();
+        let records = Holders::register(&holders);
+        let object = ObjectId::new_unique();
+        let mut heads = BTreeSet::new();
+        let nr_notes: usize = if cfg!(miri) { 200 } else { 10_000 };
+        for _ in 0..nr_notes {
+            let record = records.note(object, range(1, 1), OwnerId(1)).unwrap();
+            let new = heads
+                .insert((std::ptr::from_ref(record).addr(), record.head.load(Ordering::SeqCst)));
+            assert!(new);
+            record.clear();
+        }
+        assert_eq!(capacity(&holders), FIRST_BLOCK);
+    }
+
+    #[test]
+    fn any_thread_may_clear() {
+        let holders = holders();
+        let records = Holders::register(&holders);
+        let object = ObjectId::new_unique();
+        for round in 0..100 {
+            let record = records.note(object, range(round, 1), OwnerId(1)).unwrap();
+            std::thread::scope(|scope| scope.spawn(|| record.clear()).join().unwrap());
+            assert!(seen(&holders, object).is_empty());
+        }
+        assert_eq!(capacity(&holders), FIRST_BLOCK);
+    }
+
+    #[test]
+    fn a_thread_that_ends_leaves_its_records_to_the_next() {
+        let holders = holders();
+        let object = ObjectId::new_unique();
+        let live: Vec<_> = std::thread::scope(|scope| {
+            let first = scope.spawn(|| {
+                let records = Holders::register(&holders);
+                let all =
+                    (0..100).map(|at| records.note(object, range(at, 1), OwnerId(1)).unwrap());
+                let (live, gone): (Vec<_>, Vec<_>) =
+                    all.enumerate().partition(|(at, _)| at % 4 == 0);
+                gone.iter().for_each(|(_, record)| record.clear());
+                live.into_iter().map(|(_, record)| record).collect()
+            });
+            first.join().unwrap()
+        });
+        let left = capacity(&holders);
+        let expected: BTreeSet<_> = (0..100).step_by(4).map(|at| (at, 1, 1)).collect();
+        assert_eq!(seen(&holders, object), expected);
+
+        let records = Holders::register(&holders);
+        let reused: Vec<_> = (0..left - live.len())
+            .map(|at| records.note(object, range(1000 + at as u64, 1), OwnerId(2)).unwrap())
+            .collect();
+        assert_eq!(capacity(&holders), left, "there was room in what the first thread left");
+        assert_eq!(seen(&holders, object).len(), left);
+        assert!(seen(&holders, object).is_superset(&expected));
+        live.iter().chain(&reused).for_each(|record| record.clear());
+        assert!(seen(&holders, object).is_empty());
+    }
+
+    #[test]
+    fn threads_that_come_and_go_take_no_more() {
+        let holders = holders();
+        let object = ObjectId::new_unique();
+        for _ in 0..100 {
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let records = Holders::register(&holders);
+                    records.note(object, range(0, 1), OwnerId(1)).unwrap().clear();
+                });
+            });
+        }
+        assert_eq!(capacity(&holders), FIRST_BLOCK);
+    }
+
+    #[test]
+    fn a_large_block_is_kept_for_who_needs_it() {
+        let holders = holders();
+        let object = ObjectId::new_unique();
+        let note = |nr| {
+            let records = Holders::register(&holders);
+            let notes = (0..nr).map(|at| records.note(object, range(at, 1), OwnerId(1)).unwrap());
+            notes.collect::<Vec<_>>().iter().for_each(|record| record.clear());
+            records
+        };
+        drop(note(1000));
+        let after_first = capacity(&holders);
+        let small = note(1);
+        let nr_taken: usize = small.round.borrow().blocks.iter().map(|block| block.len()).sum();
+        assert_eq!(nr_taken, FIRST_BLOCK);
+        drop(small);
+        drop(note(1000));
+        assert_eq!(capacity(&holders), after_first);
+    }
+
+    #[test]
+    fn many_at_once_and_again_without_growth() {
+        let holders = holders();
+        let records = Holders::register(&holders);
+        let object = ObjectId::new_unique();
+        let nr: u64 = if cfg!(miri) { 500 } else { 100_000 };
+        let expected: BTreeSet<_> = (0..nr).map(|at| (at, at + 1, 9)).collect();
+        let mut grown = None;
+        for _ in 0..3 {
+            let all: Vec<_> = (0..nr)
+                .map(|at| records.note(object, range(at, at + 1), OwnerId(9)).unwrap())
+                .collect();
+            assert_eq!(seen(&holders, object), expected);
+            assert!(capacity(&holders) as u64 * 3 <= nr * 8, "{}", capacity(&holders));
+            assert_eq!(*grown.get_or_insert(capacity(&holders)), capacity(&holders));
+            all.iter().for_each(|record| record.clear());
+            assert!(seen(&holders, object).is_empty());
+        }
+    }
+
+    #[test]
+    fn churn_does_not_grow() {
+        let nr_rounds = if cfg!(miri) { 2_000 } else { 1_000_000 };
+        // Below, at and above the share at which a block counts as full.
+        for nr_alive in [1, 16, 48, 63, 64, 100] {
+            let holders = holders();
+            let records = Holders::register(&holders);
+            let object = ObjectId::new_unique();
+            let note = |at| records.note(object, range(at, 1), OwnerId(1)).unwrap();
+            let mut alive: Vec<_> = (0..nr_alive).map(note).collect();
+            // Who is next is neither the oldest nor the newest.
+            let mut victim = 0;
+            let mut churn = |nr_rounds| {
+                for round in 0..nr_rounds {
+                    victim = (victim * 5 + 3) % alive.len();
+                    alive[victim].clear();
+                    alive[victim] = note(1000 + round);
+                }
+            };
+            churn(1_000);
+            let settled = capacity(&holders);
+            assert!(settled as u64 * 3 <= (nr_alive * 8).max(3 * 64), "{nr_alive}: {settled}");
+            churn(nr_rounds);
+            assert_eq!(capacity(&holders), settled, "{nr_alive}");
+            assert_eq!(seen(&holders, object).len() as u64, nr_alive);
+        }
+    }
+
+    #[test]
+    fn a_thread_that_held_much_returns_to_few_records() {
+        let holders = holders();
+        let records = Holders::register(&holders);
+        let object = ObjectId::new_unique();
+        let note = |at| records.note(object, range(at, 1), OwnerId(1)).unwrap();
+        (0..5_000).map(note).collect::<Vec<_>>().iter().for_each(|record| record.clear());
+        // To the end of the block that it stands in.
+        let nr_all = capacity(&holders) as u64;
+        (0..nr_all).map(note).for_each(Record::clear);
+        let used: BTreeSet<_> = (0..1_000)
+            .map(note)
+            .inspect(|record| record.clear())
+            .map(|record| std::ptr::from_ref(record).addr())
+            .collect();
+        assert_eq!(used.len(), FIRST_BLOCK);
+    }
+
+    #[test]
+    fn a_query_never_mixes_two_pins() {
+        let (nr_rounds, nr_writers) = if cfg!(miri) { (300, 2) } else { (300_000, 3) };
+        let holders = holders();
+        let objects = [(); 2].map(|()| ObjectId::new_unique());
+        let over = AtomicBool::new(false);
+        // A record says of itself which object, length and owner belong to its start.
+        let describe = |start: u64| {
+            (objects[start as usize % 2], range(start, start % 1_000 + 1), OwnerId(start as u32))
+        };
+        std::thread::scope(|scope| {
+            let (holders, over, describe) = (&holders, &over, &describe);
+            let held = Holders::register(holders);
+            let (object, pages, owner) = describe(1 << 40);
+            let constant = held.note(object, pages, owner).unwrap();
+            let query = scope.spawn(move || {
+                let mut nr_seen = 0_u64;
+                while !over.load(Ordering::SeqCst) {
+                    let mut found = false;
+                    for object in objects {
+                        holders.each(object, |range, owner| {
+                            assert_eq!(describe(range.start().get()), (object, range, owner));
+                            found |= range == pages;
+                            nr_seen += 1;
+                        });
+                    }
+                    assert!(found, "what is held all the time is always seen");
+                }
+                nr_seen
+            });
+            let writers: Vec<_> = (0..nr_writers)
+                .map(|writer| {
+                    scope.spawn(move || {
+                        let mut start = writer;
+                        // Threads end and leave records behind that others clear or skip.
+                        for _ in 0..3 {
+                            let records = Holders::register(holders);
+                            let mut note = || {
+                                start += nr_writers;
+                                let (object, range, owner) = describe(start);
+                                records.note(object, range, owner).unwrap()
+                            };
+                            let kept = note();
+                            for _ in 0..nr_rounds {
+                                let records = [note(), note(), note()];
+                                records.iter().for_each(|record| record.clear());
+                            }
+                            scope.spawn(|| kept.clear());
+                        }
+                    })
+                })
+                .collect();
+            writers.into_iter().for_each(|writer| writer.join().unwrap());
+            over.store(true, Ordering::SeqCst);
+            assert!(query.join().unwrap() > 0);
+            constant.clear();
+        });
+        assert!(objects.iter().all(|&object| seen(&holders, object).is_empty()));
+    }
+}
