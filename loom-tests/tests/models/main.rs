@@ -10,6 +10,7 @@
 //! | `transient` | transient accesses against a conversion |
 //! | `handover` | who sees whose bytes when memory changes hands |
 //! | `quarantine` | a change that was given up half way |
+//! | `holders` | who holds a pin, asked while records are written |
 //! | `exploration` | is any order left out? |
 
 #![cfg(loom)]
@@ -17,6 +18,7 @@
 mod exclusive;
 mod exploration;
 mod handover;
+mod holders;
 mod overlap;
 mod pin_convert;
 mod quarantine;
