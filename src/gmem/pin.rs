@@ -1,15 +1,17 @@
 //! Where a pin is taken: a promise that pages are neither converted nor punched, with the name of
 //! whoever holds it.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use slab::Slab;
-
-use super::object::GuestMemfd;
+use super::object::{GuestMemfd, Inner};
 use crate::addr::Pgoff;
 use crate::error::{Error, ErrorKind, Op};
 use crate::range::PgoffRange;
-use crate::state::{Counted, Refusal, Stop, Wait, with_reader};
+use crate::state::{
+    Counted, Local, ObjectId, OwnerId, Record, Refusal, Stop, Wait, each_holder, with_local,
+    with_reader,
+};
 
 /// How a pin gets on with others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -23,41 +25,25 @@ pub enum PinMode {
 /// The name of somebody who takes pins, registered with one object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct OwnerTag {
-    ledger: u64,
-    index: usize,
+    object: ObjectId,
+    owner: OwnerId,
 }
 
-/// Who is registered, and who holds what.
+/// Who is registered. Who holds what is in the records of the threads.
 #[derive(Debug)]
 pub(super) struct Ledger {
-    /// A number that no other ledger of the process has, to know one's own tags by.
-    id: u64,
-    records: Mutex<Records>,
-}
-
-#[derive(Debug, Default)]
-struct Records {
-    names: Vec<Arc<str>>,
-    /// A pin is in here from before it is counted in the words until after it is not any more.
-    pins: Slab<Record>,
-}
-
-#[derive(Debug)]
-struct Record {
-    range: PgoffRange,
-    owner: usize,
+    /// The object's number, to know one's own tags and records by.
+    id: ObjectId,
+    names: Mutex<Vec<Arc<str>>>,
 }
 
 impl Ledger {
     pub(super) fn new() -> Self {
-        static NEXT: Mutex<u64> = Mutex::new(0);
-        let mut next = NEXT.lock().unwrap_or_else(PoisonError::into_inner);
-        *next += 1;
-        Self { id: *next, records: Mutex::default() }
+        Self { id: ObjectId::new_unique(), names: Mutex::default() }
     }
 
-    fn records(&self) -> MutexGuard<'_, Records> {
-        self.records.lock().unwrap_or_else(PoisonError::into_inner)
+    fn names(&self) -> MutexGuard<'_, Vec<Arc<str>>> {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The names of those who hold a pin on the page, each once.
@@ -66,21 +52,21 @@ impl Ledger {
     }
 
     fn owners(&self, holds: impl Fn(&PgoffRange) -> bool) -> Vec<Arc<str>> {
-        let records = self.records();
-        let mut owners: Vec<usize> = records
-            .pins
-            .iter()
-            .filter(|(_, record)| holds(&record.range))
-            .map(|(_, record)| record.owner)
-            .collect();
-        owners.sort_unstable();
-        owners.dedup();
-        owners.into_iter().filter_map(|owner| records.names.get(owner).cloned()).collect()
+        let mut owners = BTreeSet::new();
+        each_holder(self.id, |range, owner| {
+            if holds(&range) {
+                owners.insert(owner);
+            }
+        });
+        let names = self.names();
+        owners.iter().filter_map(|owner| names.get(owner.0 as usize).cloned()).collect()
     }
 
     /// The range of every pin that is written down: for the audit.
     pub(super) fn held(&self) -> Vec<PgoffRange> {
-        self.records().pins.iter().map(|(_, record)| record.range).collect()
+        let mut held = Vec::new();
+        each_holder(self.id, |range, _| held.push(range));
+        held
     }
 }
 
@@ -90,14 +76,16 @@ impl GuestMemfd {
     /// # Errors
     /// [`ErrorKind::Exhausted`].
     pub fn register_owner(&self, name: &str) -> Result<OwnerTag, Error> {
-        let ledger = self.0.ledger.id;
-        let names = &mut self.0.ledger.records().names;
-        if let Some(index) = names.iter().position(|known| **known == *name) {
-            return Ok(OwnerTag { ledger, index });
+        let exhausted = || Error::new(Op::RegisterOwner, ErrorKind::Exhausted);
+        let object = self.0.ledger.id;
+        let names = &mut self.0.ledger.names();
+        let place = names.iter().position(|known| **known == *name);
+        let owner = u32::try_from(place.unwrap_or(names.len())).map_err(|_| exhausted())?;
+        if place.is_none() {
+            names.try_reserve(1).map_err(|_| exhausted())?;
+            names.push(name.into());
         }
-        names.try_reserve(1).map_err(|_| Error::new(Op::RegisterOwner, ErrorKind::Exhausted))?;
-        names.push(name.into());
-        Ok(OwnerTag { ledger, index: names.len() - 1 })
+        Ok(OwnerTag { object, owner: OwnerId(owner) })
     }
 
     /// Pins every page of the range until the guard is dropped. All pages, or none.
@@ -136,43 +124,54 @@ impl GuestMemfd {
             PinMode::Exclusive => Op::PinExclusive,
         };
         object.check_range(op, range)?;
-        let mut records = object.ledger.records();
-        if owner.ledger != object.ledger.id || owner.index >= records.names.len() {
+        if owner.object != object.ledger.id {
             return Err(Error::new(op, ErrorKind::NotFound)
                 .on(range)
                 .because("the owner tag is another object's"));
         }
-        let key = records.pins.insert(Record { range, owner: owner.index });
-        drop(records);
-        let outcome = with_reader(|reader| {
-            loop {
-                let outcome = match mode {
-                    PinMode::Counted => object.tree.pin(reader, range),
-                    PinMode::Exclusive => object.tree.pin_exclusive(reader, range),
-                };
-                match outcome {
-                    Err(Stop::At(page, Refusal::Converting)) if !wait.is_never() => {
-                        object.tree.await_settled(wait, page)?;
-                    }
-                    outcome => return outcome,
+        let (counted, record) = with_local(|local| {
+            let record = local.records.note(object.ledger.id, range, owner.owner);
+            let record = record.ok_or(Stop::OutOfMemory)?;
+            match object.take(local, range, mode, wait) {
+                Ok(counted) => Ok((counted, record)),
+                Err(stop) => {
+                    record.clear();
+                    Err(stop)
                 }
             }
-        });
-        match outcome {
-            Ok(counted) => {
-                let counted = Some(counted);
-                Ok(PinGuard { memfd: Handle::Borrowed(self), range, owner, mode, counted, key })
-            }
-            Err(stop) => {
-                object.ledger.records().pins.try_remove(key);
-                Err(object.stopped(op, Some(range), stop))
-            }
-        }
+        })
+        .map_err(|stop| object.stopped(op, Some(range), stop))?;
+        let counted = Some(counted);
+        Ok(PinGuard { memfd: Handle::Borrowed(self), range, owner, mode, counted, record })
     }
 
     /// The names of those who hold a pin on any page of the range, each once.
     pub fn owners(&self, range: PgoffRange) -> Vec<Arc<str>> {
         self.0.ledger.owners(|held| held.intersection(&range).is_some())
+    }
+}
+
+impl Inner {
+    #[inline]
+    fn take(
+        &self,
+        local: &Local,
+        range: PgoffRange,
+        mode: PinMode,
+        wait: &Wait,
+    ) -> Result<Counted, Stop> {
+        loop {
+            let outcome = match mode {
+                PinMode::Counted => self.tree.pin(&local.reader, range),
+                PinMode::Exclusive => self.tree.pin_exclusive(&local.reader, range),
+            };
+            match outcome {
+                Err(Stop::At(page, Refusal::Converting)) if !wait.is_never() => {
+                    self.tree.await_settled(wait, page)?;
+                }
+                outcome => return outcome,
+            }
+        }
     }
 }
 
@@ -209,7 +208,7 @@ pub struct PinGuard<'a> {
     mode: PinMode,
     /// `None` once the pin has been handed on.
     counted: Option<Counted>,
-    key: usize,
+    record: &'static Record,
 }
 
 #[derive(Debug)]
@@ -250,7 +249,7 @@ impl PinGuard<'_> {
             owner: self.owner,
             mode: self.mode,
             counted: self.counted.take(),
-            key: self.key,
+            record: self.record,
         }
     }
 }
@@ -269,6 +268,6 @@ impl Drop for PinGuard<'_> {
                 with_reader(|reader| object.tree.unpin_exclusive(reader, self.range));
             }
         }
-        object.ledger.records().pins.try_remove(self.key);
+        self.record.clear();
     }
 }

@@ -40,7 +40,7 @@ pub(crate) use epoch::Reader;
 pub(crate) use freeze::Wanted;
 pub(crate) use frozen::Frozen;
 pub(crate) use holders::{ObjectId, OwnerId, Record};
-pub(crate) use process::{each_holder, in_section, waiters, with_local, with_reader};
+pub(crate) use process::{Local, each_holder, in_section, waiters, with_local, with_reader};
 pub(crate) use rules::Refusal;
 pub(crate) use shape::Shape;
 pub(crate) use tree::{Counted, Stop, Tree};

@@ -1,27 +1,55 @@
-//! What all objects of the process share: one domain of grace periods, with a reader for each thread
-//! that ever touched guest memory, and one place to wait.
+//! What all objects of the process share: one domain of grace periods and one list of who holds pins,
+//! with a place in both for each thread that ever touched guest memory; and one place to wait.
 
 use std::sync::LazyLock;
 
 use super::epoch::{Domain, Reader};
+use super::holders::{Holders, ObjectId, OwnerId, Records};
 use super::waiting::{CancelToken, Waiters};
+use crate::range::PgoffRange;
 use crate::sync::Arc;
 
 static DOMAIN: LazyLock<Arc<Domain>> = LazyLock::new(|| Arc::new(Domain::new()));
 static WAITERS: LazyLock<Arc<Waiters>> = LazyLock::new(|| Arc::new(Waiters::new()));
 
+static HOLDERS: LazyLock<Arc<Holders>> = LazyLock::new(|| Arc::new(Holders::new()));
+
 thread_local! {
-    static READER: Reader = Domain::register(&DOMAIN);
+    static LOCAL: Local = Local::register();
+}
+
+/// What a thread has of its own.
+#[derive(Debug)]
+pub(crate) struct Local {
+    pub(crate) reader: Reader,
+    pub(crate) records: Records,
+}
+
+impl Local {
+    fn register() -> Self {
+        Self { reader: Domain::register(&DOMAIN), records: Holders::register(&HOLDERS) }
+    }
+}
+
+/// Runs `work` with what this thread has of its own.
+#[inline]
+pub(crate) fn with_local<R>(mut work: impl FnMut(&Local) -> R) -> R {
+    match LOCAL.try_with(|local| work(local)) {
+        Ok(result) => result,
+        // A destructor that runs after the thread's own is gone gets one for once.
+        Err(_) => work(&Local::register()),
+    }
 }
 
 /// Runs `work` with this thread's reader.
 #[inline]
 pub(crate) fn with_reader<R>(mut work: impl FnMut(&Reader) -> R) -> R {
-    match READER.try_with(|reader| work(reader)) {
-        Ok(result) => result,
-        // A destructor that runs after the thread's reader is gone gets one for once.
-        Err(_) => work(&Domain::register(&DOMAIN)),
-    }
+    with_local(|local| work(&local.reader))
+}
+
+/// Calls `seen` with the pages and the owner of every pin of the object; see [`Holders::each`].
+pub(crate) fn each_holder(object: ObjectId, seen: impl FnMut(PgoffRange, OwnerId)) {
+    HOLDERS.each(object, seen);
 }
 
 /// Runs `access` inside a section of this thread. It must be short and must not convert, wait or
