@@ -88,6 +88,7 @@ impl Arena {
         Hva::new(self.base().addr().get())
     }
 
+    #[inline]
     fn base(&self) -> NonNull<u8> {
         match &self.memory {
             Memory::Heap(heap) => heap.base,
@@ -98,6 +99,7 @@ impl Arena {
     /// The aligned word that holds the byte at `at`, and which of its bytes that is, after checking
     /// that `len` bytes from there on are the arena's. So are the words that hold them: the arena is
     /// made of whole pages.
+    #[inline]
     fn at(&self, op: Op, at: Pa, len: usize) -> Result<(*mut u8, usize), Error> {
         let size = ByteSize::from_pages(self.nr_pages).get();
         match at.get().checked_add(len as u64) {
@@ -110,40 +112,26 @@ impl Arena {
     }
 
     /// Copies bytes out.
+    #[inline]
     pub(crate) fn read(&self, at: Pa, buf: &mut [u8]) -> Result<(), Error> {
         let (from, skip) = self.at(Op::Read, at, buf.len())?;
-        let (head, whole, tail) = cut(skip, buf.len());
-        let (first, rest) = buf.split_at_mut(head);
-        let (middle, last) = rest.split_at_mut(whole.len() * WORD);
-        if !first.is_empty() {
-            first.copy_from_slice(&load_word(from, 0).to_ne_bytes()[skip..skip + head]);
+        if let (0, Ok(whole)) = (skip, <&mut [u8; WORD]>::try_from(&mut *buf)) {
+            *whole = load_word(from, 0).to_ne_bytes();
+            return Ok(());
         }
-        for (chunk, word) in middle.chunks_exact_mut(WORD).zip(whole) {
-            chunk.copy_from_slice(&load_word(from, word).to_ne_bytes());
-        }
-        if !last.is_empty() {
-            last.copy_from_slice(&load_word(from, tail).to_ne_bytes()[..last.len()]);
-        }
+        read_parts(from, skip, buf);
         Ok(())
     }
 
     /// Copies bytes in.
+    #[inline]
     pub(crate) fn write(&self, at: Pa, buf: &[u8]) -> Result<(), Error> {
         let (to, skip) = self.at(Op::Write, at, buf.len())?;
-        let (head, whole, tail) = cut(skip, buf.len());
-        let (first, rest) = buf.split_at(head);
-        let (middle, last) = rest.split_at(whole.len() * WORD);
-        if !first.is_empty() {
-            store_part(to, 0, skip, first);
+        if let (0, Ok(whole)) = (skip, <[u8; WORD]>::try_from(buf)) {
+            store_word(to, 0, u64::from_ne_bytes(whole));
+            return Ok(());
         }
-        for (chunk, word) in middle.chunks_exact(WORD).zip(whole) {
-            let mut bytes = [0; WORD];
-            bytes.copy_from_slice(chunk);
-            store_word(to, word, u64::from_ne_bytes(bytes));
-        }
-        if !last.is_empty() {
-            store_part(to, tail, 0, last);
-        }
+        write_parts(to, skip, buf);
         Ok(())
     }
 
@@ -220,7 +208,40 @@ fn cut(skip: usize, len: usize) -> (usize, Range<usize>, usize) {
     (head, first_whole..behind, behind)
 }
 
+fn read_parts(from: *mut u8, skip: usize, buf: &mut [u8]) {
+    let (head, whole, tail) = cut(skip, buf.len());
+    let (first, rest) = buf.split_at_mut(head);
+    let (middle, last) = rest.split_at_mut(whole.len() * WORD);
+    if !first.is_empty() {
+        first.copy_from_slice(&load_word(from, 0).to_ne_bytes()[skip..skip + head]);
+    }
+    for (chunk, word) in middle.chunks_exact_mut(WORD).zip(whole) {
+        chunk.copy_from_slice(&load_word(from, word).to_ne_bytes());
+    }
+    if !last.is_empty() {
+        last.copy_from_slice(&load_word(from, tail).to_ne_bytes()[..last.len()]);
+    }
+}
+
+fn write_parts(to: *mut u8, skip: usize, buf: &[u8]) {
+    let (head, whole, tail) = cut(skip, buf.len());
+    let (first, rest) = buf.split_at(head);
+    let (middle, last) = rest.split_at(whole.len() * WORD);
+    if !first.is_empty() {
+        store_part(to, 0, skip, first);
+    }
+    for (chunk, word) in middle.chunks_exact(WORD).zip(whole) {
+        let mut bytes = [0; WORD];
+        bytes.copy_from_slice(chunk);
+        store_word(to, word, u64::from_ne_bytes(bytes));
+    }
+    if !last.is_empty() {
+        store_part(to, tail, 0, last);
+    }
+}
+
 /// A word of the arena, counted from `base`.
+#[inline]
 fn word_at<'a>(base: *mut u8, word: usize) -> &'a AtomicU64 {
     // SAFETY: 1. every caller has `base` from `Arena::at`, which aligned it, and `word` from the
     // length that was checked there. 2. the arena outlives the borrow of `self` under which callers
@@ -228,11 +249,13 @@ fn word_at<'a>(base: *mut u8, word: usize) -> &'a AtomicU64 {
     unsafe { AtomicU64::from_ptr(base.cast::<u64>().wrapping_add(word)) }
 }
 
+#[inline]
 fn load_word(base: *mut u8, word: usize) -> u64 {
     // Relaxed: bytes race as the guest likes; words of state order what must be ordered.
     word_at(base, word).load(Ordering::Relaxed)
 }
 
+#[inline]
 fn store_word(base: *mut u8, word: usize, value: u64) {
     // Relaxed: as in load_word.
     word_at(base, word).store(value, Ordering::Relaxed);

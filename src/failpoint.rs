@@ -2,6 +2,11 @@
 //!
 //! In a build without tests every answer is a constant `no`.
 
+#![cfg_attr(
+    not(feature = "oracle"),
+    expect(unreachable_pub, reason = "public for tests, and only in their build")
+)]
+
 /// A step that may fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FailPoint {

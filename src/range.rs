@@ -28,6 +28,7 @@ impl<T: PageNumber> PageRange<T> {
     /// # Errors
     /// [`ErrorKind::EmptyRange`], or [`ErrorKind::Overflow`] if the end lies beyond what Linux can
     /// address in a file (2^63 - 1 bytes).
+    #[inline]
     pub fn new(start: T, nr_pages: u64) -> Result<Self, Error> {
         if nr_pages == 0 {
             return Err(Error::new(Op::Range, ErrorKind::EmptyRange));
@@ -42,26 +43,31 @@ impl<T: PageNumber> PageRange<T> {
     ///
     /// # Errors
     /// [`ErrorKind::Overflow`] if the page lies beyond 2^63 - 1 bytes.
+    #[inline]
     pub fn single(page: T) -> Result<Self, Error> {
         Self::new(page, 1)
     }
 
     /// The first page.
+    #[inline]
     pub fn start(&self) -> T {
         self.start
     }
 
     /// The first page behind the range.
+    #[inline]
     pub fn end(&self) -> T {
         T::from_raw(self.start.to_raw() + self.nr_pages)
     }
 
     /// How many pages.
+    #[inline]
     pub fn nr_pages(&self) -> u64 {
         self.nr_pages
     }
 
     /// How many bytes.
+    #[inline]
     pub fn len_bytes(&self) -> ByteSize {
         ByteSize::from_pages(self.nr_pages)
     }
@@ -74,21 +80,33 @@ impl<T: PageNumber> PageRange<T> {
     }
 
     /// Whether the page is one of these.
+    #[inline]
     pub fn contains(&self, page: T) -> bool {
         self.start <= page && page < self.end()
     }
 
     /// Whether all of `other` is in here.
+    #[inline]
     pub fn covers(&self, other: &Self) -> bool {
         self.start <= other.start && other.end() <= self.end()
     }
 
     /// The pages that both ranges have, if any.
+    #[inline]
     pub fn intersection(&self, other: &Self) -> Option<Self> {
         let start = self.start.max(other.start);
         let end = self.end().min(other.end());
         let nr_pages = end.to_raw().checked_sub(start.to_raw()).filter(|&n| n > 0)?;
         Some(Self { start, nr_pages })
+    }
+
+    /// At most so many pages from `start` on, none of them at `end` or behind. `end` is one that a range
+    /// may have.
+    #[inline]
+    pub(crate) fn before(end: T, start: T, most: u64) -> Option<Self> {
+        let left = end.to_raw().checked_sub(start.to_raw())?;
+        let nr_pages = left.min(most);
+        (nr_pages > 0).then_some(Self { start, nr_pages })
     }
 
     /// Both ranges as one, if they overlap or touch.
@@ -100,6 +118,7 @@ impl<T: PageNumber> PageRange<T> {
     }
 
     /// The pages of `self` from its `skip`th on, at most `most` of them.
+    #[inline]
     pub(crate) fn slice(&self, skip: u64, most: u64) -> Option<Self> {
         let left = self.nr_pages.checked_sub(skip)?;
         let nr_pages = left.min(most);
@@ -174,6 +193,11 @@ mod tests {
     fn overlap_and_slices() {
         assert_eq!(range(0, 4).intersection(&range(2, 8)), Some(range(2, 2)));
         assert_eq!(range(0, 4).intersection(&range(4, 1)), None);
+        let before =
+            |end, start, most| PgoffRange::before(Pgoff::new(end), Pgoff::new(start), most);
+        assert_eq!(before(8, 4, 2), Some(range(4, 2)));
+        assert_eq!(before(8, 4, 512), Some(range(4, 4)));
+        assert_eq!((before(8, 8, 1), before(8, 9, 1), before(8, 0, 0)), (None, None, None));
         assert_eq!(range(0, 4).hull_if_joined(&range(2, 8)), Some(range(0, 10)));
         assert_eq!(range(4, 1).hull_if_joined(&range(0, 4)), Some(range(0, 5)));
         assert_eq!(range(0, 9).hull_if_joined(&range(2, 2)), Some(range(0, 9)));

@@ -364,7 +364,7 @@ fn whole(completed: usize, expected: usize) -> GuestMemoryResult<()> {
 #[derive(Debug, Default)]
 struct PinSet {
     /// By first page; ranges that do not overlap.
-    held: BTreeMap<Pgoff, (PgoffRange, PinGuard<'static>)>,
+    held: BTreeMap<Pgoff, (PgoffRange, PinGuard)>,
 }
 
 impl PinSet {
@@ -372,7 +372,7 @@ impl PinSet {
     fn add(
         &mut self,
         pages: PgoffRange,
-        pin: impl Fn(PgoffRange) -> Result<PinGuard<'static>, Error>,
+        pin: impl Fn(PgoffRange) -> Result<PinGuard, Error>,
     ) -> Result<(), Error> {
         // Those pinned before a refusal are let go with the vector.
         let pinned = self

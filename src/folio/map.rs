@@ -60,19 +60,23 @@ impl Shape {
         huge + base
     }
 
+    /// Which folio holds a page, and how far into it the page is; `None` past the end.
+    #[inline]
+    fn place(&self, page: Pgoff) -> Option<(u64, u64)> {
+        let (page, order) = (page.get(), self.size.order());
+        let large_end = self.nr_large() << order;
+        match page {
+            page if page < large_end => Some((page >> order, page & (self.size.nr_pages() - 1))),
+            page if page < self.nr_pages => Some((self.nr_large() + page - large_end, 0)),
+            _ => None,
+        }
+    }
+
     /// The folio that holds a page; `None` past the end.
     fn slot(&self, page: Pgoff) -> Option<Slot> {
-        if page.get() >= self.nr_pages {
-            return None;
-        }
-        let large_end = self.nr_large() << self.size.order();
-        let (place, start, nr_pages) = if page.get() < large_end {
-            let place = page.get() >> self.size.order();
-            (place, place << self.size.order(), self.size.nr_pages())
-        } else {
-            (self.nr_large() + page.get() - large_end, page.get(), 1)
-        };
-        let pages = PgoffRange::new(Pgoff::new(start), nr_pages).ok()?;
+        let (place, skip) = self.place(page)?;
+        let nr_pages = if place < self.nr_large() { self.size.nr_pages() } else { 1 };
+        let pages = PgoffRange::new(Pgoff::new(page.get() - skip), nr_pages).ok()?;
         Some(Slot { index: index(place), pages })
     }
 
@@ -112,15 +116,21 @@ impl FolioMap {
 
     /// The folio's first frame.
     pub(crate) fn get(&self, slot: &Slot) -> Option<Pfn> {
+        self.first_frame(slot.index)
+    }
+
+    #[inline]
+    fn first_frame(&self, place: usize) -> Option<Pfn> {
         // Acquire: pairs with the Release in `set`: who finds a frame finds it scrubbed.
-        let entry = self.slots.get(slot.index)?.load(Ordering::Acquire);
+        let entry = self.slots.get(place)?.load(Ordering::Acquire);
         entry.checked_sub(1).map(Pfn::new)
     }
 
     /// The frame of a page.
+    #[inline]
     pub(crate) fn frame(&self, page: Pgoff) -> Option<Pfn> {
-        let slot = self.shape.slot(page)?;
-        self.get(&slot)?.checked_add(page.get() - slot.pages.start().get())
+        let (place, skip) = self.shape.place(page)?;
+        self.first_frame(index(place))?.checked_add(skip)
     }
 
     pub(crate) fn set(&self, slot: &Slot, folio: Option<Pfn>) {

@@ -8,7 +8,7 @@ use crate::addr::{ByteSize, Offset, Pa};
 use crate::error::{Error, ErrorKind, Op};
 use crate::geometry::{PAGE_SIZE, index};
 use crate::range::PgoffRange;
-use crate::state::in_section;
+use crate::state::enter_section;
 
 /// The most that is copied inside of one section, since a conversion waits for it.
 const MOST_AT_ONCE: usize = 64 << 10;
@@ -22,23 +22,13 @@ impl GuestMemfd {
     /// # Errors
     /// [`ErrorKind::OutOfRange`]; [`ErrorKind::NotShared`], [`ErrorKind::Busy`] (being converted)
     /// or [`ErrorKind::Quarantined`], with the first culprit.
+    #[inline]
     pub fn read(&self, at: Offset, buf: &mut [u8]) -> Result<(), Error> {
         let object = &*self.0;
-        let Some(pages) = object.pages_of(Op::Read, at, buf.len())? else { return Ok(()) };
-        object.check_open(Op::Read, pages)?;
-        let mut at = at;
-        for chunk in buf.chunks_mut(MOST_AT_ONCE) {
-            let pages = object.pages_of(Op::Read, at, chunk.len())?;
-            in_section(|| match pages {
-                Some(pages) => {
-                    object.check_open(Op::Read, pages)?;
-                    object.copy_out(at, chunk)
-                }
-                None => Ok(()),
-            })?;
-            at = advance(Op::Read, at, chunk.len())?;
+        match object.in_page(at, buf.len(), |place| object.arena.read(place, buf)) {
+            Some(()) => Ok(()),
+            None => object.read_range(at, buf),
         }
-        Ok(())
     }
 
     /// Copies bytes into shared memory. What has no folio gets one.
@@ -48,18 +38,13 @@ impl GuestMemfd {
     ///
     /// # Errors
     /// As [`read`](Self::read), and those of [`allocate`](Self::allocate).
+    #[inline]
     pub fn write(&self, at: Offset, buf: &[u8]) -> Result<(), Error> {
         let object = &*self.0;
-        let Some(pages) = object.pages_of(Op::Write, at, buf.len())? else { return Ok(()) };
-        object.check_open(Op::Write, pages)?;
-        let mut at = at;
-        for chunk in buf.chunks(MOST_AT_ONCE) {
-            if let Some(pages) = object.pages_of(Op::Write, at, chunk.len())? {
-                object.access_resident(Op::Write, pages, || object.copy_in(at, chunk))?;
-            }
-            at = advance(Op::Write, at, chunk.len())?;
+        match object.in_page(at, buf.len(), |place| object.arena.write(place, buf)) {
+            Some(()) => Ok(()),
+            None => object.write_range(at, buf),
         }
-        Ok(())
     }
 
     /// Loads eight bytes of shared memory at once, sequentially consistent.
@@ -97,6 +82,55 @@ impl Inner {
         self.tree.check_open(pages).map_err(|stop| self.stopped(op, Some(pages), stop))
     }
 
+    /// Runs an access to bytes of one page, inside of a section, if the host may touch that and it has
+    /// a frame. `None` otherwise; the long way says why.
+    #[inline]
+    fn in_page<R>(
+        &self,
+        at: Offset,
+        len: usize,
+        access: impl FnOnce(Pa) -> Result<R, Error>,
+    ) -> Option<R> {
+        if len == 0 || len > left_in_page(at) {
+            return None;
+        }
+        let _section = enter_section();
+        if !self.tree.is_open(at.pgoff()) {
+            return None;
+        }
+        access(self.place(at)?).ok()
+    }
+
+    fn read_range(&self, at: Offset, buf: &mut [u8]) -> Result<(), Error> {
+        let op = Op::Read;
+        let Some(pages) = self.pages_of(op, at, buf.len())? else { return Ok(()) };
+        self.check_open(op, pages)?;
+        let mut at = at;
+        for chunk in buf.chunks_mut(MOST_AT_ONCE) {
+            if let Some(pages) = self.pages_of(op, at, chunk.len())? {
+                let _section = enter_section();
+                self.check_open(op, pages)?;
+                self.copy_out(at, chunk)?;
+            }
+            at = advance(op, at, chunk.len())?;
+        }
+        Ok(())
+    }
+
+    fn write_range(&self, at: Offset, buf: &[u8]) -> Result<(), Error> {
+        let op = Op::Write;
+        let Some(pages) = self.pages_of(op, at, buf.len())? else { return Ok(()) };
+        self.check_open(op, pages)?;
+        let mut at = at;
+        for chunk in buf.chunks(MOST_AT_ONCE) {
+            if let Some(pages) = self.pages_of(op, at, chunk.len())? {
+                self.access_resident(op, pages, || self.copy_in(at, chunk))?;
+            }
+            at = advance(op, at, chunk.len())?;
+        }
+        Ok(())
+    }
+
     /// Runs an access inside of a section in which the pages are shared and all have folios.
     fn access_resident<R>(
         &self,
@@ -105,13 +139,12 @@ impl Inner {
         mut access: impl FnMut() -> Result<R, Error>,
     ) -> Result<R, Error> {
         loop {
-            let outcome = in_section(|| {
-                self.check_open(op, pages)?;
-                if self.is_resident(pages) { access().map(Some) } else { Ok(None) }
-            })?;
-            if let Some(result) = outcome {
-                return Ok(result);
+            let section = enter_section();
+            self.check_open(op, pages)?;
+            if self.is_resident(pages) {
+                return access();
             }
+            drop(section);
             // Whoever punches it away again before the next attempt has made progress.
             self.populate(op, &mut self.layout.write(), pages)?;
         }
@@ -126,6 +159,9 @@ impl Inner {
         if at.get() % 8 != 0 {
             return Err(Error::new(op, ErrorKind::Unaligned));
         }
+        if let Some(result) = self.in_page(at, 8, |place| access(self, place)) {
+            return Ok(result);
+        }
         let Some(pages) = self.pages_of(op, at, 8)? else {
             return Err(Error::new(op, ErrorKind::OutOfRange));
         };
@@ -136,6 +172,7 @@ impl Inner {
     }
 
     /// Where in the arena a byte is, if it has a frame.
+    #[inline]
     fn place(&self, at: Offset) -> Option<Pa> {
         self.frames.frame(at.pgoff())?.pa().checked_add(at.in_page())
     }

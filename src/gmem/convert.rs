@@ -250,15 +250,15 @@ impl Inner {
     ) -> Result<L, Error> {
         loop {
             let layout = lock();
-            let absent = pages.iter().find(|&&run| !self.is_resident(run));
-            match absent.filter(|_| to == Visibility::Shared && !layout.views.is_empty()) {
-                None => return Ok(layout),
-                Some(&run) => {
-                    drop(layout);
-                    // Frozen pages are not punched, so each round gets further.
-                    self.populate(op, &mut self.layout.write(), run)?;
-                }
+            if to == Visibility::Private || layout.views.is_empty() {
+                return Ok(layout);
             }
+            let Some(&run) = pages.iter().find(|&&run| !self.is_resident(run)) else {
+                return Ok(layout);
+            };
+            drop(layout);
+            // Frozen pages are not punched, so each round gets further.
+            self.populate(op, &mut self.layout.write(), run)?;
         }
     }
 

@@ -276,6 +276,7 @@ impl HostView {
     ///
     /// # Errors
     /// As [`GuestMemfd::read`].
+    #[inline]
     pub fn read(&self, at: Offset, buf: &mut [u8]) -> Result<(), Error> {
         self.memfd.read(at, buf)
     }
@@ -284,6 +285,7 @@ impl HostView {
     ///
     /// # Errors
     /// As [`GuestMemfd::write`].
+    #[inline]
     pub fn write(&self, at: Offset, buf: &[u8]) -> Result<(), Error> {
         self.memfd.write(at, buf)
     }

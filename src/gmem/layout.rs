@@ -165,6 +165,9 @@ impl Inner {
     /// Where views only take whole huge folios, one is mapped if the rest of it is shared, or is among
     /// `becoming_shared`, which the caller holds. The layout is then locked for writing.
     pub(super) fn show(&self, layout: &Layout, pages: PgoffRange, becoming_shared: &[PgoffRange]) {
+        if layout.views.is_empty() {
+            return;
+        }
         match self.reservation.pool().view_granule() {
             FolioSize::Base => {
                 for (pages, _) in self.frames.resident(pages) {

@@ -1,7 +1,9 @@
 //! Where a pin is taken: a promise that pages are neither converted nor punched, with the name of
 //! whoever holds it.
 
+use std::borrow::Borrow;
 use std::collections::BTreeSet;
+use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::object::{GuestMemfd, Inner};
@@ -9,8 +11,7 @@ use crate::addr::Pgoff;
 use crate::error::{Error, ErrorKind, Op};
 use crate::range::PgoffRange;
 use crate::state::{
-    Counted, Local, ObjectId, OwnerId, Record, Refusal, Stop, Wait, each_holder, with_local,
-    with_reader,
+    Local, ObjectId, OwnerId, Record, Refusal, Stop, Wait, each_holder, with_local,
 };
 
 /// How a pin gets on with others.
@@ -26,7 +27,42 @@ pub enum PinMode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct OwnerTag {
     object: ObjectId,
-    owner: OwnerId,
+    owner: u32,
+}
+
+/// How a pin is counted, and so how it is dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Hold {
+    /// In the word of its only page, where it stays.
+    Page = 0,
+    /// In whatever words there are for its range by then.
+    Range = 1,
+    /// By the exclusive bit of those.
+    Exclusive = 2,
+}
+
+/// What a record says of a pin besides its pages: the owner's number, and in the lowest two bits the
+/// hold.
+impl Hold {
+    const BITS: u32 = 2;
+
+    #[inline]
+    fn with_owner(self, owner: u32) -> OwnerId {
+        OwnerId(owner << Self::BITS | self as u32)
+    }
+
+    #[inline]
+    fn of(id: OwnerId) -> Self {
+        match id.0 & ((1 << Self::BITS) - 1) {
+            0 => Self::Page,
+            1 => Self::Range,
+            _ => Self::Exclusive,
+        }
+    }
+
+    fn owner(id: OwnerId) -> u32 {
+        id.0 >> Self::BITS
+    }
 }
 
 /// Who is registered. Who holds what is in the records of the threads.
@@ -55,11 +91,11 @@ impl Ledger {
         let mut owners = BTreeSet::new();
         each_holder(self.id, |range, owner| {
             if holds(&range) {
-                owners.insert(owner);
+                owners.insert(Hold::owner(owner));
             }
         });
         let names = self.names();
-        owners.iter().filter_map(|owner| names.get(owner.0 as usize).cloned()).collect()
+        owners.iter().filter_map(|&owner| names.get(owner as usize).cloned()).collect()
     }
 
     /// The range of every pin that is written down: for the audit.
@@ -81,11 +117,14 @@ impl GuestMemfd {
         let names = &mut self.0.ledger.names();
         let place = names.iter().position(|known| **known == *name);
         let owner = u32::try_from(place.unwrap_or(names.len())).map_err(|_| exhausted())?;
+        if owner > u32::MAX >> Hold::BITS {
+            return Err(exhausted());
+        }
         if place.is_none() {
             names.try_reserve(1).map_err(|_| exhausted())?;
             names.push(name.into());
         }
-        Ok(OwnerTag { object, owner: OwnerId(owner) })
+        Ok(OwnerTag { object, owner })
     }
 
     /// Pins every page of the range until the guard is dropped. All pages, or none.
@@ -101,8 +140,34 @@ impl GuestMemfd {
         range: PgoffRange,
         owner: OwnerTag,
         mode: PinMode,
-    ) -> Result<PinGuard<'_>, Error> {
-        self.pin_waiting(range, owner, mode, &Wait::never())
+    ) -> Result<PinGuard<&Self>, Error> {
+        match self.pin_page(range, owner, mode) {
+            Some(guard) => Ok(guard),
+            None => self.pin_waiting(range, owner, mode, &Wait::never()),
+        }
+    }
+
+    /// The pin that devices take all the time: one page, which has a word of its own. `None` if it is
+    /// another one, or is refused; the long way says which.
+    #[inline]
+    fn pin_page(
+        &self,
+        range: PgoffRange,
+        owner: OwnerTag,
+        mode: PinMode,
+    ) -> Option<PinGuard<&Self>> {
+        let object = &*self.0;
+        let is_of_object = owner.object == object.ledger.id;
+        if mode != PinMode::Counted || range.nr_pages() != 1 || !is_of_object {
+            return None;
+        }
+        let id = Hold::Page.with_owner(owner.owner);
+        let record = with_local(|local| local.records.note(object.ledger.id, range, id))?;
+        if !object.tree.pin_page(range.start()) {
+            record.clear();
+            return None;
+        }
+        Some(PinGuard { memfd: self, record })
     }
 
     /// [`pin`](Self::pin), but waits for a conversion that is at the pages to settle. Other pins are
@@ -117,11 +182,11 @@ impl GuestMemfd {
         owner: OwnerTag,
         mode: PinMode,
         wait: &Wait,
-    ) -> Result<PinGuard<'_>, Error> {
+    ) -> Result<PinGuard<&Self>, Error> {
         let object = &*self.0;
-        let op = match mode {
-            PinMode::Counted => Op::Pin,
-            PinMode::Exclusive => Op::PinExclusive,
+        let (op, hold) = match mode {
+            PinMode::Counted => (Op::Pin, Hold::Range),
+            PinMode::Exclusive => (Op::PinExclusive, Hold::Exclusive),
         };
         object.check_range(op, range)?;
         if owner.object != object.ledger.id {
@@ -129,20 +194,15 @@ impl GuestMemfd {
                 .on(range)
                 .because("the owner tag is another object's"));
         }
-        let (counted, record) = with_local(|local| {
-            let record = local.records.note(object.ledger.id, range, owner.owner);
+        let id = hold.with_owner(owner.owner);
+        let record = with_local(|local| {
+            let record = local.records.note(object.ledger.id, range, id);
             let record = record.ok_or(Stop::OutOfMemory)?;
-            match object.take(local, range, mode, wait) {
-                Ok(counted) => Ok((counted, record)),
-                Err(stop) => {
-                    record.clear();
-                    Err(stop)
-                }
-            }
+            object.take(local, range, hold, wait).inspect_err(|_| record.clear())?;
+            Ok(record)
         })
         .map_err(|stop| object.stopped(op, Some(range), stop))?;
-        let counted = Some(counted);
-        Ok(PinGuard { memfd: Handle::Borrowed(self), range, owner, mode, counted, record })
+        Ok(PinGuard { memfd: self, record })
     }
 
     /// The names of those who hold a pin on any page of the range, each once.
@@ -152,24 +212,17 @@ impl GuestMemfd {
 }
 
 impl Inner {
-    #[inline]
-    fn take(
-        &self,
-        local: &Local,
-        range: PgoffRange,
-        mode: PinMode,
-        wait: &Wait,
-    ) -> Result<Counted, Stop> {
+    fn take(&self, local: &Local, range: PgoffRange, hold: Hold, wait: &Wait) -> Result<(), Stop> {
         loop {
-            let outcome = match mode {
-                PinMode::Counted => self.tree.pin(&local.reader, range),
-                PinMode::Exclusive => self.tree.pin_exclusive(&local.reader, range),
+            let outcome = match hold {
+                Hold::Page | Hold::Range => self.tree.pin(&local.reader, range),
+                Hold::Exclusive => self.tree.pin_exclusive(&local.reader, range),
             };
             match outcome {
                 Err(Stop::At(page, Refusal::Converting)) if !wait.is_never() => {
                     self.tree.await_settled(wait, page)?;
                 }
-                outcome => return outcome,
+                outcome => return outcome.map(|_| ()),
             }
         }
     }
@@ -182,91 +235,82 @@ impl Inner {
 /// the object goes their folios are quarantined: a device may still be at work there.
 ///
 /// ```compile_fail,E0599
-/// fn twice(pin: gmem::PinGuard<'static>) -> [gmem::PinGuard<'static>; 2] {
+/// fn twice(pin: gmem::PinGuard) -> [gmem::PinGuard; 2] {
 ///     [pin.clone(), pin]
 /// }
 /// ```
 ///
 /// ```compile_fail,E0382
-/// fn dropped_twice(pin: gmem::PinGuard<'static>) {
+/// fn dropped_twice(pin: gmem::PinGuard) {
 ///     drop(pin);
 ///     drop(pin);
 /// }
 /// ```
 ///
 /// ```compile_fail,E0040
-/// fn dropped_by_hand(mut pin: gmem::PinGuard<'static>) {
+/// fn dropped_by_hand(mut pin: gmem::PinGuard) {
 ///     pin.drop();
 /// }
 /// ```
 #[derive(Debug)]
 #[must_use = "the pin ends when the guard is dropped"]
-pub struct PinGuard<'a> {
-    memfd: Handle<'a>,
-    range: PgoffRange,
-    owner: OwnerTag,
-    mode: PinMode,
-    /// `None` once the pin has been handed on.
-    counted: Option<Counted>,
+pub struct PinGuard<M: Borrow<GuestMemfd> = GuestMemfd> {
+    memfd: M,
+    /// What else there is to say of the pin. So a guard is two pointers, and comes in registers.
     record: &'static Record,
 }
 
-#[derive(Debug)]
-enum Handle<'a> {
-    Borrowed(&'a GuestMemfd),
-    Owned(GuestMemfd),
-}
-
-impl PinGuard<'_> {
+impl<M: Borrow<GuestMemfd>> PinGuard<M> {
     /// The pages that are pinned.
     pub fn range(&self) -> PgoffRange {
-        self.range
+        // It is one: it was noted as one.
+        self.record.range().unwrap_or(self.memfd().pages())
     }
 
     /// Under whose name.
     pub fn owner(&self) -> OwnerTag {
-        self.owner
+        let owner = Hold::owner(self.record.owner());
+        OwnerTag { object: self.memfd().0.ledger.id, owner }
     }
 
     /// How the pin gets on with others.
     pub fn mode(&self) -> PinMode {
-        self.mode
+        match Hold::of(self.record.owner()) {
+            Hold::Page | Hold::Range => PinMode::Counted,
+            Hold::Exclusive => PinMode::Exclusive,
+        }
     }
 
     /// The object whose pages these are.
+    #[inline]
     pub fn memfd(&self) -> &GuestMemfd {
-        match &self.memfd {
-            Handle::Borrowed(memfd) => memfd,
-            Handle::Owned(memfd) => memfd,
-        }
+        self.memfd.borrow()
     }
 
-    /// The same pin with a handle of its own, which keeps the object alive.
-    pub fn into_owned(mut self) -> PinGuard<'static> {
-        PinGuard {
-            memfd: Handle::Owned(self.memfd().clone()),
-            range: self.range,
-            owner: self.owner,
-            mode: self.mode,
-            counted: self.counted.take(),
-            record: self.record,
-        }
+    #[inline(never)]
+    fn unpin_range(&self) {
+        let (tree, range) = (&self.memfd().0.tree, self.range());
+        with_local(|local| match self.mode() {
+            PinMode::Counted => tree.unpin(&local.reader, range),
+            PinMode::Exclusive => tree.unpin_exclusive(&local.reader, range),
+        });
     }
 }
 
-impl Drop for PinGuard<'_> {
+impl PinGuard<&GuestMemfd> {
+    /// The same pin with a handle of its own, which keeps the object alive.
+    pub fn into_owned(self) -> PinGuard {
+        let handed_on = ManuallyDrop::new(self);
+        PinGuard { memfd: handed_on.memfd.clone(), record: handed_on.record }
+    }
+}
+
+impl<M: Borrow<GuestMemfd>> Drop for PinGuard<M> {
     #[inline]
     fn drop(&mut self) {
-        let Some(counted) = self.counted.take() else { return };
-        let object = &*self.memfd().0;
-        match (counted, self.mode) {
-            (Counted::InPage, _) => object.tree.unpin_page(self.range.start()),
-            (Counted::InRange, PinMode::Counted) => {
-                with_reader(|reader| object.tree.unpin(reader, self.range));
-            }
-            (Counted::InRange, PinMode::Exclusive) => {
-                with_reader(|reader| object.tree.unpin_exclusive(reader, self.range));
-            }
+        match Hold::of(self.record.owner()) {
+            Hold::Page => self.memfd().0.tree.unpin_page(self.record.start()),
+            Hold::Range | Hold::Exclusive => self.unpin_range(),
         }
         self.record.clear();
     }

@@ -25,7 +25,7 @@ struct RealObject {
 #[derive(Debug)]
 pub(super) struct Real {
     // Before the objects, so that a run that ends early drops them in the usual order.
-    pins: Vec<(usize, PinGuard<'static>)>,
+    pins: Vec<(usize, PinGuard)>,
     objects: Vec<RealObject>,
     pool: FolioPool,
 }

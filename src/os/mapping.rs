@@ -100,6 +100,7 @@ impl Mapping {
         Hva::new(self.base.as_ptr().addr())
     }
 
+    #[inline]
     pub(crate) fn base(&self) -> NonNull<u8> {
         self.base
     }

@@ -9,48 +9,55 @@
 //! change, so a reader that comes back at once cannot hold it up.
 
 use std::cell::Cell;
+use std::marker::PhantomData;
 use std::sync::atomic::Ordering;
 
 use slab::Slab;
 
-use crate::sync::{Arc, AtomicU64, Mutex, fence, relax};
+use super::barrier::Barrier;
+use crate::sync::{Arc, AtomicU64, Mutex, relax};
 
 /// On a cache line of its own: its owner writes it at every access.
 #[derive(Debug)]
 #[repr(align(128))]
-struct Slot(AtomicU64);
+pub struct Slot(AtomicU64);
 
 /// All readers that a converter may have to wait for.
 #[derive(Debug)]
 pub struct Domain {
-    slots: Mutex<Slab<Arc<Slot>>>,
+    slots: Mutex<Slots>,
     barrier: Barrier,
 }
 
-/// How the two fences of the argument above are made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Barrier {
-    /// The converter makes every thread pass a fence; the reader only stops its compiler.
-    Membarrier,
-    /// Both sides run one.
-    Fences,
+/// Slots are never given back to the allocator, only to the next reader: so a section needs to know
+/// nothing but its slot, and there are as many as there ever were readers at once.
+#[derive(Debug, Default)]
+struct Slots {
+    taken: Slab<&'static Slot>,
+    /// Their readers are gone. Room for all is reserved.
+    idle: Vec<&'static Slot>,
 }
 
 impl Domain {
     /// A domain without readers.
     pub fn new() -> Self {
-        // Miri knows fences and no membarrier.
-        let modelled = crate::sync::MODELLED || cfg!(miri);
-        let available = !modelled && crate::os::barrier::is_available();
-        let barrier = if available { Barrier::Membarrier } else { Barrier::Fences };
-        Self { slots: Mutex::new(Slab::new()), barrier }
+        Self { slots: Mutex::new(Slots::default()), barrier: Barrier::new() }
     }
 
     /// Adds a reader, to be used by one thread. Not a method: loom's `Arc` cannot be a receiver.
     pub fn register(domain: &Arc<Self>) -> Reader {
-        let slot = Arc::new(Slot(AtomicU64::new(0)));
-        let key = domain.slots.lock().insert(Arc::clone(&slot));
-        Reader { domain: Arc::clone(domain), slot, key, depth: Cell::new(0) }
+        let mut slots = domain.slots.lock();
+        let unused = || &*Box::leak(Box::new(Slot(AtomicU64::new(0))));
+        let slot = slots.idle.pop().unwrap_or_else(unused);
+        let key = slots.taken.insert(slot);
+        drop(slots);
+        Reader {
+            domain: Arc::clone(domain),
+            slot,
+            key,
+            barrier: domain.barrier,
+            not_shared: PhantomData,
+        }
     }
 
     /// Returns when every section of others than `own` that began before the call has ended.
@@ -61,15 +68,12 @@ impl Domain {
         // A reader that registers while the lock is held has not entered yet; it synchronises with us
         // through the lock and will see the frozen words.
         let slots = self.slots.lock();
-        let mut others = slots.iter().filter(|&(key, _)| Some(key) != own).peekable();
+        let mut others = slots.taken.iter().filter(|&(key, _)| Some(key) != own).peekable();
         if others.peek().is_none() {
             return true;
         }
-        match self.barrier {
-            Barrier::Membarrier if !crate::os::barrier::heavy() => return false,
-            Barrier::Membarrier => {}
-            // SeqCst: pairs with the fence in `Reader::enter`.
-            Barrier::Fences => fence(Ordering::SeqCst),
+        if !self.barrier.heavy() {
+            return false;
         }
         for (_, slot) in others {
             // Acquire: pairs with the Release in `Section::drop`, and with the one in `Reader::enter`
@@ -91,31 +95,35 @@ impl Domain {
 #[derive(Debug)]
 pub struct Reader {
     domain: Arc<Domain>,
-    slot: Arc<Slot>,
+    slot: &'static Slot,
     key: usize,
-    depth: Cell<u32>,
+    barrier: Barrier,
+    /// For one thread: not even to be looked at by another.
+    not_shared: PhantomData<Cell<()>>,
 }
 
 impl Reader {
-    /// Begins a section; it ends when the value is dropped. Sections nest.
+    /// Begins a section; it ends when the value is dropped. Sections nest, and one that is begun inside
+    /// of another is part of that.
+    #[inline]
     pub fn enter(&self) -> Section<'_> {
-        let depth = self.depth.get();
-        self.depth.set(depth + 1);
-        if depth == 0 {
-            // Relaxed: only this thread writes the slot.
-            let count = self.slot.0.load(Ordering::Relaxed);
-            // Release: pairs with the Acquire in `Domain::wait`. A converter that waited for the
-            // section before may learn of its end from this mark alone. What the mark itself needs,
-            // to come before the loads of the words, is the fence below.
-            self.slot.0.store(count.wrapping_add(1), Ordering::Release);
-            match self.domain.barrier {
-                // SeqCst: pairs with membarrier in `Domain::wait`.
-                Barrier::Membarrier => std::sync::atomic::compiler_fence(Ordering::SeqCst),
-                // SeqCst: pairs with the fence in `Domain::wait`.
-                Barrier::Fences => fence(Ordering::SeqCst),
-            }
+        self.enter_detached()
+    }
+
+    /// The same for a caller who sees to it that the section ends before the reader goes.
+    #[inline]
+    pub(super) fn enter_detached<'a>(&self) -> Section<'a> {
+        // Relaxed: only this thread writes the slot.
+        let count = self.slot.0.load(Ordering::Relaxed);
+        if count % 2 == 1 {
+            return Section { ends: None, reader: PhantomData };
         }
-        Section(self)
+        // Release: pairs with the Acquire in `Domain::wait`. A converter that waited for the
+        // section before may learn of its end from this mark alone. What the mark itself needs,
+        // to come before the loads of the words, is the barrier.
+        self.slot.0.store(count.wrapping_add(1), Ordering::Release);
+        self.barrier.light();
+        Section { ends: Some((self.slot, count.wrapping_add(2))), reader: PhantomData }
     }
 }
 
@@ -133,23 +141,27 @@ impl Reader {
 
 impl Drop for Reader {
     fn drop(&mut self) {
-        self.domain.slots.lock().remove(self.key);
+        let mut slots = self.domain.slots.lock();
+        if let Some(slot) = slots.taken.try_remove(self.key) {
+            slots.idle.push(slot);
+        }
     }
 }
 
-/// Proof that the thread is inside a section.
+/// Proof that the thread is inside a section: with the slot, and what it says afterwards, unless the
+/// section is inside of another.
 #[derive(Debug)]
-pub struct Section<'a>(&'a Reader);
+pub struct Section<'a> {
+    ends: Option<(&'static Slot, u64)>,
+    reader: PhantomData<&'a Reader>,
+}
 
 impl Drop for Section<'_> {
+    #[inline]
     fn drop(&mut self) {
-        let depth = self.0.depth.get() - 1;
-        self.0.depth.set(depth);
-        if depth == 0 {
-            // Relaxed: only this thread writes the slot.
-            let count = self.0.slot.0.load(Ordering::Relaxed);
+        if let Some((slot, after)) = self.ends {
             // Release: pairs with the Acquire in `Domain::wait`.
-            self.0.slot.0.store(count.wrapping_add(1), Ordering::Release);
+            slot.0.store(after, Ordering::Release);
         }
     }
 }
@@ -188,7 +200,7 @@ mod tests {
         for _ in 0..100 {
             drop(Domain::register(&domain));
         }
-        assert!(domain.slots.lock().is_empty());
+        assert!(domain.slots.lock().taken.is_empty());
         assert!(domain.wait(None));
     }
 

@@ -92,7 +92,8 @@ impl Head {
 pub struct Record {
     head: AtomicU64,
     object: AtomicU64,
-    start: AtomicU64,
+    /// Twice the first page, and one if it is the only one: then there is no need for the next field.
+    pages: AtomicU64,
     nr_pages: AtomicU64,
 }
 
@@ -100,11 +101,12 @@ const _: () = assert!(MODELLED || size_of::<Record>() == 32);
 
 impl Record {
     fn new() -> Self {
-        let [head, object, start, nr_pages] = [0; 4].map(AtomicU64::new);
-        Self { head, object, start, nr_pages }
+        let [head, object, pages, nr_pages] = [0; 4].map(AtomicU64::new);
+        Self { head, object, pages, nr_pages }
     }
 
     /// The head, if the record is free. Asked only by the thread that has the block.
+    #[inline]
     fn free(&self) -> Option<Head> {
         // Acquire: pairs with the Release in `clear`. A query that finds the next pin here, and so
         // not the last one, sees that uncounted. That it does not mix the two needs less: it cannot
@@ -114,15 +116,50 @@ impl Record {
     }
 
     /// Makes a free record live.
+    #[inline]
     fn write(&self, free: Head, object: ObjectId, range: PgoffRange, owner: OwnerId) {
         // Release, each of the three: pairs with the fence in `read`, the first with the Acquire
         // there, too. Who sees a field knows of the clear before it. A fence in front of them would
         // do the same, and cost more where it costs anything.
         self.object.store(object.0, Ordering::Release);
-        self.start.store(range.start().get(), Ordering::Release);
-        self.nr_pages.store(range.nr_pages(), Ordering::Release);
+        let is_single = range.nr_pages() == 1;
+        self.pages.store(range.start().get() << 1 | u64::from(is_single), Ordering::Release);
+        if !is_single {
+            self.nr_pages.store(range.nr_pages(), Ordering::Release);
+        }
         // Release: pairs with the first Acquire in `read`. Who sees the head sees its fields.
         self.head.store(free.noted(owner).0, Ordering::Release);
+    }
+
+    /// The pages of the pin, for whoever has noted it and not cleared it yet.
+    #[inline]
+    pub fn range(&self) -> Option<PgoffRange> {
+        // Relaxed: ours, and the guard, which says where the record is, has brought it along.
+        self.range_of(self.pages.load(Ordering::Relaxed))
+    }
+
+    /// The first of them.
+    #[inline]
+    pub fn start(&self) -> Pgoff {
+        // Relaxed: as in `range`.
+        Pgoff::new(self.pages.load(Ordering::Relaxed) >> 1)
+    }
+
+    #[inline]
+    fn range_of(&self, pages: u64) -> Option<PgoffRange> {
+        let nr_pages = match pages & 1 {
+            // Relaxed: the callers see to it that it belongs to the other field.
+            0 => self.nr_pages.load(Ordering::Relaxed),
+            _ => 1,
+        };
+        PgoffRange::new(Pgoff::new(pages >> 1), nr_pages).ok()
+    }
+
+    /// Under which number it was noted, for the same.
+    #[inline]
+    pub fn owner(&self) -> OwnerId {
+        // Relaxed: as in `range`.
+        Head(self.head.load(Ordering::Relaxed)).owner().unwrap_or(OwnerId(0))
     }
 
     /// Ends what the record says. By any thread, once for each note, after the pin is not counted
@@ -147,9 +184,9 @@ impl Record {
         if !head.is_live() || self.object.load(Ordering::Acquire) != object.0 {
             return None;
         }
-        // Relaxed, both: the fence and the second look tell whether they are of this life.
-        let start = self.start.load(Ordering::Relaxed);
-        let nr_pages = self.nr_pages.load(Ordering::Relaxed);
+        // Relaxed: the fence and the second look tell whether this is of the same life, and the next
+        // field, too.
+        let range = self.range_of(self.pages.load(Ordering::Relaxed));
         // Acquire: pairs with the Release of each field in `write`. The second look is no older than
         // any of them.
         fence(Ordering::Acquire);
@@ -157,7 +194,7 @@ impl Record {
         if self.head.load(Ordering::Acquire) != head.0 {
             return None;
         }
-        Some((PgoffRange::new(Pgoff::new(start), nr_pages).ok()?, head.owner()?))
+        Some((range?, head.owner()?))
     }
 }
 
@@ -186,7 +223,8 @@ impl Holders {
     /// be a receiver.
     pub fn register(holders: &Arc<Self>) -> Records {
         Records {
-            ahead: Cell::new(&[]),
+            block: Cell::new(&[]),
+            next: Cell::new(0),
             nr_skipped: Cell::new(0),
             round: RefCell::new(Round { blocks: Vec::new(), nr_entered: 0, nr_visited: 0 }),
             holders: Arc::clone(holders),
@@ -252,8 +290,9 @@ impl Holders {
 /// beginning of the round: the blocks of a thread are bounded by the most pins it ever had.
 #[derive(Debug)]
 pub struct Records {
-    /// What is left of the current block.
-    ahead: Cell<&'static [Record]>,
+    /// The current block, and how far it has come in there.
+    block: Cell<Block>,
+    next: Cell<usize>,
     /// How many of those visited in this round were live.
     nr_skipped: Cell<usize>,
     round: RefCell<Round>,
@@ -291,8 +330,8 @@ impl Records {
     /// The next record of the current block, and its head if it is free.
     #[inline]
     fn next(&self) -> Option<(&'static Record, Option<Head>)> {
-        let (record, rest) = self.ahead.get().split_first()?;
-        self.ahead.set(rest);
+        let record = self.block.get().get(self.next.get())?;
+        self.next.set(self.next.get() + 1);
         Some((record, record.free()))
     }
 
@@ -332,7 +371,8 @@ impl Records {
         let block = *round.blocks.get(round.nr_entered)?;
         round.nr_entered += 1;
         round.nr_visited += block.len();
-        self.ahead.set(block);
+        self.block.set(block);
+        self.next.set(0);
         Some(())
     }
 

@@ -11,6 +11,7 @@
 //! | `freeze` | how a conversion gets hold of ranges: all or nothing, at once or with time to wait |
 //! | `frozen` | what it holds then, how that is merged and given back |
 //! | `trim` | parts that are alike become one again; tables go back to the host |
+//! | `barrier` | a fence that is cheap for whoever needs it often |
 //! | `epoch` | grace periods: who is inside an access right now |
 //! | `holders` | who holds which pins, for whoever asks |
 //! | `waiting` | sleeping until something becomes possible; deadlines and cancellation |
@@ -22,6 +23,7 @@
     expect(unreachable_pub, reason = "public for the loom models, and only in their build")
 )]
 
+mod barrier;
 mod cell;
 mod epoch;
 mod flaw;
@@ -40,7 +42,7 @@ pub(crate) use epoch::Reader;
 pub(crate) use freeze::Wanted;
 pub(crate) use frozen::Frozen;
 pub(crate) use holders::{ObjectId, OwnerId, Record};
-pub(crate) use process::{Local, each_holder, in_section, waiters, with_local, with_reader};
+pub(crate) use process::{Local, each_holder, enter_section, waiters, with_local, with_reader};
 pub(crate) use rules::Refusal;
 pub(crate) use shape::Shape;
 pub(crate) use tree::{Counted, Stop, Tree};

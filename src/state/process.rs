@@ -3,7 +3,7 @@
 
 use std::sync::LazyLock;
 
-use super::epoch::{Domain, Reader};
+use super::epoch::{Domain, Reader, Section};
 use super::holders::{Holders, ObjectId, OwnerId, Records};
 use super::waiting::{CancelToken, Waiters};
 use crate::range::PgoffRange;
@@ -52,14 +52,32 @@ pub(crate) fn each_holder(object: ObjectId, seen: impl FnMut(PgoffRange, OwnerId
     HOLDERS.each(object, seen);
 }
 
-/// Runs `access` inside a section of this thread. It must be short and must not convert, wait or
-/// call out.
+/// Begins a section of this thread; it ends when the value is dropped. What runs meanwhile must be short
+/// and must not convert, wait or call out.
 #[inline]
-pub(crate) fn in_section<R>(mut access: impl FnMut() -> R) -> R {
-    with_reader(|reader| {
-        let _section = reader.enter();
-        access()
-    })
+pub(crate) fn enter_section() -> ThreadSection {
+    match LOCAL.try_with(|local| local.reader.enter_detached()) {
+        // The thread's own is there as long as any stack frame of the thread.
+        Ok(section) => ThreadSection { section, temporary: None },
+        Err(_) => enter_for_once(),
+    }
+}
+
+#[cold]
+fn enter_for_once() -> ThreadSection {
+    let reader = Box::new(Domain::register(&DOMAIN));
+    ThreadSection { section: reader.enter_detached(), temporary: Some(reader) }
+}
+
+/// Proof that this thread is inside a section.
+#[derive(Debug)]
+#[must_use = "the section ends when this is dropped"]
+pub(crate) struct ThreadSection {
+    // Dropped first: the section ends before its reader goes.
+    #[expect(dead_code, reason = "held to be dropped")]
+    section: Section<'static>,
+    #[expect(dead_code, reason = "held to be dropped")]
+    temporary: Option<Box<Reader>>,
 }
 
 /// Where everybody sleeps.
@@ -85,8 +103,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sections_return_what_they_computed_and_nest() {
-        assert_eq!(in_section(|| in_section(|| 7)), 7);
+    fn sections_nest() {
+        let outer = enter_section();
+        drop(enter_section());
+        drop(outer);
         assert!(with_reader(Reader::wait_for_others));
     }
 
@@ -95,13 +115,14 @@ mod tests {
         struct Late;
         impl Drop for Late {
             fn drop(&mut self) {
-                assert_eq!(in_section(|| 1), 1);
+                let section = enter_section();
+                assert!(section.temporary.is_some());
             }
         }
         thread_local!(static LATE: Late = const { Late });
         std::thread::spawn(|| {
             LATE.with(|_| ());
-            in_section(|| ());
+            drop(enter_section());
         })
         .join()
         .unwrap();

@@ -74,7 +74,7 @@ impl<const P: u32, const K: u32, const S: u32> AnyWord<P, K, S> {
             (Ok(()), Visibility::Shared) if self.pins() == Self::MAX_PINS => {
                 Err(Refusal::Saturated)
             }
-            (Ok(()), Visibility::Shared) => Ok(self.with_pins(self.pins() + 1)),
+            (Ok(()), Visibility::Shared) => Ok(Self::from_bits(self.bits() + Self::ONE_PIN)),
         }
     }
 

@@ -94,10 +94,11 @@ impl Shape {
     }
 
     /// The pages of a block that the object has.
+    #[inline]
     pub(super) fn pages_of(&self, block: Block) -> Option<PgoffRange> {
-        let start = block.place.checked_shl(self.order(block.level))?;
-        let nr_pages = self.nr_pages.checked_sub(start)?.min(1 << self.order(block.level));
-        PgoffRange::new(Pgoff::new(start), nr_pages).ok()
+        let start = block.place.checked_mul(1 << self.order(block.level))?;
+        let most = 1 << self.order(block.level);
+        PgoffRange::before(Pgoff::new(self.nr_pages), Pgoff::new(start), most)
     }
 
     /// The blocks of a level that make up a range.

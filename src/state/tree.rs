@@ -19,6 +19,7 @@ use super::waiting::Waiters;
 use super::word::{Phase, Visibility, Word};
 use crate::addr::{ByteSize, Pgoff};
 use crate::error::Error;
+use crate::geometry::index;
 use crate::os::words::{Words, boxed};
 use crate::range::PgoffRange;
 use crate::sync::{Arc, AtomicU64, relax};
@@ -154,6 +155,7 @@ impl Tree {
 
     /// Finds the word that speaks for a page; `None` past the end. What it says may change at once;
     /// only an exchange for exactly what was found shows that it has not, and only inside of a section.
+    #[inline]
     pub(super) fn locate(&self, page: Pgoff) -> Option<Spot<'_>> {
         if page.get() >= self.shape.nr_pages() {
             return None;
@@ -193,6 +195,22 @@ impl Tree {
             next = spot.pages.end();
             Some((spot.pages.intersection(&rest)?, spot.word.bare()))
         })
+    }
+
+    /// Whether the host may touch a page now.
+    #[inline]
+    pub fn is_open(&self, page: Pgoff) -> bool {
+        let own = self.own_cell(page).map(StateCell::load);
+        let speaks = |word: &Word| word.phase() == Phase::Settled && word.stamp() != 0;
+        match own.filter(speaks) {
+            Some(word) => word.is_open(),
+            None => self.is_open_from_root(page),
+        }
+    }
+
+    #[inline(never)]
+    fn is_open_from_root(&self, page: Pgoff) -> bool {
+        self.locate(page).is_some_and(|spot| spot.word.is_open())
     }
 
     /// Whether the host may touch all of the range now; the first subpage that it may not.
@@ -308,19 +326,23 @@ impl Tree {
     /// Pins a page by its own word, if that speaks and is willing. Needs no section: a word that is
     /// settled speaks, so if the exchange succeeds the pin is good, whatever has happened before.
     #[inline]
-    fn pin_page(&self, page: Pgoff) -> bool {
-        let above = self.cell(self.shape.block_of(1, page)).map(StateCell::guess);
-        // Not to look keeps the tables of whole blocks from being touched.
-        if !above.is_some_and(Word::is_split) || page.get() >= self.shape.nr_pages() {
-            return false;
-        }
-        let Some(cell) = self.cell(Block { level: 0, place: page.get() }) else { return false };
+    pub fn pin_page(&self, page: Pgoff) -> bool {
+        let Some(cell) = self.own_cell(page) else { return false };
         let found = cell.load();
         match found.pin() {
             // A word that was never written would pass for a shared one.
             Ok(next) if found.stamp() != 0 => cell.replace(found, next).is_ok(),
             _ => false,
         }
+    }
+
+    /// The word of a page itself, if the block above seems to be split: the tables of whole blocks are
+    /// not to be touched. What it says counts only if it is settled.
+    #[inline]
+    fn own_cell(&self, page: Pgoff) -> Option<StateCell<'_>> {
+        let above = self.cell(self.shape.block_of(1, page))?.guess();
+        (above.is_split() && page.get() < self.shape.nr_pages()).then_some(())?;
+        self.tables.get(index(page.get())).map(StateCell::new)
     }
 
     /// Drops a pin from every subpage of the range, in whatever words they are.
@@ -332,7 +354,7 @@ impl Tree {
     /// frozen nor merged, and a page cannot be split.
     #[inline]
     pub fn unpin_page(&self, page: Pgoff) {
-        if let Some(cell) = self.cell(Block { level: 0, place: page.get() }) {
+        if let Some(cell) = self.tables.get(index(page.get())).map(StateCell::new) {
             let before = cell.drop_pin();
             debug_assert!(before.pins() > 0, "{page:?}: {before:?}");
             if before.phase() == Phase::Draining {

@@ -2,13 +2,14 @@
 //!
 //! Words are changed without a lock, so a sleeper could miss the change that it sleeps for. It says
 //! that it is there first and looks second; whoever changes a word looks for sleepers afterwards. With a
-//! fence between the two on either side, one of them sees the other.
+//! [`Barrier`] between the two, one of them sees the other; sleepers pay for it.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use super::barrier::Barrier;
 use super::flaw::{Flaw, seeded};
-use crate::sync::{Arc, AtomicU64, Condvar, Mutex, fence};
+use crate::sync::{Arc, AtomicU64, Condvar, Mutex};
 
 /// Those who sleep.
 #[derive(Debug)]
@@ -16,7 +17,11 @@ pub struct Waiters {
     nr_waiting: AtomicU64,
     lock: Mutex<()>,
     changed: Condvar,
+    barrier: Barrier,
 }
+
+/// How long a sleeper sleeps who cannot rely on being woken.
+const NAP: Duration = Duration::from_millis(1);
 
 /// How a wait ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,16 +35,21 @@ pub(super) enum Waited {
 impl Waiters {
     /// Nobody sleeps.
     pub fn new() -> Self {
-        Self { nr_waiting: AtomicU64::new(0), lock: Mutex::new(()), changed: Condvar::new() }
+        Self {
+            nr_waiting: AtomicU64::new(0),
+            lock: Mutex::new(()),
+            changed: Condvar::new(),
+            barrier: Barrier::new(),
+        }
     }
 
     /// Lets those who sleep look again. To be called after the change that they may sleep for.
+    #[inline]
     pub fn wake(&self) {
         if seeded(Flaw::WakesNobody) {
             return;
         }
-        // SeqCst: pairs with the fence in `sleep_while`.
-        fence(Ordering::SeqCst);
+        self.barrier.light();
         // Relaxed: pairs with nothing; the fence has ordered it after the change.
         if self.nr_waiting.load(Ordering::Relaxed) > 0 {
             // Whoever has looked already and does not sleep yet holds the lock.
@@ -52,15 +62,19 @@ impl Waiters {
     pub(super) fn sleep_while(&self, wait: &Wait, mut busy: impl FnMut() -> bool) -> Waited {
         // Relaxed: the fence orders it before the look.
         self.nr_waiting.fetch_add(1, Ordering::Relaxed);
-        // SeqCst: pairs with the fence in `wake`.
-        fence(Ordering::SeqCst);
+        // Should the kernel refuse the barrier by now, nobody can be relied on to wake us.
+        let woken = self.barrier.heavy();
         let mut lock = self.lock.lock();
         let waited = loop {
             if !busy() {
                 break Waited::Over;
             }
             match wait.left() {
-                Ok(deadline) => lock = self.changed.wait_until(lock, deadline),
+                Ok(deadline) if woken => lock = self.changed.wait_until(lock, deadline),
+                Ok(_) => {
+                    let soon = Instant::now() + NAP;
+                    lock = self.changed.wait_until(lock, Some(soon));
+                }
                 Err(ended) => break ended,
             }
         };

@@ -15,8 +15,7 @@ const WORDS_PER_PAGE: usize = PAGE_BYTES / WORD_BYTES;
 
 #[derive(Debug)]
 pub(super) struct Memory {
-    /// None where there are no words at all.
-    map: Option<Mapping>,
+    map: Mapping,
     len: usize,
 }
 
@@ -27,22 +26,20 @@ impl Words {
     /// [`ErrorKind::Exhausted`](crate::error::ErrorKind::Exhausted) if there are no addresses, or
     /// if the host promises no more memory than it has (`vm.overcommit_memory` 2).
     pub(crate) fn new(len: usize) -> Result<Self, Error> {
-        let map = match len {
-            0 => None,
-            _ => {
-                let bytes = (len as u64).checked_mul(WORD_BYTES as u64).ok_or_else(exhausted)?;
-                let bytes = ByteSize::from_bytes(bytes);
-                Some(Mapping::of_zeroes(Op::CreateObject, bytes).map_err(|_| exhausted())?)
-            }
-        };
+        // A mapping has a byte at least.
+        let bytes = (len.max(1) as u64).checked_mul(WORD_BYTES as u64).ok_or_else(exhausted)?;
+        let map = Mapping::of_zeroes(Op::CreateObject, ByteSize::from_bytes(bytes));
+        let map = map.map_err(|_| exhausted())?;
         Ok(Self(Memory { map, len }))
     }
 
     /// The word at this place.
     #[inline]
     pub(crate) fn get(&self, place: usize) -> Option<&AtomicU64> {
-        let map = self.0.map.as_ref().filter(|_| place < self.0.len)?;
-        let word = map.base().cast::<u64>().as_ptr().wrapping_add(place);
+        if place >= self.0.len {
+            return None;
+        }
+        let word = self.0.map.base().cast::<u64>().as_ptr().wrapping_add(place);
         // SAFETY: 1. aligned: a mapping begins at a page. 2. valid for reads and writes as long
         // as `self` is borrowed: the mapping is anonymous, writable, ours until it is dropped, and
         // `place` has been checked. 3. nobody makes an access there that is not atomic, and the
@@ -56,7 +53,6 @@ impl Words {
     /// # Errors
     /// [`ErrorKind::Os`](crate::error::ErrorKind::Os). Some may be zero then.
     pub(crate) fn give_back(&self, places: Range<usize>) -> Result<(), Error> {
-        let Some(map) = self.0.map.as_ref() else { return Ok(()) };
         let end = places.end.min(self.0.len);
         let first = places.start.next_multiple_of(WORDS_PER_PAGE).min(end);
         let last = (end - end % WORDS_PER_PAGE).max(first);
@@ -66,7 +62,7 @@ impl Words {
         }
         match first..last {
             pages if pages.is_empty() => Ok(()),
-            pages => map.discard(pages.start * WORD_BYTES, pages.len() * WORD_BYTES),
+            pages => self.0.map.discard(pages.start * WORD_BYTES, pages.len() * WORD_BYTES),
         }
     }
 }

@@ -1,0 +1,373 @@
+//! What state costs: `cargo bench --bench state -- [--quick] [PART OF A ROW'S NAME]`.
+//!
+//! Each row measures ours and a peer in the same process, turn by turn, and prints medians:
+//! `row NAME ours=NS peer=PEERNAME peer_ns=NS ratio=R`. Everything is measured from outside, through the
+//! public interface. design/benchmarks.md says what the rows mean and has figures.
+
+mod harness;
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Barrier, mpsc};
+use std::time::{Duration, Instant};
+
+use gmem::addr::{ByteSize, Offset, Pgoff};
+use gmem::error::Error;
+use gmem::range::PgoffRange;
+use gmem::{
+    ArenaBacking, ContentPolicy, ConvertOptions, FolioPool, GuestMemfd, PinMode, Visibility,
+};
+use harness::{Bench, Goal, Random, median, print_row};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
+
+const GIB_PAGES: u64 = 1 << 18;
+
+fn main() -> Outcome<()> {
+    let quick = std::env::args().any(|arg| arg == "--quick");
+    // cargo adds `--bench`.
+    let filter = std::env::args().skip(1).find(|arg| !arg.starts_with("--"));
+    let bench = Bench::new(quick, filter.unwrap_or_default().leak());
+
+    pins(bench)?;
+    accesses(bench)?;
+    uniform_conversions(bench)?;
+    scattered_conversions(bench)?;
+    threads(bench)
+}
+
+/// Shared memory that nobody has touched, on the heap.
+fn shared(nr_pages: u64) -> Result<GuestMemfd, Error> {
+    let size = ByteSize::from_pages(nr_pages);
+    let pool = FolioPool::new(ArenaBacking::Heap, size)?;
+    GuestMemfd::builder(size).initial(Visibility::Shared).create(&pool)
+}
+
+fn page(at: u64) -> Result<PgoffRange, Error> {
+    PgoffRange::single(Pgoff::new(at))
+}
+
+fn both_ways(memfd: &GuestMemfd, range: PgoffRange) -> Result<u64, Error> {
+    let there = memfd.convert(range, Visibility::Private, ContentPolicy::Preserve)?;
+    let back = memfd.convert(range, Visibility::Shared, ContentPolicy::Preserve)?;
+    Ok(there.changed_pages() + back.changed_pages())
+}
+
+/// One exchange of a word of the peer's.
+fn bare_cas(word: &AtomicU64, from: u64, to: u64) -> bool {
+    // Relaxed: the peer is the bare instruction.
+    word.compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+}
+
+fn bare_words(nr_words: u64) -> Vec<AtomicU64> {
+    (0..nr_words).map(|_| AtomicU64::new(0)).collect()
+}
+
+fn pins(bench: Bench) -> Outcome<()> {
+    if !bench.wants_any(&["pin_unpin_4k", "pin_unpin_2m_uniform", "pin_unpin_2m_split"]) {
+        return Ok(());
+    }
+    let memfd = shared(2048)?;
+    let owner = memfd.register_owner("bench")?;
+    // Something else is pinned in the same block, so that the page has a word of its own.
+    let _other = memfd.pin(page(8)?, owner, PinMode::Counted)?;
+    let range = page(7)?;
+    let word = AtomicU64::new(0);
+    bench.row(
+        "pin_unpin_4k",
+        "two_bare_rmw",
+        Goal::AtMost(1.3),
+        || memfd.pin(range, owner, PinMode::Counted).map(drop),
+        // Relaxed: the peer is the bare instruction.
+        || word.fetch_add(1, Ordering::Relaxed) + word.fetch_sub(1, Ordering::Relaxed),
+    );
+    let whole = PgoffRange::new(Pgoff::new(1024), 512)?;
+    bench.row(
+        "pin_unpin_2m_uniform",
+        "two_bare_rmw",
+        Goal::None,
+        || memfd.pin(whole, owner, PinMode::Counted).map(drop),
+        // Relaxed: the peer is the bare instruction.
+        || word.fetch_add(1, Ordering::Relaxed) + word.fetch_sub(1, Ordering::Relaxed),
+    );
+    let split = PgoffRange::new(Pgoff::new(0), 512)?;
+    bench.slower(100).row(
+        "pin_unpin_2m_split",
+        "1024_bare_rmw",
+        Goal::None,
+        || memfd.pin(split, owner, PinMode::Counted).map(drop),
+        || {
+            for _ in 0..512 {
+                // Relaxed: the peer is the bare instruction.
+                word.fetch_add(1, Ordering::Relaxed);
+                word.fetch_sub(1, Ordering::Relaxed);
+            }
+        },
+    );
+    Ok(())
+}
+
+fn accesses(bench: Bench) -> Outcome<()> {
+    if !bench.wants_any(&["access_8b", "access_8b_uniform"]) {
+        return Ok(());
+    }
+    let size = ByteSize::from_mib(8);
+    let pool = FolioPool::new(ArenaBacking::Memfd, size)?;
+    let memfd = GuestMemfd::builder(size).initial(Visibility::Shared).create(&pool)?;
+    memfd.allocate(memfd.pages())?;
+    // The page has been pinned, so it has a word of its own.
+    let owner = memfd.register_owner("bench")?;
+    drop(memfd.pin(page(1)?, owner, PinMode::Counted)?);
+    let size = size.get() as usize;
+    let plain: GuestMemoryMmap<()> = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), size)])?;
+    plain.write_obj(0u64, GuestAddress(4096))?;
+    let view = match memfd.map_view() {
+        Ok(view) => view,
+        Err(error) => {
+            println!("# access_8b is NOT MEASURED: no view, {error}");
+            return Ok(());
+        }
+    };
+    let mut buf = [0; 8];
+    // A page with a word of its own, and one in a block that has one word.
+    for (name, at) in [("access_8b", 4096), ("access_8b_uniform", 6 << 20)] {
+        bench.row(
+            name,
+            "vm_memory_read_obj",
+            Goal::AtMost(1.0),
+            || view.read(Offset::new(at), &mut buf),
+            || plain.read_obj::<u64>(GuestAddress(at)),
+        );
+    }
+    Ok(())
+}
+
+fn uniform_2m(bench: Bench, memfd: &GuestMemfd, suffix: &str, goal: Goal) -> Outcome<()> {
+    let words = bare_words(512);
+    let huge = PgoffRange::new(Pgoff::new(512), 512)?;
+    bench.slower(10).row(
+        &format!("convert_2m_uniform{suffix}"),
+        "1024_bare_cas",
+        goal,
+        || both_ways(memfd, huge),
+        || [(0, 1), (1, 0)].map(|(from, to)| words.iter().all(|word| bare_cas(word, from, to))),
+    );
+    Ok(())
+}
+
+fn uniform_conversions(bench: Bench) -> Outcome<()> {
+    if !bench.wants_any(&[
+        "convert_1g_uniform",
+        "convert_2m_uniform",
+        "convert_2m_uniform_beside_a_reader",
+    ]) {
+        return Ok(());
+    }
+    let memfd = &shared(GIB_PAGES)?;
+    let words = bare_words(GIB_PAGES);
+    bench.slower(4_000).ours_per_peer(4_000).row(
+        "convert_1g_uniform",
+        "524288_bare_cas",
+        Goal::AtMost(0.0002),
+        || both_ways(memfd, memfd.pages()),
+        || [(0, 1), (1, 0)].map(|(from, to)| words.iter().all(|word| bare_cas(word, from, to))),
+    );
+    // A part of it differs, so that the rest is made of blocks of 2 MiB.
+    let _ = memfd.convert(page(0)?, Visibility::Private, ContentPolicy::Preserve)?;
+    uniform_2m(bench, memfd, "", Goal::AtMost(0.05))?;
+    beside_a_reader(|| uniform_2m(bench, memfd, "_beside_a_reader", Goal::None))
+}
+
+fn metadata(bench: Bench, memfd: &GuestMemfd) -> Outcome<()> {
+    let struct_pages = (GIB_PAGES * 64) as f64;
+    let row = |name, bytes: ByteSize, goal: f64| {
+        let (bytes, goal) = (bytes.get() as f64, goal / struct_pages);
+        print_row(
+            name,
+            bytes,
+            "struct_page_bytes",
+            struct_pages,
+            bytes / struct_pages,
+            Goal::AtMost(goal),
+        );
+    };
+    row("metadata_uniform", memfd.stat().metadata, 64.0);
+    let rss_before = anonymous_memory()?;
+    for at in (0..GIB_PAGES).step_by(2) {
+        let _ = memfd.convert(page(at)?, Visibility::Private, ContentPolicy::Preserve)?;
+    }
+    row("metadata_all_different", memfd.stat().metadata, 2.2 * 1024.0 * 1024.0);
+    let grown = anonymous_memory()?.saturating_sub(rss_before);
+    println!(
+        "# metadata_all_different: the kernel says that the process has grown by {grown} bytes"
+    );
+    Ok(())
+}
+
+/// What the process has of anonymous memory, and of page tables for it, in bytes.
+fn anonymous_memory() -> Outcome<u64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let kib = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok())
+            .ok_or("no such line")
+    };
+    Ok((kib("RssAnon:")? + kib("VmPTE:")?) * 1024)
+}
+
+fn scattered_conversions(bench: Bench) -> Outcome<()> {
+    if !bench.wants_any(&[
+        "metadata_uniform",
+        "metadata_all_different",
+        "convert_4k_random",
+        "convert_scattered",
+        "convert_4k_random_beside_a_reader",
+        "convert_scattered_beside_a_reader",
+    ]) {
+        return Ok(());
+    }
+    let memfd = shared(GIB_PAGES)?;
+    metadata(bench, &memfd)?;
+    scattered(bench, &memfd, "")?;
+    beside_a_reader(|| scattered(bench, &memfd, "_beside_a_reader"))
+}
+
+/// The object's pages have words of their own, all of them.
+fn scattered(bench: Bench, memfd: &GuestMemfd, suffix: &str) -> Outcome<()> {
+    let words = bare_words(GIB_PAGES);
+    let (mut ours, mut theirs) = (Random::new(), Random::new());
+    let goal = |goal| if suffix.is_empty() { goal } else { Goal::None };
+    bench.row(
+        &format!("convert_4k_random{suffix}"),
+        "two_bare_cas",
+        goal(Goal::AtMost(4.0)),
+        || {
+            // Each other page is private.
+            let at = page(ours.below(GIB_PAGES) | 1)?;
+            both_ways(memfd, at)
+        },
+        || {
+            let word = &words[(theirs.below(GIB_PAGES) | 1) as usize];
+            bare_cas(word, 0, 1) && bare_cas(word, 1, 0)
+        },
+    );
+
+    let mut random = Random::new();
+    let pages: Result<Vec<_>, _> = (0..1024).map(|_| page(random.below(GIB_PAGES) | 1)).collect();
+    let mut pages = pages?;
+    pages.sort_by_key(PgoffRange::start);
+    pages.dedup();
+    let mut shuffled = pages.clone();
+    for at in (1..shuffled.len()).rev() {
+        shuffled.swap(at, random.below(at as u64 + 1) as usize);
+    }
+    let options = ConvertOptions::default();
+    bench.slower(400).row(
+        &format!("convert_scattered{suffix}"),
+        "single_calls",
+        Goal::AtMost(0.7),
+        || -> Result<u64, Error> {
+            let there = memfd.convert_ranges(&shuffled, Visibility::Private, &options)?;
+            let back = memfd.convert_ranges(&shuffled, Visibility::Shared, &options)?;
+            Ok(there.changed_pages() + back.changed_pages())
+        },
+        || -> Result<(), Error> {
+            for to in [Visibility::Private, Visibility::Shared] {
+                for &page in &shuffled {
+                    let _ = memfd.convert(page, to, ContentPolicy::Preserve)?;
+                }
+            }
+            Ok(())
+        },
+    );
+    Ok(())
+}
+
+/// Runs `rows` while another thread reads guest memory all the time, as vCPU and device threads do: then
+/// a grace period is a system call that interrupts the other core.
+fn beside_a_reader(rows: impl FnOnce() -> Outcome<()>) -> Outcome<()> {
+    let memfd = shared(512)?;
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let (entered, ready) = mpsc::channel();
+        let (memfd, stop) = (&memfd, &stop);
+        scope.spawn(move || {
+            let mut buf = [0; 8];
+            let mut outcome = memfd.read(Offset::new(0), &mut buf);
+            let _ = entered.send(());
+            // Relaxed: pairs with nothing; it ends a loop.
+            while outcome.is_ok() && !stop.load(Ordering::Relaxed) {
+                outcome = memfd.read(Offset::new(0), &mut buf);
+            }
+            outcome.expect("shared memory can be read");
+        });
+        let outcome = ready.recv().map_err(Into::into).and_then(|()| rows());
+        // Relaxed: as above.
+        stop.store(true, Ordering::Relaxed);
+        outcome
+    })
+}
+
+/// How much more two threads do than one.
+fn threads(bench: Bench) -> Outcome<()> {
+    if !bench.wants_any(&["threads_2", "threads_2_bare_rmw"]) {
+        return Ok(());
+    }
+    let memfd = shared(2048)?;
+    let owner = memfd.register_owner("bench")?;
+    let others: Result<Vec<_>, Error> =
+        [8, 520].into_iter().map(|at| memfd.pin(page(at)?, owner, PinMode::Counted)).collect();
+    let _others = others?;
+    let words: Vec<_> = bare_words(64);
+    speedup(bench, "threads_2", "one_thread", Goal::AtLeast(1.8), |thread, nr_calls| {
+        let range = page(7 + 512 * thread).expect("a page");
+        for _ in 0..nr_calls {
+            drop(memfd.pin(range, owner, PinMode::Counted).expect("a pin"));
+        }
+    });
+    // What the machine has to give: nothing is shared but the caches' wires.
+    speedup(bench, "threads_2_bare_rmw", "one_thread", Goal::None, |thread, nr_calls| {
+        let word = &words[32 * thread as usize];
+        for _ in 0..nr_calls {
+            // Relaxed: the peer is the bare instruction.
+            word.fetch_add(1, Ordering::Relaxed);
+            word.fetch_sub(1, Ordering::Relaxed);
+        }
+    });
+    Ok(())
+}
+
+/// Prints how long a call takes with two threads at it and with one, and how many times as fast two are.
+fn speedup(bench: Bench, name: &str, peer: &str, goal: Goal, work: impl Fn(u64, u32) + Sync) {
+    if !bench.wants(name) {
+        return;
+    }
+    let nr_calls = bench.calls_per_run() * 50;
+    let time = |nr_threads: u64| {
+        let barrier = Barrier::new(nr_threads as usize);
+        let run = |thread| {
+            barrier.wait();
+            let start = Instant::now();
+            work(thread, nr_calls);
+            start.elapsed()
+        };
+        let longest: Duration = std::thread::scope(|scope| {
+            let run = &run;
+            let threads: Vec<_> =
+                (0..nr_threads).map(|thread| scope.spawn(move || run(thread))).collect();
+            threads
+                .into_iter()
+                .map(|thread| thread.join().expect("no panic"))
+                .max()
+                .unwrap_or_default()
+        });
+        longest.as_nanos() as f64 / (f64::from(nr_calls) * nr_threads as f64)
+    };
+    let (mut two, mut one) = (Vec::new(), Vec::new());
+    for _ in 0..bench.runs() {
+        two.push(time(2));
+        one.push(time(1));
+    }
+    let (two, one) = (median(two), median(one));
+    print_row(name, two, peer, one, one / two, goal);
+}
