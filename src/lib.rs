@@ -58,7 +58,7 @@ mod sync;
 #[cfg(feature = "vm-memory")]
 pub mod vm_memory;
 
-#[cfg(all(loom, feature = "loom"))]
+#[cfg(any(feature = "oracle", all(loom, feature = "loom")))]
 #[doc(hidden)]
 pub use crate::state::modelled;
 

@@ -5,6 +5,7 @@
 //! public interface. design/benchmarks.md says what the rows mean and has figures.
 
 mod harness;
+mod state_only;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Barrier, mpsc};
@@ -17,6 +18,7 @@ use gmem::{
     ArenaBacking, ContentPolicy, ConvertOptions, FolioPool, GuestMemfd, PinMode, Visibility,
 };
 use harness::{Bench, Goal, Random, median, print_row};
+use state_only::StateOnly;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
@@ -142,58 +144,72 @@ fn accesses(bench: Bench) -> Outcome<()> {
     Ok(())
 }
 
-fn uniform_2m(bench: Bench, memfd: &GuestMemfd, suffix: &str, goal: Goal) -> Outcome<()> {
-    let words = bare_words(512);
-    let huge = PgoffRange::new(Pgoff::new(512), 512)?;
-    bench.slower(10).row(
-        &format!("convert_2m_uniform{suffix}"),
-        "1024_bare_cas",
-        goal,
-        || both_ways(memfd, huge),
-        || [(0, 1), (1, 0)].map(|(from, to)| words.iter().all(|word| bare_cas(word, from, to))),
-    );
-    Ok(())
-}
-
+/// The rows of state alone, and the same through the object's own calls.
 fn uniform_conversions(bench: Bench) -> Outcome<()> {
-    if !bench.wants_any(&[
-        "convert_1g_uniform",
-        "convert_2m_uniform",
-        "convert_2m_uniform_beside_a_reader",
-    ]) {
+    if !bench.wants_any(&["convert_1g_uniform", "convert_2m_uniform", "convert_2m_uniform_object"])
+    {
         return Ok(());
     }
-    let memfd = &shared(GIB_PAGES)?;
     let words = bare_words(GIB_PAGES);
+    let all = PgoffRange::new(Pgoff::new(0), GIB_PAGES)?;
+    let state = StateOnly::new(all)?;
     bench.slower(4_000).ours_per_peer(4_000).row(
         "convert_1g_uniform",
         "524288_bare_cas",
         Goal::AtMost(0.0002),
-        || both_ways(memfd, memfd.pages()),
-        || [(0, 1), (1, 0)].map(|(from, to)| words.iter().all(|word| bare_cas(word, from, to))),
+        || state.both_ways(&[all]),
+        || cas_both_ways(&words),
     );
     // A part of it differs, so that the rest is made of blocks of 2 MiB.
+    state.convert(&[page(0)?], Visibility::Private);
+    let huge = PgoffRange::new(Pgoff::new(512), 512)?;
+    bench.slower(10).row(
+        "convert_2m_uniform",
+        "1024_bare_cas",
+        Goal::AtMost(0.05),
+        || state.both_ways(&[huge]),
+        || cas_both_ways(&words[..512]),
+    );
+
+    let memfd = shared(2048)?;
     let _ = memfd.convert(page(0)?, Visibility::Private, ContentPolicy::Preserve)?;
-    uniform_2m(bench, memfd, "", Goal::AtMost(0.05))?;
-    beside_a_reader(|| uniform_2m(bench, memfd, "_beside_a_reader", Goal::None))
+    for (name, suffix) in
+        [("convert_2m_uniform_object", ""), ("convert_2m_uniform_object", "_beside_a_reader")]
+    {
+        let name = format!("{name}{suffix}");
+        let row = || {
+            bench.slower(10).row(
+                &name,
+                "1024_bare_cas",
+                Goal::None,
+                || both_ways(&memfd, huge),
+                || cas_both_ways(&words[..512]),
+            );
+            Ok(())
+        };
+        if suffix.is_empty() { row()? } else { beside_a_reader(row)? }
+    }
+    Ok(())
+}
+
+fn cas_both_ways(words: &[AtomicU64]) -> bool {
+    let turned = |from, to| words.iter().all(|word| bare_cas(word, from, to));
+    turned(0, 1) && turned(1, 0)
 }
 
 fn metadata(bench: Bench, memfd: &GuestMemfd) -> Outcome<()> {
     let struct_pages = (GIB_PAGES * 64) as f64;
+    let nr_gib = memfd.pages().nr_pages() as f64 / GIB_PAGES as f64;
     let row = |name, bytes: ByteSize, goal: f64| {
-        let (bytes, goal) = (bytes.get() as f64, goal / struct_pages);
-        print_row(
-            name,
-            bytes,
-            "struct_page_bytes",
-            struct_pages,
-            bytes / struct_pages,
-            Goal::AtMost(goal),
-        );
+        let (bytes, goal) = (bytes.get() as f64 / nr_gib, Goal::AtMost(goal / struct_pages));
+        if bench.wants(name) {
+            let ratio = bytes / struct_pages;
+            print_row(name, bytes, "struct_page_bytes", struct_pages, ratio, goal);
+        }
     };
     row("metadata_uniform", memfd.stat().metadata, 64.0);
     let rss_before = anonymous_memory()?;
-    for at in (0..GIB_PAGES).step_by(2) {
+    for at in (0..memfd.pages().nr_pages()).step_by(2) {
         let _ = memfd.convert(page(at)?, Visibility::Private, ContentPolicy::Preserve)?;
     }
     row("metadata_all_different", memfd.stat().metadata, 2.2 * 1024.0 * 1024.0);
@@ -221,39 +237,85 @@ fn scattered_conversions(bench: Bench) -> Outcome<()> {
         "metadata_all_different",
         "convert_4k_random",
         "convert_scattered",
-        "convert_4k_random_beside_a_reader",
+        "convert_4k_random_object_beside_a_reader",
         "convert_scattered_beside_a_reader",
     ]) {
         return Ok(());
     }
-    let memfd = shared(GIB_PAGES)?;
+    let memfd = shared(4 * GIB_PAGES)?;
     metadata(bench, &memfd)?;
+    random_pages(bench)?;
     scattered(bench, &memfd, "")?;
     beside_a_reader(|| scattered(bench, &memfd, "_beside_a_reader"))
 }
 
+/// State alone, where every page has a word of its own.
+fn random_pages(bench: Bench) -> Outcome<()> {
+    if !bench.wants("convert_4k_random") {
+        return Ok(());
+    }
+    let all = PgoffRange::new(Pgoff::new(0), 4 * GIB_PAGES)?;
+    let state = StateOnly::new(all)?;
+    for at in (0..all.nr_pages()).step_by(2) {
+        state.convert(&[page(at)?], Visibility::Private);
+    }
+    let words = bare_words(all.nr_pages());
+    let (mut ours, mut theirs) = (Random::new(), Random::new());
+    bench.row(
+        "convert_4k_random",
+        "two_bare_cas",
+        Goal::AtMost(4.0),
+        || page(ours.below(all.nr_pages()) | 1).map(|at| state.both_ways(&[at])),
+        || {
+            // A word for each way. Most are one by now; an exchange that fails costs the same.
+            let [there, back] = [(); 2].map(|()| &words[theirs.below(all.nr_pages()) as usize | 1]);
+            bare_cas(there, 0, 1) | bare_cas(back, 0, 1)
+        },
+    );
+    // The same when each call has to wait for the one before: how long one takes, where the row above
+    // says how many a core gets done, for the peer's next exchange begins before the last one ends.
+    let (mut our_last, mut their_last) = (0, 0);
+    bench.row(
+        "convert_4k_random_in_turn",
+        "two_bare_cas_in_turn",
+        Goal::None,
+        || {
+            let at = (ours.below(all.nr_pages() - 2) + our_last) | 1;
+            page(at).map(|at| our_last = state.both_ways(&[at]) & 2)
+        },
+        || {
+            for _ in 0..2 {
+                let at = (theirs.below(all.nr_pages() - 2) + their_last) | 1;
+                their_last = u64::from(bare_cas(&words[at as usize], 0, 1)) * 2;
+            }
+        },
+    );
+    Ok(())
+}
+
 /// The object's pages have words of their own, all of them.
 fn scattered(bench: Bench, memfd: &GuestMemfd, suffix: &str) -> Outcome<()> {
-    let words = bare_words(GIB_PAGES);
+    let nr_pages = memfd.pages().nr_pages();
+    let words = bare_words(nr_pages);
     let (mut ours, mut theirs) = (Random::new(), Random::new());
-    let goal = |goal| if suffix.is_empty() { goal } else { Goal::None };
     bench.row(
-        &format!("convert_4k_random{suffix}"),
+        &format!("convert_4k_random_object{suffix}"),
         "two_bare_cas",
-        goal(Goal::AtMost(4.0)),
+        Goal::None,
         || {
             // Each other page is private.
-            let at = page(ours.below(GIB_PAGES) | 1)?;
+            let at = page(ours.below(nr_pages) | 1)?;
             both_ways(memfd, at)
         },
         || {
-            let word = &words[(theirs.below(GIB_PAGES) | 1) as usize];
-            bare_cas(word, 0, 1) && bare_cas(word, 1, 0)
+            // A word for each way. From one to zero would fail on most, and cost the same.
+            let [there, back] = [(); 2].map(|()| &words[(theirs.below(nr_pages) | 1) as usize]);
+            bare_cas(there, 0, 1) | bare_cas(back, 0, 1)
         },
     );
 
     let mut random = Random::new();
-    let pages: Result<Vec<_>, _> = (0..1024).map(|_| page(random.below(GIB_PAGES) | 1)).collect();
+    let pages: Result<Vec<_>, _> = (0..1024).map(|_| page(random.below(nr_pages) | 1)).collect();
     let mut pages = pages?;
     pages.sort_by_key(PgoffRange::start);
     pages.dedup();
@@ -287,6 +349,7 @@ fn scattered(bench: Bench, memfd: &GuestMemfd, suffix: &str) -> Outcome<()> {
 /// a grace period is a system call that interrupts the other core.
 fn beside_a_reader(rows: impl FnOnce() -> Outcome<()>) -> Outcome<()> {
     let memfd = shared(512)?;
+    memfd.allocate(memfd.pages())?;
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let (entered, ready) = mpsc::channel();

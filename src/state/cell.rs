@@ -7,7 +7,7 @@ use crate::sync::AtomicU64;
 
 /// The word of one block, where it lies in memory.
 #[derive(Clone, Copy, Debug)]
-pub struct StateCell<'a>(&'a AtomicU64);
+pub(super) struct StateCell<'a>(&'a AtomicU64);
 
 impl<'a> StateCell<'a> {
     pub(super) fn new(bits: &'a AtomicU64) -> Self {
@@ -16,7 +16,7 @@ impl<'a> StateCell<'a> {
 
     /// The word as it is now.
     #[inline]
-    pub fn load(self) -> Word {
+    pub(super) fn load(self) -> Word {
         // Acquire: pairs with the Release of `replace` and `set`. Whoever sees a published word sees the
         // bytes that the converter prepared, and everything that the holders before it did. On the
         // way down, whoever sees a split sees the parts at least as new as it found them.
@@ -35,7 +35,7 @@ impl<'a> StateCell<'a> {
     /// # Errors
     /// It is not.
     #[inline]
-    pub fn replace(self, found: Word, next: Word) -> Result<(), Changed> {
+    pub(super) fn replace(self, found: Word, next: Word) -> Result<(), Changed> {
         // Release: pairs with the Acquire of `load` and of the next `replace`. A pin that is dropped
         // hands its holder's accesses to the freeze that follows; a publish hands the converter's
         // work to the next pin. Acquire: pairs with the same Release, so that a freeze comes after all
@@ -46,8 +46,9 @@ impl<'a> StateCell<'a> {
             .map_or(Err(Changed), |_| Ok(()))
     }
 
-    /// Writes a word that nobody else may change: that of a split block all of whose parts the
-    /// caller has frozen.
+    /// Writes a word that nobody else may change: one that the caller has frozen, or that of a split
+    /// block all of whose parts it has frozen.
+    #[inline]
     pub(super) fn set(self, next: Word) {
         // Release: pairs with the Acquire of `load`, as a publish by `replace` does.
         self.0.store(next.bits(), Ordering::Release);
@@ -63,7 +64,7 @@ impl<'a> StateCell<'a> {
 
 /// Somebody else was faster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Changed;
+pub(super) struct Changed;
 
 /// A number for people, and for the trim that counts tables.
 #[derive(Debug)]

@@ -20,7 +20,7 @@ use crate::sync::{Arc, AtomicU64, Mutex, relax};
 /// On a cache line of its own: its owner writes it at every access.
 #[derive(Debug)]
 #[repr(align(128))]
-pub struct Slot(AtomicU64);
+struct Slot(AtomicU64);
 
 /// All readers that a converter may have to wait for.
 #[derive(Debug)]
@@ -88,6 +88,12 @@ impl Domain {
             }
         }
         true
+    }
+}
+
+impl Default for Domain {
+    fn default() -> Self {
+        Self::new()
     }
 }
 

@@ -1,5 +1,10 @@
 //! Mistakes that a model seeds to show that it would notice them.
 
+#![cfg_attr(
+    not(all(loom, feature = "loom")),
+    expect(unreachable_pub, reason = "public for the models, and only in their build")
+)]
+
 /// A mistake in the protocol of the tree. Each was made in earnest by some variant of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flaw {

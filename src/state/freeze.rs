@@ -110,6 +110,11 @@ impl Tree {
         wanted: Wanted,
         wait: &Wait,
     ) -> Result<Frozen<'_>, Stop> {
+        if let [range] = *ranges {
+            if let Some(frozen) = self.freeze_block(reader, range, wanted) {
+                return Ok(frozen);
+            }
+        }
         loop {
             match self.freeze_once(reader, ranges, wanted, wait) {
                 Ok(frozen) => return Ok(frozen),
@@ -117,6 +122,21 @@ impl Tree {
                 Err(Outcome::GaveWay(refused)) => self.await_settled(wait, refused.page)?,
             }
         }
+    }
+
+    /// Freezes a range that is one block and can be frozen at once, as most can. `None`: it is something
+    /// else, or is refused, and nothing has been done.
+    fn freeze_block(
+        &self,
+        reader: &Reader,
+        range: PgoffRange,
+        wanted: Wanted,
+    ) -> Option<Frozen<'_>> {
+        let _section = reader.enter();
+        let spot = self.locate(range.start()).filter(|spot| spot.pages == range)?;
+        let frozen = spot.word.freeze().ok().filter(|_| !wanted.spares(spot.word))?;
+        self.write(&spot, frozen).ok()?;
+        Some(Frozen::of_block(self, spot.block, range))
     }
 
     fn freeze_once(

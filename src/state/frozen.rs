@@ -1,13 +1,13 @@
 //! What a conversion or a hole punch holds, and how it gives it back.
 
-use smallvec::{SmallVec, smallvec};
+use smallvec::SmallVec;
 
 use super::epoch::Reader;
 use super::flaw::{Flaw, seeded};
 use super::rules::Refusal;
 use super::shape::Block;
 use super::tree::{Stop, Tree};
-use super::word::{Visibility, Word};
+use super::word::{Phase, Visibility, Word};
 use crate::addr::Pgoff;
 use crate::failpoint::{FailPoint, fails};
 use crate::range::PgoffRange;
@@ -45,7 +45,7 @@ impl Holdings {
 
     /// One block, which takes no memory.
     pub(super) fn one(held: Held) -> Self {
-        Self(smallvec![held])
+        Self(SmallVec::from_buf([held]))
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -143,17 +143,18 @@ impl Tree {
         }
     }
 
-    /// The same for one block.
+    /// The same for one block. Nobody else writes a word that is converting or folding, so a store will
+    /// do; from one that is draining others drop their pins.
     fn end_block(&self, block: Block, rule: impl Fn(Word) -> Result<Word, Refusal>) {
         let Some(cell) = self.cell(block) else { return };
         loop {
             let found = cell.load();
-            match rule(found) {
+            let outcome = rule(found);
+            debug_assert!(outcome.is_ok(), "{block:?}: {outcome:?}, found {found:?}");
+            match outcome {
+                Ok(next) if found.phase() != Phase::Draining => break cell.set(next),
                 Ok(next) if cell.replace(found, next).is_err() => {}
-                outcome => {
-                    debug_assert!(outcome.is_ok(), "{block:?}: {outcome:?}, found {found:?}");
-                    break;
-                }
+                Ok(_) | Err(_) => break,
             }
         }
     }
@@ -205,6 +206,12 @@ impl<'t> Frozen<'t> {
                 Err(Stop::OutOfMemory)
             }
         }
+    }
+
+    /// One block, which takes no memory.
+    pub(super) fn of_block(tree: &'t Tree, block: Block, pages: PgoffRange) -> Self {
+        let held = Holdings::one(Held { level: block.level, pages, role: Role::Changes });
+        Self { tree, held, runs: Runs::from_buf([pages]), merging: Merging::No }
     }
 
     /// The frozen subpages that change, as runs in ascending order that do not touch.
@@ -268,13 +275,16 @@ impl<'t> Frozen<'t> {
             let (run, behind) = rest.split_at(nr_joints + 1);
             rest = behind;
             let end = run.last().map_or(Pgoff::new(0), |last| last.pages.end());
-            let mut page = Pgoff::new(0);
+            let mut page = run.first().map_or(Pgoff::new(0), |first| first.pages.start());
+            // Less than a table of pages makes up a block only where the object ends.
+            let is_enough =
+                end.get() - page.get() >= shape.fan_out() || end.get() == shape.nr_pages();
             for held in run {
                 page = page.max(held.pages.start());
                 while page < held.pages.end() {
                     let most = match merging {
-                        Merging::Yes => shape.top(),
-                        Merging::No => held.level,
+                        Merging::Yes if is_enough => shape.top(),
+                        Merging::Yes | Merging::No => held.level,
                     };
                     let fits = |&level: &u32| {
                         let pages = shape.pages_of(shape.block_of(level, page));

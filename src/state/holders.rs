@@ -279,6 +279,12 @@ impl Holders {
     }
 }
 
+impl Default for Holders {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 /// One thread's records.
 ///
 /// It goes round its blocks and takes what it finds free. It does not follow what is cleared, which

@@ -19,8 +19,8 @@
 //! | `flaw` | mistakes that models seed |
 
 #![cfg_attr(
-    not(all(loom, feature = "loom")),
-    expect(unreachable_pub, reason = "public for the loom models, and only in their build")
+    not(any(feature = "oracle", all(loom, feature = "loom"))),
+    expect(unreachable_pub, reason = "public for models and benches, and only in their builds")
 )]
 
 mod barrier;
@@ -45,22 +45,24 @@ pub(crate) use holders::{ObjectId, OwnerId, Record};
 pub(crate) use process::{Local, each_holder, enter_section, waiters, with_local, with_reader};
 pub(crate) use rules::Refusal;
 pub(crate) use shape::Shape;
-pub(crate) use tree::{Counted, Stop, Tree};
+pub(crate) use tree::{Stop, Tree};
 pub use waiting::{CancelToken, Wait};
 pub use word::Visibility;
 pub(crate) use word::{Phase, Word};
 
-/// What the loom models drive: exactly the types that the object uses.
-#[cfg(all(loom, feature = "loom"))]
+/// What the loom models drive, and the benches that measure state alone: exactly the types that the
+/// object uses.
+#[cfg(any(feature = "oracle", all(loom, feature = "loom")))]
 pub mod modelled {
-    pub use super::epoch::{Domain, Reader};
+    pub use super::epoch::{Domain, Reader, Section};
+    #[cfg(all(loom, feature = "loom"))]
     pub use super::flaw::{Flaw, seed};
     pub use super::freeze::Wanted;
     pub use super::frozen::Frozen;
     pub use super::holders::{Holders, ObjectId, OwnerId, Record, Records};
     pub use super::rules::Refusal;
-    pub use super::shape::Shape;
+    pub use super::shape::{Block, Shape};
     pub use super::tree::{Counted, Stop, Tree};
     pub use super::waiting::{CancelToken, Wait, Waiters};
-    pub use super::word::{Phase, Visibility, Word};
+    pub use super::word::{AnyWord, Phase, Visibility, Word};
 }

@@ -275,7 +275,7 @@ impl Tree {
     }
 
     /// Replaces the word of a spot.
-    fn write(&self, spot: &Spot<'_>, next: Word) -> Result<(), Changed> {
+    pub(super) fn write(&self, spot: &Spot<'_>, next: Word) -> Result<(), Changed> {
         if seeded(Flaw::WritesPartsBlindly) && spot.found.stamp() != spot.word.stamp() {
             spot.cell.set(next);
             return Ok(());

@@ -85,6 +85,12 @@ impl Waiters {
     }
 }
 
+impl Default for Waiters {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 /// Ends waits before their time, from another thread. Clones are the same token.
 #[derive(Clone, Debug)]
 pub struct CancelToken {
