@@ -107,11 +107,12 @@ impl Holdings {
     #[must_use]
     pub(super) fn push(&mut self, held: Held) -> bool {
         if let Some(last) = self.0.last_mut() {
-            if (last.level, last.role) == (held.level, held.role) {
-                if let Some(joined) = joined(last.pages, held.pages) {
-                    last.pages = joined;
-                    return true;
-                }
+            let joined = joined(last.pages, held.pages);
+            if let Some(joined) =
+                joined.filter(|_| last.level == held.level && last.role == held.role)
+            {
+                last.pages = joined;
+                return true;
             }
         }
         let room = !fails(FailPoint::Memory) && self.0.try_reserve(1).is_ok();
@@ -123,9 +124,12 @@ impl Holdings {
 }
 
 /// Two ranges as one, if the second begins where the first ends.
+#[inline]
 fn joined(first: PgoffRange, second: PgoffRange) -> Option<PgoffRange> {
-    let nr_pages = first.nr_pages().checked_add(second.nr_pages())?;
-    (first.end() == second.start()).then(|| PgoffRange::new(first.start(), nr_pages).ok())?
+    match first.end() == second.start() {
+        true => first.hull_if_joined(&second),
+        false => None,
+    }
 }
 
 impl Tree {

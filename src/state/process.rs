@@ -58,7 +58,7 @@ pub(crate) fn each_holder(object: ObjectId, seen: impl FnMut(PgoffRange, OwnerId
 pub(crate) fn enter_section() -> ThreadSection {
     match LOCAL.try_with(|local| local.reader.enter_detached()) {
         // The thread's own is there as long as any stack frame of the thread.
-        Ok(section) => ThreadSection { section, temporary: None },
+        Ok(section) => ThreadSection { _section: section, _temporary: None },
         Err(_) => enter_for_once(),
     }
 }
@@ -66,7 +66,7 @@ pub(crate) fn enter_section() -> ThreadSection {
 #[cold]
 fn enter_for_once() -> ThreadSection {
     let reader = Box::new(Domain::register(&DOMAIN));
-    ThreadSection { section: reader.enter_detached(), temporary: Some(reader) }
+    ThreadSection { _section: reader.enter_detached(), _temporary: Some(reader) }
 }
 
 /// Proof that this thread is inside a section.
@@ -74,10 +74,8 @@ fn enter_for_once() -> ThreadSection {
 #[must_use = "the section ends when this is dropped"]
 pub(crate) struct ThreadSection {
     // Dropped first: the section ends before its reader goes.
-    #[expect(dead_code, reason = "held to be dropped")]
-    section: Section<'static>,
-    #[expect(dead_code, reason = "held to be dropped")]
-    temporary: Option<Box<Reader>>,
+    _section: Section<'static>,
+    _temporary: Option<Box<Reader>>,
 }
 
 /// Where everybody sleeps.
@@ -116,7 +114,7 @@ mod tests {
         impl Drop for Late {
             fn drop(&mut self) {
                 let section = enter_section();
-                assert!(section.temporary.is_some());
+                assert!(section._temporary.is_some());
             }
         }
         thread_local!(static LATE: Late = const { Late });

@@ -14,6 +14,7 @@ const ORDERINGS: &[&str] = &[
     "state/barrier.rs",
     "state/cell.rs",
     "state/epoch.rs",
+    "state/holders.rs",
     "state/waiting.rs",
     "folio/map.rs",
 ];
