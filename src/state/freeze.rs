@@ -98,8 +98,8 @@ impl From<Stop> for Outcome {
 }
 
 impl Tree {
-    /// Freezes what is wanted of the ranges, which are in ascending order and do not overlap. What is
-    /// left alone is so in one moment with the freeze.
+    /// Freezes what is wanted of the ranges, which are in ascending order and neither overlap nor touch.
+    /// What is left alone is so in one moment with the freeze.
     ///
     /// # Errors
     /// Where, and what was found: at once, or when there is no more time to wait.
@@ -246,7 +246,9 @@ impl Tree {
             while page < range.end() {
                 let next = held.peek().map_or(range.end(), |next| next.start().min(range.end()));
                 while page < next {
-                    page = self.look_at(reader, freezing, page, range, wanted, wait)?;
+                    // A block may reach beyond the range, to where the next one has begun to be held.
+                    let end = self.look_at(reader, freezing, page, range, wanted, wait)?;
+                    page = end.min(range.end());
                 }
                 if let Some(taken) = held.next_if(|taken| taken.start() == page) {
                     page = taken.end();

@@ -9,14 +9,14 @@ use crate::state::frozen::Frozen;
 use crate::state::waiting::{CancelToken, Wait};
 
 /// A tree, and what it takes to drive it.
-struct World {
-    tree: Tree,
-    reader: Reader,
-    waiters: Arc<Waiters>,
+pub(super) struct World {
+    pub(super) tree: Tree,
+    pub(super) reader: Reader,
+    pub(super) waiters: Arc<Waiters>,
 }
 
 impl World {
-    fn new(shape: Shape, visibility: Visibility) -> Self {
+    pub(super) fn new(shape: Shape, visibility: Visibility) -> Self {
         let waiters = Arc::new(Waiters::new());
         let domain = Arc::new(Domain::new());
         let tree = Tree::new(shape, visibility, &waiters).unwrap();
@@ -55,7 +55,7 @@ impl World {
     }
 }
 
-fn range(start: u64, nr_pages: u64) -> PgoffRange {
+pub(super) fn range(start: u64, nr_pages: u64) -> PgoffRange {
     PgoffRange::new(Pgoff::new(start), nr_pages).unwrap()
 }
 
@@ -271,6 +271,20 @@ fn scattered_ranges_are_frozen_as_one() {
     frozen.release(Visibility::Private);
     let shared = world.tree.spans(range(0, 16)).filter(|(_, word)| word.is_open());
     assert_eq!(shared.map(|(pages, _)| pages.nr_pages()).sum::<u64>(), 10);
+}
+
+/// A block that is left alone may end where the next range begins, and that one is held.
+#[test]
+fn a_second_look_ends_with_its_range() {
+    let world = World::small(8, Visibility::Private);
+    world.convert(range(4, 1), Visibility::Shared).unwrap();
+    let ranges = [range(0, 3), range(4, 1)];
+    for wait in [Wait::never(), Wait::at_most(Duration::from_millis(3))] {
+        let wanted = Wanted::Other(Visibility::Private);
+        let frozen = world.tree.freeze(&world.reader, &ranges, wanted, &wait).unwrap();
+        assert_eq!(frozen.runs(), [range(4, 1)]);
+        frozen.thaw();
+    }
 }
 
 #[test]
