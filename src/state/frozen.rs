@@ -258,15 +258,20 @@ impl<'t> Frozen<'t> {
 
     /// Ends the freeze: the subpages are as before.
     pub fn thaw(mut self) {
-        self.end(Word::thaw);
+        self.end(|_| Word::thaw);
     }
 
-    fn end(&mut self, rule: impl Fn(Word) -> Result<Word, Refusal>) {
+    fn end(&mut self, rule_of: impl Fn(Role) -> fn(Word) -> Result<Word, Refusal>) {
         let held = std::mem::take(&mut self.held);
-        if !held.0.is_empty() {
-            self.tree.end_each(&held, rule);
-            self.tree.waiters().wake();
+        if held.0.is_empty() {
+            return;
         }
+        for held in held.iter() {
+            for block in self.tree.shape().blocks(held.level, held.pages) {
+                self.tree.end_block(block, rule_of(held.role));
+            }
+        }
+        self.tree.waiters().wake();
     }
 
     /// Goes through the held blocks, each with the level of the words that it is held by. Of parts that
@@ -312,6 +317,10 @@ fn touch(pair: &[Held]) -> bool {
 
 impl Drop for Frozen<'_> {
     fn drop(&mut self) {
-        self.end(Word::quarantine);
+        self.end(|role| match role {
+            // Nobody was to change it.
+            Role::Along => Word::thaw,
+            Role::Changes | Role::Drains => Word::quarantine,
+        });
     }
 }
