@@ -431,4 +431,6 @@ impl Tree {
 }
 
 #[cfg(all(test, not(loom)))]
+mod property;
+#[cfg(all(test, not(loom)))]
 mod tests;
