@@ -239,7 +239,8 @@ fn die(signal: c_int, is_fault: bool) {
 }
 
 /// The instructions that may fault, and what follows from their addresses. Each architecture has the
-/// code between the same five labels, and knows where its registers are saved.
+/// code between the same five labels, and knows where its registers are saved. The labels are weak: a
+/// build of the tests may link the library twice, and either copy will do.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod touch {
     use libc::{c_int, c_void, ucontext_t};
@@ -300,8 +301,8 @@ mod arch {
     global_asm!(
         ".pushsection .text.gmem_touch, \"ax\", @progbits",
         // Visible to other objects of this crate, which may not be compiled as one, and to nobody else.
-        ".globl gmem_touch_load, gmem_touch_store",
-        ".globl gmem_touch_begin, gmem_touch_end, gmem_touch_recover",
+        ".weak gmem_touch_load, gmem_touch_store",
+        ".weak gmem_touch_begin, gmem_touch_end, gmem_touch_recover",
         ".hidden gmem_touch_load, gmem_touch_store",
         ".hidden gmem_touch_begin, gmem_touch_end, gmem_touch_recover",
         "gmem_touch_load:",
@@ -341,8 +342,8 @@ mod arch {
     global_asm!(
         ".pushsection .text.gmem_touch, \"ax\", %progbits",
         // Visible to other objects of this crate, which may not be compiled as one, and to nobody else.
-        ".globl gmem_touch_load, gmem_touch_store",
-        ".globl gmem_touch_begin, gmem_touch_end, gmem_touch_recover",
+        ".weak gmem_touch_load, gmem_touch_store",
+        ".weak gmem_touch_begin, gmem_touch_end, gmem_touch_recover",
         ".hidden gmem_touch_load, gmem_touch_store",
         ".hidden gmem_touch_begin, gmem_touch_end, gmem_touch_recover",
         "gmem_touch_load:",
