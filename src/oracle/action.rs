@@ -51,6 +51,8 @@ pub enum Action {
         owner: u8,
         /// How it gets on with other pins.
         mode: PinMode,
+        /// How long it would wait.
+        patience: Patience,
     },
     /// Drops a pin.
     Unpin {
@@ -62,11 +64,22 @@ pub enum Action {
         /// Of which object.
         object: u8,
         /// Which pages.
-        range: RangeClaim,
+        ranges: [RangeClaim; 3],
+        /// How many of the three ranges: mostly one.
+        nr_ranges: u8,
         /// To which side.
         to: Visibility,
         /// What becomes of their bytes.
         content: ContentPolicy,
+        /// How many culprits to name.
+        most_culprits: u8,
+        /// How long it would wait.
+        patience: Patience,
+    },
+    /// Makes the words of state as few as they can be.
+    Trim {
+        /// Of which object.
+        object: u8,
     },
     /// Copies bytes out.
     Read {
@@ -145,6 +158,17 @@ impl Action {
         }
         actions
     }
+}
+
+/// How long an action would wait. There is one thread, so nothing that it waits for comes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Patience {
+    /// Not at all.
+    None,
+    /// Until now.
+    Expired,
+    /// Until somebody calls it off, which has happened.
+    Cancelled,
 }
 
 /// What is done about the views of an object.
@@ -329,4 +353,5 @@ arbitrary_choice! {
     FolioSize: Self::Base, Self::Huge2M;
     PinMode: Self::Counted, Self::Counted, Self::Counted, Self::Exclusive;
     ContentPolicy: Self::Preserve, Self::Zero;
+    Patience: Self::None, Self::None, Self::None, Self::Expired, Self::Cancelled;
 }

@@ -39,7 +39,7 @@ pub(super) struct Refused {
     pub(super) kind: ErrorKind,
     pub(super) errno: Errno,
     pub(super) range: Option<Run>,
-    pub(super) culprit: Option<Culprit>,
+    pub(super) culprits: Vec<Culprit>,
 }
 
 /// A refusal, with the errno that the kernel's guest_memfd gives, or would.
@@ -47,11 +47,13 @@ pub(super) fn refused(op: Op, kind: ErrorKind) -> Refused {
     let errno = match kind {
         ErrorKind::NotShared => Errno::EFAULT,
         ErrorKind::Busy => Errno::EAGAIN,
+        ErrorKind::TimedOut => Errno::ETIMEDOUT,
+        ErrorKind::Cancelled => Errno::ECANCELED,
         ErrorKind::Exhausted => Errno::ENOMEM,
         ErrorKind::NotFound => Errno::ENOENT,
         _ => Errno::EINVAL,
     };
-    Refused { op, kind, errno, range: None, culprit: None }
+    Refused { op, kind, errno, range: None, culprits: Vec::new() }
 }
 
 impl Refused {
@@ -61,7 +63,7 @@ impl Refused {
     }
 
     pub(super) fn at(mut self, page: u64, found: Found) -> Self {
-        self.culprit = Some(Culprit { offset: Offset::new(page << 12), found });
+        self.culprits.push(Culprit { offset: Offset::new(page << 12), found });
         self
     }
 }
@@ -77,7 +79,7 @@ impl From<Error> for Refused {
             kind: error.kind(),
             errno: error.errno(),
             range: error.range().map(run_of),
-            culprit: error.culprit().cloned(),
+            culprits: error.culprits().to_vec(),
         }
     }
 }
@@ -133,9 +135,7 @@ impl fmt::Debug for Refused {
         if let Some((start, nr_pages)) = self.range {
             write!(f, ", pages {start:#x}+{nr_pages:#x}")?;
         }
-        match &self.culprit {
-            Some(culprit) => write!(f, ", subpage {} {}", culprit.offset, culprit.found),
-            None => Ok(()),
-        }
+        let mut culprits = self.culprits.iter();
+        culprits.try_for_each(|it| write!(f, ", subpage {} {}", it.offset, it.found))
     }
 }

@@ -1,6 +1,9 @@
 //! Everything that can be seen from outside, compared.
 
+use std::collections::BTreeSet;
+
 use super::answer::Answer;
+use super::mistake::Mistake;
 use super::model::Model;
 use super::real::{Real, Trouble};
 use crate::addr::{Access, ByteSize, Offset, Pgoff};
@@ -114,6 +117,19 @@ fn compare_state(
     answers(named("the visibility"), &sides, &real.sides(object, range)?)?;
     let pages = Answer::Pages(model.facts(object, all));
     answers(named("the pages"), &pages, &real.pages(object, range)?)?;
+    if let Some(told) = real.told(object) {
+        let everything = model.errs(Mistake::SubscribersKeepPrivatePages);
+        let wanted = match everything {
+            true => (0..all.1).collect(),
+            false => shared_pages(model, object).collect::<BTreeSet<u64>>(),
+        };
+        if wanted != told {
+            let differs = wanted.symmetric_difference(&told).next();
+            let what = format!("has page {differs:x?}: a subscriber of object {object}");
+            let differs = differs.is_some_and(|page| wanted.contains(page));
+            return Err(Difference::new(what, format!("{differs}"), format!("{}", !differs)));
+        }
+    }
     let names = Answer::Names(model.owners(object, all).map(String::from).collect());
     answers(named("the owners"), &names, &real.owners(object, range)?)
 }

@@ -35,6 +35,14 @@ pub enum Mistake {
     NamesOneOwner,
     /// The last culprit is reported in place of the first.
     ReportsTheLastCulprit,
+    /// A conversion names one culprit, however many are asked for.
+    NamesOneCulprit,
+    /// A conversion of several ranges is only refused by pins of the first.
+    LooksAtOneRange,
+    /// A wait that is over is answered as if there had been none.
+    NeverWaits,
+    /// Subscribers keep what turns private.
+    SubscribersKeepPrivatePages,
     /// The promises to other objects are forgotten.
     ForgetsPromises,
     /// Objects that are gone keep their memory.
@@ -45,7 +53,7 @@ pub enum Mistake {
 
 impl Mistake {
     /// All of them.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 23] = [
         Self::ConvertsPinnedPages,
         Self::RefusesPinsOfPagesAlreadyThere,
         Self::PunchesPinnedPages,
@@ -62,6 +70,10 @@ impl Mistake {
         Self::SharesExclusivePins,
         Self::NamesOneOwner,
         Self::ReportsTheLastCulprit,
+        Self::NamesOneCulprit,
+        Self::LooksAtOneRange,
+        Self::NeverWaits,
+        Self::SubscribersKeepPrivatePages,
         Self::ForgetsPromises,
         Self::LeaksDroppedObjects,
         Self::ViewsMapPrivatePages,

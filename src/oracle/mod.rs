@@ -29,6 +29,6 @@ mod real;
 mod run;
 mod step;
 
-pub use action::{Action, ByteClaim, Door, Question, RangeClaim, SizeClaim, ViewChange};
+pub use action::{Action, ByteClaim, Door, Patience, Question, RangeClaim, SizeClaim, ViewChange};
 pub use mistake::Mistake;
 pub use run::{Coverage, Disagreement, Inspect, run, run_inspected, run_mistaken, shrink};

@@ -3,14 +3,14 @@
 //! It is one thread, one page at a time, and shares no code with what it judges beyond the names of
 //! things. Sums are made anew each time they are asked for.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use super::action::Asked;
+use super::action::{Asked, Patience};
 use super::answer::{Answer, Refused, Run, pages_of, refused};
 use super::ledger::Ledger;
 use super::mistake::Mistake;
 use super::object::{Object, Page};
-use super::step::{Owner, STRANGER, Step, pattern};
+use super::step::{How, Owner, STRANGER, Step, pattern};
 use crate::error::{ErrorKind, Found, Op};
 use crate::folio::ArenaBacking;
 use crate::geometry::{FolioSize, HUGE_PAGES};
@@ -101,7 +101,7 @@ impl Model {
                 Ok(Answer::Done)
             }
             Step::Punch { object, range } => self.punch(object, born(range)?),
-            Step::Pin { object, range, owner, mode } => self.pin(object, range, owner, mode),
+            Step::Pin { object, range, owner, mode, .. } => self.pin(object, range, owner, mode),
             Step::Unpin { pin } => {
                 if pin < self.pins.len() {
                     self.pins.remove(pin);
@@ -109,9 +109,12 @@ impl Model {
                 self.forget_the_dead();
                 Ok(Answer::Done)
             }
-            Step::Convert { object, range, to, content } => {
-                self.convert(object, born(range)?, to, content)
+            Step::Convert { object, ref ranges, to, how } => {
+                let ranges =
+                    ranges.iter().map(|&range| born(range)).collect::<Result<Vec<_>, _>>()?;
+                self.convert(object, &ranges, to, how)
             }
+            Step::Trim { .. } => Ok(Answer::Done),
             Step::Read { object, at, len, .. } => self.read(object, at, len),
             Step::Write { object, at, len, seed, .. } => {
                 self.write(Op::Write, object, at, &pattern(seed, at, len))
@@ -234,7 +237,7 @@ impl Model {
         }
         let range = (range.0, end - range.0);
         if !self.errs(Mistake::PunchesPinnedPages) {
-            self.first_held(Op::PunchHole, object, range, |_| true)?;
+            self.first_held(Op::PunchHole, object, range)?;
         }
         let (errs, keeps) = (self.mistake, self.errs(Mistake::KeepsPunchedFolios));
         let (objects, ledger) = (&mut self.objects, &mut self.ledger);
@@ -329,17 +332,10 @@ impl Model {
         Some(Found::Pinned { pins, owners })
     }
 
-    /// Refuses if one of the pages that matter is held.
-    fn first_held(
-        &self,
-        op: Op,
-        object: usize,
-        range: Run,
-        matters: impl Fn(u64) -> bool,
-    ) -> Result<(), Refused> {
+    /// Refuses if one of the pages is held.
+    fn first_held(&self, op: Op, object: usize, range: Run) -> Result<(), Refused> {
         let held = |page| self.held(object, page).map(|found| (page, found));
-        let mut culprits: Vec<_> =
-            pages_of(range).filter(|&p| matters(p)).filter_map(held).collect();
+        let mut culprits: Vec<_> = pages_of(range).filter_map(held).collect();
         if self.errs(Mistake::ReportsTheLastCulprit) {
             culprits.reverse();
         }
@@ -352,23 +348,51 @@ impl Model {
     fn convert(
         &mut self,
         object: usize,
-        range: Run,
+        ranges: &[Run],
         to: Visibility,
-        content: ContentPolicy,
+        how: How,
     ) -> Result<Answer, Refused> {
+        let How { content, most_culprits, patience } = how;
         let op = match to {
             Visibility::Private => Op::ConvertToPrivate,
             Visibility::Shared => Op::ConvertToShared,
         };
-        self.object(object)?.inside(op, range)?;
+        let from = self.object(object)?;
+        ranges.iter().try_for_each(|&range| from.inside(op, range))?;
+        let pages: BTreeSet<u64> = ranges.iter().flat_map(|&range| pages_of(range)).collect();
         let there_too = self.errs(Mistake::RefusesPinsOfPagesAlreadyThere);
-        if !self.errs(Mistake::ConvertsPinnedPages) {
-            let from = self.object(object)?;
-            self.first_held(op, object, range, |page| there_too || !from.is(page, to))?;
+        let looks_at = |page: u64| match ranges.first() {
+            Some(&first) if self.errs(Mistake::LooksAtOneRange) => pages_of(first).contains(&page),
+            _ => true,
+        };
+        let matters = |page: &u64| looks_at(*page) && (there_too || !from.is(*page, to));
+        let held = |page| self.held(object, page).map(|found| (page, found));
+        let mut culprits: Vec<_> = pages.iter().copied().filter(matters).filter_map(held).collect();
+        if self.errs(Mistake::ReportsTheLastCulprit) {
+            culprits.reverse();
+        }
+        culprits.truncate(match self.mistake {
+            Some(Mistake::ConvertsPinnedPages) => 0,
+            Some(Mistake::NamesOneCulprit) => 1,
+            _ => usize::from(most_culprits),
+        });
+        if let Some(&(first, _)) = culprits.first() {
+            let kind = match patience {
+                _ if self.errs(Mistake::NeverWaits) => ErrorKind::Busy,
+                Patience::None => ErrorKind::Busy,
+                Patience::Expired => ErrorKind::TimedOut,
+                Patience::Cancelled => ErrorKind::Cancelled,
+            };
+            // Ranges that overlap or touch are one.
+            let start = (0..=first).rev().take_while(|page| pages.contains(page)).last();
+            let start = start.unwrap_or(first);
+            let nr_pages = (start..).take_while(|page| pages.contains(page)).count() as u64;
+            let refused = refused(op, kind).on((start, nr_pages));
+            return Err(culprits.into_iter().fold(refused, |it, (page, found)| it.at(page, found)));
         }
         // A view maps what becomes shared, so there has to be something.
         if to == Visibility::Shared && self.nr_views(object) > 0 {
-            for page in pages_of(range) {
+            for &page in &pages {
                 if !self.object(object)?.is(page, to) {
                     self.populate(object, (page, 1))?;
                 }
@@ -377,7 +401,7 @@ impl Model {
         let mistake = self.mistake;
         let object = self.object_mut(object)?;
         let mut changed = 0;
-        for page in pages_of(range) {
+        for page in pages {
             let Some(page) = object.page_mut(page) else { continue };
             let changes = page.visibility != to;
             changed += u64::from(changes);

@@ -1,24 +1,72 @@
 //! The library's side: the same steps, on real objects.
 
-use super::action::{Asked, Door};
+use std::collections::BTreeSet;
+use std::num::NonZeroU32;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use super::action::{Asked, Door, Patience};
 use super::answer::{Answer, PageFacts, Refused, run_of};
 use super::facts::{ObjectFacts, PoolFacts};
-use super::step::{Owner, STRANGER, Step, pattern};
+use super::step::{How, Owner, STRANGER, Step, pattern};
 use crate::addr::{ByteSize, Offset, Pgoff};
-use crate::error::{Error, ErrorKind};
+use crate::error::{Errno, Error, ErrorKind};
 use crate::folio::{ArenaBacking, FolioPool};
 use crate::geometry::FolioSize;
-use crate::gmem::{GuestMemfd, HostView, PageInfo, PageStatus, PinGuard, PinMode, Residency};
+use crate::gmem::{
+    ConvertOptions, GuestMemfd, HostView, PageInfo, PageStatus, PinGuard, PinMode, Residency,
+    Subscriber, Subscription,
+};
 use crate::range::PgoffRange;
-use crate::state::Visibility;
+use crate::state::{CancelToken, Visibility, Wait};
 
 /// What a buffer holds before it is read into.
 const UNTOUCHED: u8 = 0xa5;
 
 #[derive(Debug)]
 struct RealObject {
-    handle: Option<GuestMemfd>,
+    /// With what it has been told of: a subscription keeps the object alive, as a handle does.
+    handle: Option<(GuestMemfd, Subscription)>,
+    told: Arc<Told>,
     views: Vec<HostView>,
+}
+
+/// The pages that a subscriber has.
+#[derive(Debug, Default)]
+struct Told(Mutex<BTreeSet<u64>>);
+
+impl Told {
+    fn each(&self, pages: &[PgoffRange], seen: impl Fn(&mut BTreeSet<u64>, u64)) {
+        let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        pages.iter().flat_map(PgoffRange::iter).for_each(|page| seen(&mut told, page.get()));
+    }
+}
+
+impl Subscriber for Told {
+    fn revoke(&self, pages: &[PgoffRange]) -> Result<(), Errno> {
+        self.each(pages, |told, page| {
+            told.remove(&page);
+        });
+        Ok(())
+    }
+
+    fn grant(&self, pages: &[PgoffRange]) {
+        self.each(pages, |told, page| {
+            told.insert(page);
+        });
+    }
+}
+
+impl Patience {
+    fn wait(self) -> Wait {
+        let token = CancelToken::new();
+        token.cancel();
+        match self {
+            Self::None => Wait::never(),
+            Self::Expired => Wait::at_most(Duration::ZERO),
+            Self::Cancelled => Wait::until_cancelled(&token),
+        }
+    }
 }
 
 /// A pool, its objects and their pins as they are.
@@ -97,7 +145,17 @@ impl Real {
     pub(super) fn memfd(&self, object: usize) -> Option<&GuestMemfd> {
         let it = self.objects.get(object)?;
         let by_pin = || self.pins.iter().find(|(of, _)| *of == object).map(|(_, pin)| pin.memfd());
-        it.handle.as_ref().or_else(|| it.views.first().map(HostView::memfd)).or_else(by_pin)
+        it.handle
+            .as_ref()
+            .map(|(memfd, _)| memfd)
+            .or_else(|| it.views.first().map(HostView::memfd))
+            .or_else(by_pin)
+    }
+
+    /// The pages that a subscriber of the object has, as long as it has a handle.
+    pub(super) fn told(&self, object: usize) -> Option<BTreeSet<u64>> {
+        let it = self.objects.get(object).filter(|it| it.handle.is_some())?;
+        Some(it.told.0.lock().unwrap_or_else(PoisonError::into_inner).clone())
     }
 
     pub(super) fn views(&self, object: usize) -> &[HostView] {
@@ -133,16 +191,25 @@ impl Real {
             }
             Step::Allocate { object, range } => self.of(object)?.allocate(range.born()?)?,
             Step::Punch { object, range } => self.of(object)?.punch_hole(range.born()?)?,
-            Step::Pin { object, range, owner, mode } => self.pin(object, range, owner, mode)?,
+            Step::Pin { object, range, owner, mode, patience } => {
+                self.pin(object, range, owner, mode, &patience.wait())?;
+            }
             Step::Unpin { pin } => {
                 if pin < self.pins.len() {
                     drop(self.pins.remove(pin));
                 }
             }
-            Step::Convert { object, range, to, content } => {
-                let done = self.of(object)?.convert(range.born()?, to, content)?;
+            Step::Convert { object, ref ranges, to, how } => {
+                let ranges =
+                    ranges.iter().map(|range| range.born()).collect::<Result<Vec<_>, _>>()?;
+                let How { content, most_culprits, patience } = how;
+                let most = NonZeroU32::new(most_culprits.into()).unwrap_or(NonZeroU32::MIN);
+                let options = ConvertOptions::default().content(content).wait(patience.wait());
+                let options = options.most_culprits(most);
+                let done = self.of(object)?.convert_ranges(&ranges, to, &options)?;
                 return Ok(Answer::Changed(done.changed_pages()));
             }
+            Step::Trim { object } => self.trim(object)?,
             Step::Read { object, at, len, door } => return self.read(object, at, len, door),
             Step::Write { object, at, len, seed, door } => {
                 let (at, bytes) = (Offset::new(at), pattern(seed, at, len));
@@ -195,7 +262,10 @@ impl Real {
         if memfd.size().get() != bytes || memfd.pages().len_bytes().get() != bytes {
             return nonsense(format!("{bytes:#x} bytes wanted, {} made", memfd.size()));
         }
-        self.objects.push(RealObject { handle: Some(memfd), views: Vec::new() });
+        let told = Arc::new(Told::default());
+        let subscription = memfd.subscribe(Arc::clone(&told) as _)?;
+        let handle = Some((memfd, subscription));
+        self.objects.push(RealObject { handle, told, views: Vec::new() });
         Ok(())
     }
 
@@ -205,6 +275,7 @@ impl Real {
         range: Asked,
         owner: Owner,
         mode: PinMode,
+        wait: &Wait,
     ) -> Result<(), Trouble> {
         let (of, name) = match owner {
             Owner::Named(name) => (object, name),
@@ -215,11 +286,25 @@ impl Real {
             return nonsense(format!("{name} got two tags"));
         }
         let range = range.born()?;
-        let guard = self.of(object)?.pin(range, tag, mode)?.into_owned();
+        let guard = self.of(object)?.pin_waiting(range, tag, mode, wait)?.into_owned();
         if (guard.range(), guard.owner(), guard.mode()) != (range, tag, mode) {
             return nonsense(format!("{guard:?} is not what was asked for"));
         }
         self.pins.push((object, guard));
+        Ok(())
+    }
+
+    /// Words are as few as can be where that is easy to say: all pages alike, and nobody holds one.
+    fn trim(&self, object: usize) -> Result<(), Trouble> {
+        let memfd = self.of(object)?;
+        let before = memfd.stat().metadata.get();
+        let given_back = memfd.trim()?.get();
+        let stat = memfd.stat();
+        let alike = stat.pinned.get() == 0 && (stat.shared.get() == 0 || stat.private.get() == 0);
+        let after = stat.metadata.get();
+        if after.checked_add(given_back) != Some(before) || alike && after != 8 {
+            return nonsense(format!("{before} bytes, {given_back} given back, {after} left"));
+        }
         Ok(())
     }
 

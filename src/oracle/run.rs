@@ -3,14 +3,14 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use super::action::{Action, Asked};
+use super::action::{Action, Asked, Patience};
 use super::answer::{Answer, Refused};
 use super::compare::{Depth, Difference, answers, compare, same};
 use super::facts::PoolFacts;
 use super::mistake::Mistake;
 use super::model::Model;
 use super::real::Real;
-use super::step::Step;
+use super::step::{How, Step};
 use crate::addr::ByteSize;
 use crate::folio::{ArenaBacking, FolioPool};
 use crate::geometry::{FolioSize, HUGE_PAGES};
@@ -233,9 +233,11 @@ impl<'i, 'c> Runner<'i, 'c> {
             self.model.alive().map(|(at, object)| (at, object.nr_pages())).collect();
         for &(object, nr_pages) in &alive {
             // Private bytes come to light.
-            let range = Asked::Pages { start: 0, nr_pages };
-            let (to, content) = (Visibility::Shared, ContentPolicy::Preserve);
-            self.step(Place::Behind, &Step::Convert { object, range, to, content })?;
+            let ranges = vec![Asked::Pages { start: 0, nr_pages }];
+            let content = ContentPolicy::Preserve;
+            let how = How { content, most_culprits: 1, patience: Patience::None };
+            let to = Visibility::Shared;
+            self.step(Place::Behind, &Step::Convert { object, ranges, to, how })?;
         }
         let behind = |it| disagreement(Place::Behind, &Step::Examine, it);
         self.look(Depth::Bytes).map_err(behind)?;

@@ -1,6 +1,6 @@
 //! An action with its claims settled: what is really called, and with which numbers.
 
-use super::action::{Action, Asked, Door, Question, ViewChange};
+use super::action::{Action, Asked, Door, Patience, Question, ViewChange};
 use super::model::Model;
 use crate::geometry::FolioSize;
 use crate::gmem::{ContentPolicy, PinMode};
@@ -22,6 +22,14 @@ pub(super) enum Owner {
     TagOf(usize),
 }
 
+/// The options of a conversion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct How {
+    pub(super) content: ContentPolicy,
+    pub(super) most_culprits: u8,
+    pub(super) patience: Patience,
+}
+
 /// One call. Objects are numbered in the order of their creation, pins by their place in the list of
 /// those that are held.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,9 +38,10 @@ pub(super) enum Step {
     Drop { object: usize },
     Allocate { object: usize, range: Asked },
     Punch { object: usize, range: Asked },
-    Pin { object: usize, range: Asked, owner: Owner, mode: PinMode },
+    Pin { object: usize, range: Asked, owner: Owner, mode: PinMode, patience: Patience },
     Unpin { pin: usize },
-    Convert { object: usize, range: Asked, to: Visibility, content: ContentPolicy },
+    Convert { object: usize, ranges: Vec<Asked>, to: Visibility, how: How },
+    Trim { object: usize },
     Read { object: usize, at: u64, len: u64, door: Door },
     Write { object: usize, at: u64, len: u64, seed: u8, door: Door },
     Load { object: usize, at: u64, door: Door },
@@ -69,7 +78,7 @@ impl Step {
                 let (object, nr_pages) = on(object)?;
                 Self::Punch { object, range: range.of(nr_pages) }
             }
-            Action::Pin { object: claim, range, owner, mode } => {
+            Action::Pin { object: claim, range, owner, mode, patience } => {
                 let (object, nr_pages) = on(claim)?;
                 let owner = match owner {
                     0..240 => Owner::Named(NAMES.get(usize::from(owner) % NAMES.len()).copied()?),
@@ -78,17 +87,26 @@ impl Step {
                         other => Owner::TagOf(other),
                     },
                 };
-                Self::Pin { object, range: range.of(nr_pages), owner, mode }
+                Self::Pin { object, range: range.of(nr_pages), owner, mode, patience }
             }
             // Every other pin stays for long.
             Action::Unpin { which } => match which {
                 0..128 => return None,
                 _ => Self::Unpin { pin: model.pick_pin(which)? },
             },
-            Action::Convert { object, range, to, content } => {
+            Action::Convert { object, ranges, nr_ranges, to, content, most_culprits, patience } => {
                 let (object, nr_pages) = on(object)?;
-                Self::Convert { object, range: range.of(nr_pages), to, content }
+                let nr_ranges = match nr_ranges {
+                    0..8 => 0,
+                    8..160 => 1,
+                    160..210 => 2,
+                    _ => 3,
+                };
+                let ranges = ranges.iter().take(nr_ranges).map(|it| it.of(nr_pages)).collect();
+                let how = How { content, most_culprits: 1 + most_culprits % 5, patience };
+                Self::Convert { object, ranges, to, how }
             }
+            Action::Trim { object } => Self::Trim { object: on(object)?.0 },
             Action::Read { object, bytes, door } => {
                 let (object, nr_pages) = on(object)?;
                 let (at, len) = bytes.of(nr_pages);
