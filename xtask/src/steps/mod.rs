@@ -7,6 +7,7 @@ mod lint;
 mod loom;
 mod miri;
 mod tests;
+mod tsan;
 
 use std::fmt::Write;
 use std::fs;
@@ -79,6 +80,12 @@ pub(crate) const ALL: &[Step] = &[
         about: "unit tests of the pure floors, interpreted",
         in_quick: false,
         run: miri::pure_floors,
+    },
+    Step {
+        name: "tsan",
+        about: "the stress test and the heart's unit tests under ThreadSanitizer",
+        in_quick: false,
+        run: tsan::threads,
     },
     Step {
         name: "fuzz",
