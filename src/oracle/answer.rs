@@ -104,7 +104,10 @@ impl Answer {
     }
 }
 
-fn first_difference<T: PartialEq + fmt::Debug>(a: &[T], b: &[T]) -> Option<(String, String)> {
+pub(super) fn first_difference<T: PartialEq + fmt::Debug>(
+    a: &[T],
+    b: &[T],
+) -> Option<(String, String)> {
     let longest = a.len().max(b.len());
     let at = (0..longest).find(|&i| a.get(i) != b.get(i))?;
     let say = |what: Option<&T>| match what {

@@ -1,8 +1,6 @@
 //! Everything that can be seen from outside, compared.
 
-use std::collections::BTreeSet;
-
-use super::answer::Answer;
+use super::answer::{Answer, first_difference};
 use super::mistake::Mistake;
 use super::model::Model;
 use super::real::{Real, Trouble};
@@ -119,15 +117,12 @@ fn compare_state(
     answers(named("the pages"), &pages, &real.pages(object, range)?)?;
     if let Some(told) = real.told(object) {
         let everything = model.errs(Mistake::SubscribersKeepPrivatePages);
-        let wanted = match everything {
+        let wanted: Vec<u64> = match everything {
             true => (0..all.1).collect(),
-            false => shared_pages(model, object).collect::<BTreeSet<u64>>(),
+            false => shared_pages(model, object).collect(),
         };
-        if wanted != told {
-            let differs = wanted.symmetric_difference(&told).next();
-            let what = format!("has page {differs:x?}: a subscriber of object {object}");
-            let differs = differs.is_some_and(|page| wanted.contains(page));
-            return Err(Difference::new(what, format!("{differs}"), format!("{}", !differs)));
+        if let Some((wanted, told)) = first_difference(&wanted, &told) {
+            return Err(Difference::new(named("what a subscriber has"), wanted, told));
         }
     }
     let names = Answer::Names(model.owners(object, all).map(String::from).collect());

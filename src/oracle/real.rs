@@ -153,9 +153,9 @@ impl Real {
     }
 
     /// The pages that a subscriber of the object has, as long as it has a handle.
-    pub(super) fn told(&self, object: usize) -> Option<BTreeSet<u64>> {
+    pub(super) fn told(&self, object: usize) -> Option<Vec<u64>> {
         let it = self.objects.get(object).filter(|it| it.handle.is_some())?;
-        Some(it.told.0.lock().unwrap_or_else(PoisonError::into_inner).clone())
+        Some(it.told.0.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect())
     }
 
     pub(super) fn views(&self, object: usize) -> &[HostView] {

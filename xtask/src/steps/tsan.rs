@@ -45,7 +45,7 @@ pub(super) fn threads(context: &Context) -> Outcome {
             .run();
         output.push_str(&finished.output());
         if !finished.success {
-            return Outcome::tested(finished.status.clone(), Counts::parse(&output), false);
+            return Outcome::tested(finished.status, Counts::parse(&output), false);
         }
     }
     Outcome::tested(String::from("nothing found"), Counts::parse(&output), true)
