@@ -8,6 +8,7 @@
 )]
 
 /// A step that may fail.
+#[cfg_attr(not(feature = "oracle"), expect(unreachable_pub, reason = "public for fuzzers alone"))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FailPoint {
     /// Memory for the list of ranges, of what is held, or of what is told to others.

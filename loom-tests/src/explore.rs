@@ -9,6 +9,8 @@ use std::sync::Once;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
+use gmem::modelled::{Flaw, seed};
+
 /// Two preemptions are known to be too few: wrong variants of this kind of code passed at two and
 /// failed at three.
 const PREEMPTIONS: usize = 3;
@@ -21,15 +23,58 @@ const BRANCHES: usize = 20_000;
 /// # Panics
 /// If an execution fails, or if there was only one: then nothing ran concurrently.
 pub fn explore<M: Fn() + Send + Sync + 'static>(model: M) {
+    explore_as(name_of::<M>(), "", None, model);
+}
+
+/// The same for each of these numbers of levels.
+///
+/// # Panics
+/// As [`explore`].
+pub fn explore_on<M: Fn(u32) + Copy + Send + Sync + 'static>(levels: &[u32], model: M) {
+    for &levels in levels {
+        explore_as(name_of::<M>(), &on(levels), None, move || model(levels));
+    }
+}
+
+/// Explores a model in which neither side of a grace period runs a fence, so that the words alone have
+/// to order what happens: with membarrier readers run none, while loom's readers do, and their fence
+/// would hide an ordering that is too weak.
+///
+/// # Panics
+/// As [`explore`].
+pub fn explore_words<M: Fn() + Send + Sync + 'static>(model: M) {
+    explore_as(name_of::<M>(), "", Some(Flaw::SectionsWithoutFences), model);
+}
+
+/// The same for each of these numbers of levels.
+///
+/// # Panics
+/// As [`explore`].
+pub fn explore_words_on<M: Fn(u32) + Copy + Send + Sync + 'static>(levels: &[u32], model: M) {
+    for &levels in levels {
+        let seed = Some(Flaw::SectionsWithoutFences);
+        explore_as(name_of::<M>(), &on(levels), seed, move || model(levels));
+    }
+}
+
+fn on(levels: u32) -> String {
+    format!(" on {levels} levels")
+}
+
+fn explore_as<M: Fn() + Send + Sync + 'static>(
+    name: &'static str,
+    how: &str,
+    flaw: Option<Flaw>,
+    model: M,
+) {
     const { assert!(gmem::MODELLED, "std's atomics are in use: loom explores nothing") };
-    let name = name_of::<M>();
     let begin = Instant::now();
     let nr_executions =
-        with_panics(Panics::Reported(name), || run(model)).unwrap_or_else(|failure| {
-            report(&format!("{name}: FAILED in execution {}", failure.execution));
+        with_panics(Panics::Reported(name), || run(flaw, model)).unwrap_or_else(|failure| {
+            report(&format!("{name}{how}: FAILED in execution {}", failure.execution));
             panic::resume_unwind(failure.payload)
         });
-    report(&format!("{name}: {nr_executions} executions, {:.2?}", begin.elapsed()));
+    report(&format!("{name}{how}: {nr_executions} executions, {:.2?}", begin.elapsed()));
     assert!(nr_executions > 1, "{name}: nothing ran concurrently");
 }
 
@@ -38,13 +83,41 @@ pub fn explore<M: Fn() + Send + Sync + 'static>(model: M) {
 /// # Panics
 /// If no execution fails, or if one fails with a message that does not contain `symptom`.
 pub fn must_be_caught<M: Fn() + Send + Sync + 'static>(symptom: &str, faulty: M) {
+    caught_as(name_of::<M>(), "", None, symptom, faulty);
+}
+
+/// Explores a model of code with a seeded mistake, quietly, for each of these numbers of levels, and
+/// checks that it dies of that mistake.
+///
+/// # Panics
+/// As [`must_be_caught`].
+pub fn must_notice<M: Fn(u32) + Copy + Send + Sync + 'static>(
+    flaw: Flaw,
+    symptom: &str,
+    levels: &[u32],
+    model: M,
+) {
+    for &levels in levels {
+        let model = move || model(levels);
+        caught_as(name_of::<M>(), &on(levels), Some(flaw), symptom, model);
+    }
+}
+
+fn caught_as<M: Fn() + Send + Sync + 'static>(
+    name: &'static str,
+    how: &str,
+    flaw: Option<Flaw>,
+    symptom: &str,
+    faulty: M,
+) {
     const { assert!(gmem::MODELLED, "std's atomics are in use: loom explores nothing") };
-    let name = name_of::<M>();
-    match with_panics(Panics::Quiet, || run(faulty)) {
-        Ok(nr_executions) => panic!("{name}: the seeded race survived {nr_executions} executions"),
+    match with_panics(Panics::Quiet, || run(flaw, faulty)) {
+        Ok(nr_executions) => {
+            panic!("{name}{how}: the seeded mistake survived {nr_executions} executions")
+        }
         Err(failure) => {
             let message = message_of(&*failure.payload);
-            report(&format!("{name}: caught in execution {}", failure.execution));
+            report(&format!("{name}{how}: caught in execution {}", failure.execution));
             assert!(message.contains(symptom), "{name}: died of something else: {message}");
         }
     }
@@ -55,9 +128,10 @@ struct Failure {
     payload: Box<dyn Any + Send>,
 }
 
-fn run<M: Fn() + Send + Sync + 'static>(model: M) -> Result<usize, Failure> {
+fn run<M: Fn() + Send + Sync + 'static>(flaw: Option<Flaw>, model: M) -> Result<usize, Failure> {
     let begun = std::sync::Arc::new(AtomicUsize::new(0));
     let counter = std::sync::Arc::clone(&begun);
+    seed(flaw);
     let outcome = panic::catch_unwind(AssertUnwindSafe(|| {
         builder().check(move || {
             // Relaxed: a counter, and all of loom's threads are one thread of the system.
@@ -65,6 +139,8 @@ fn run<M: Fn() + Send + Sync + 'static>(model: M) -> Result<usize, Failure> {
             model();
         });
     }));
+    // Also after a panic: the next model on this thread must not have it.
+    seed(None);
     // Relaxed: as above.
     let execution = begun.load(Ordering::Relaxed);
     outcome.map(|()| execution).map_err(|payload| Failure { execution, payload })

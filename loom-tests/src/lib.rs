@@ -18,8 +18,10 @@ mod memory;
 mod world;
 
 #[cfg(loom)]
-pub use explore::{explore, must_be_caught};
+pub use explore::{
+    explore, explore_on, explore_words, explore_words_on, must_be_caught, must_notice,
+};
 #[cfg(loom)]
 pub use memory::Memory;
 #[cfg(loom)]
-pub use world::{World, page, pages};
+pub use world::{Pin, World, page, pages, three_together, together};

@@ -67,6 +67,7 @@ impl Mapping {
     }
 
     /// Maps zeroes that take memory only where they are written, and page by page.
+    #[cfg(not(any(miri, all(loom, feature = "loom"))))]
     pub(crate) fn of_zeroes(op: Op, len: ByteSize) -> Result<Self, Error> {
         let len = to_usize(op, len)?;
         let prot = ProtFlags::READ | ProtFlags::WRITE;

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::Ordering;
 
+#[cfg(all(loom, feature = "loom"))]
+use super::rules::Refusal;
 use super::word::Word;
 use crate::sync::AtomicU64;
 
@@ -88,5 +90,51 @@ impl Counter {
     pub(super) fn sub(&self, less: u64) {
         // Relaxed: as in `get`.
         self.0.fetch_sub(less, Ordering::Relaxed);
+    }
+}
+
+/// A word of no tree: canaries do to it what the tree would never do to one of its own.
+#[cfg(all(loom, feature = "loom"))]
+#[derive(Debug)]
+pub struct LoneWord(AtomicU64);
+
+#[cfg(all(loom, feature = "loom"))]
+impl LoneWord {
+    /// A word that nobody holds.
+    pub fn new(visibility: super::word::Visibility) -> Self {
+        Self(AtomicU64::new(Word::new(visibility).bits()))
+    }
+
+    /// The word as it is now.
+    pub fn load(&self) -> Word {
+        StateCell(&self.0).load()
+    }
+
+    /// Applies a rule as the tree does: once, atomically.
+    ///
+    /// # Errors
+    /// What the rule said of the word that was found last.
+    pub fn step(&self, rule: impl Fn(Word) -> Result<Word, Refusal>) -> Result<Word, Refusal> {
+        let cell = StateCell(&self.0);
+        loop {
+            let found = cell.load();
+            if cell.replace(found, rule(found)?).is_ok() {
+                return Ok(found);
+            }
+        }
+    }
+
+    /// What a check followed by a store would do.
+    ///
+    /// # Errors
+    /// What the rule said.
+    pub fn step_by_check_then_store(
+        &self,
+        rule: impl Fn(Word) -> Result<Word, Refusal>,
+    ) -> Result<Word, Refusal> {
+        let cell = StateCell(&self.0);
+        let found = cell.load();
+        cell.set(rule(found)?);
+        Ok(found)
     }
 }

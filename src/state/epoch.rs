@@ -15,6 +15,7 @@ use std::sync::atomic::Ordering;
 use slab::Slab;
 
 use super::barrier::Barrier;
+use super::flaw::{Flaw, seeded};
 use crate::sync::{Arc, AtomicU64, Mutex, relax};
 
 /// On a cache line of its own: its owner writes it at every access.
@@ -72,7 +73,7 @@ impl Domain {
         if others.peek().is_none() {
             return true;
         }
-        if !self.barrier.heavy() {
+        if !seeded(Flaw::SectionsWithoutFences) && !self.barrier.heavy() {
             return false;
         }
         for (_, slot) in others {
@@ -128,7 +129,9 @@ impl Reader {
         // section before may learn of its end from this mark alone. What the mark itself needs,
         // to come before the loads of the words, is the barrier.
         self.slot.0.store(count.wrapping_add(1), Ordering::Release);
-        self.barrier.light();
+        if !seeded(Flaw::SectionsWithoutFences) {
+            self.barrier.light();
+        }
         Section { ends: Some((self.slot, count.wrapping_add(2))), reader: PhantomData }
     }
 }

@@ -26,6 +26,9 @@ pub enum Flaw {
     GivesUpWithoutUndoing,
     /// Nobody is woken when the last pin goes.
     WakesNobody,
+    /// Neither side of a grace period runs a fence. With membarrier readers run none; models seed this
+    /// where the words alone have to order what happens.
+    SectionsWithoutFences,
 }
 
 #[cfg(not(all(loom, feature = "loom")))]

@@ -54,6 +54,8 @@ pub(crate) use word::{Phase, Word};
 /// object uses.
 #[cfg(any(feature = "oracle", all(loom, feature = "loom")))]
 pub mod modelled {
+    #[cfg(all(loom, feature = "loom"))]
+    pub use super::cell::LoneWord;
     pub use super::epoch::{Domain, Reader, Section};
     #[cfg(all(loom, feature = "loom"))]
     pub use super::flaw::{Flaw, seed};

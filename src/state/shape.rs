@@ -31,7 +31,7 @@ const MOST_LEVELS: usize = 3;
 
 /// One block: its level, and its place among the blocks of that level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Block {
+pub(super) struct Block {
     pub(super) level: u32,
     pub(super) place: u64,
 }

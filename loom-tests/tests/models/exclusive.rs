@@ -1,9 +1,10 @@
 //! An exclusive pin against everybody else.
 
-use gmem::modelled::{Refusal, StateCell, Stop, Visibility, Word};
-use gmem::range::PgoffRange;
+use gmem::modelled::{LoneWord, Refusal, Stop, Visibility, Word};
 use loom::thread;
-use loom_tests::{Memory, World, explore, must_be_caught, page, pages};
+use loom_tests::{
+    Memory, World, explore, explore_words, must_be_caught, page, pages, three_together, together,
+};
 use std::sync::Arc;
 
 use crate::RACE;
@@ -11,36 +12,21 @@ use crate::RACE;
 /// What the holder of an exclusive pin leaves.
 const OWNED: u64 = 10;
 
-fn pin_and_read(world: &World, range: PgoffRange) -> Result<(), Stop> {
-    world.table.pin(range)?;
-    world.memory.read_all(range);
-    world.table.unpin(range);
-    Ok(())
-}
-
-fn own_and_write(world: &World, range: PgoffRange) -> Result<(), Stop> {
-    world.table.pin_exclusive(range)?;
-    world.memory.write_all(range, OWNED);
-    world.table.unpin_exclusive(range);
-    Ok(())
-}
-
 /// Proves: of an exclusive pin and a pin of the same two pages at least one gets both pages, they
 /// never hold a page together, and the one refused leaves nothing behind.
 #[test]
 fn against_pin() {
-    explore(|| {
-        let world = World::new(2, Visibility::Shared);
-        let pinner = {
-            let world = Arc::clone(&world);
-            thread::spawn(move || pin_and_read(&world, pages(0..2)))
-        };
-        let owned = own_and_write(&world, pages(0..2));
-        let pinned = pinner.join().unwrap();
+    explore_words(|| {
+        let world = World::flat(2, Visibility::Shared);
+        let (pinned, owned) = together(
+            &world,
+            |world, reader| world.read_pinned(reader, pages(0..2)),
+            |world, reader| world.write_owned(reader, pages(0..2), OWNED),
+        );
 
         match (owned, pinned) {
             (Err(own), Err(pin)) => panic!("both refused: {own:?}, {pin:?}"),
-            (Err(own), Ok(())) => {
+            (Err(own), Ok(_)) => {
                 assert!(matches!(own, Stop::At(_, Refusal::Pinned(1))), "{own:?}");
                 assert_eq!(world.memory.read_all(pages(0..2)), World::HOST);
             }
@@ -58,14 +44,13 @@ fn against_pin() {
 /// Proves: two exclusive pins whose ranges overlap never hold a page together; one of them wins.
 #[test]
 fn against_exclusive() {
-    explore(|| {
-        let world = World::new(3, Visibility::Shared);
-        let other = {
-            let world = Arc::clone(&world);
-            thread::spawn(move || own_and_write(&world, pages(1..3)))
-        };
-        let first = own_and_write(&world, pages(0..2));
-        let second = other.join().unwrap();
+    explore_words(|| {
+        let world = World::flat(3, Visibility::Shared);
+        let (second, first) = together(
+            &world,
+            |world, reader| world.write_owned(reader, pages(1..3), OWNED),
+            |world, reader| world.write_owned(reader, pages(0..2), OWNED),
+        );
 
         assert!(first.is_ok() || second.is_ok(), "both refused: {first:?}, {second:?}");
         for stop in [first, second].into_iter().filter_map(Result::err) {
@@ -78,14 +63,13 @@ fn against_exclusive() {
 /// Proves: an exclusive pin keeps a conversion out and the other way round; one of them wins.
 #[test]
 fn against_conversion() {
-    explore(|| {
-        let world = World::new(2, Visibility::Shared);
-        let owner = {
-            let world = Arc::clone(&world);
-            thread::spawn(move || own_and_write(&world, pages(0..2)))
-        };
-        let converted = world.convert_without_readers(pages(0..2), Visibility::Private);
-        let owned = owner.join().unwrap();
+    explore_words(|| {
+        let world = World::flat(2, Visibility::Shared);
+        let (owned, converted) = together(
+            &world,
+            |world, reader| world.write_owned(reader, pages(0..2), OWNED),
+            |world, reader| world.convert_without_readers(reader, pages(0..2), Visibility::Private),
+        );
 
         match (owned, converted) {
             (Err(own), Err(convert)) => panic!("both refused: {own:?}, {convert:?}"),
@@ -106,19 +90,15 @@ fn against_conversion() {
 /// and at least one is not.
 #[test]
 fn all_three() {
-    explore(|| {
-        let world = World::new(1, Visibility::Shared);
+    explore_words(|| {
+        let world = World::flat(1, Visibility::Shared);
         let all = pages(0..1);
-        let pinner = {
-            let world = Arc::clone(&world);
-            thread::spawn(move || pin_and_read(&world, all))
-        };
-        let owner = {
-            let world = Arc::clone(&world);
-            thread::spawn(move || own_and_write(&world, all))
-        };
-        let converted = world.convert_without_readers(all, Visibility::Private);
-        let (pinned, owned) = (pinner.join().unwrap(), owner.join().unwrap());
+        let (pinned, owned, converted) = three_together(
+            &world,
+            move |world, reader| world.read_pinned(reader, all),
+            move |world, reader| world.write_owned(reader, all, OWNED),
+            |world, reader| world.convert_without_readers(reader, all, Visibility::Private),
+        );
 
         assert!(pinned.is_ok() || owned.is_ok() || converted.is_ok());
         let after = converted.map_or(Visibility::Shared, |()| Visibility::Private);
@@ -126,11 +106,11 @@ fn all_three() {
     });
 }
 
-type Step = fn(&StateCell, fn(Word) -> Result<Word, Refusal>) -> Result<Word, Refusal>;
+type Step = fn(&LoneWord, fn(Word) -> Result<Word, Refusal>) -> Result<Word, Refusal>;
 
 /// One bare word and the bytes behind it; a pin and an exclusive pin that take these steps.
 fn one_word(pin: Step, own: Step) {
-    let world = Arc::new((StateCell::new(Visibility::Shared), Memory::new(1, World::HOST)));
+    let world = Arc::new((LoneWord::new(Visibility::Shared), Memory::new(1, World::HOST)));
     let pinner = {
         let world = Arc::clone(&world);
         thread::spawn(move || {
@@ -154,17 +134,17 @@ fn one_word(pin: Step, own: Step) {
 /// Shows that the canaries below die of their seeds: the same model without one passes.
 #[test]
 fn bare_words_without_a_seed() {
-    explore(|| one_word(StateCell::step, StateCell::step));
+    explore(|| one_word(LoneWord::step, LoneWord::step));
 }
 
 /// Seed: the exclusive pin looks and then stores, and overwrites the pin that came between.
 #[test]
 fn canary_exclusive_by_check_then_store() {
-    must_be_caught(RACE, || one_word(StateCell::step, StateCell::step_by_check_then_store));
+    must_be_caught(RACE, || one_word(LoneWord::step, LoneWord::step_by_check_then_store));
 }
 
 /// Seed: the pin looks and then stores, and overwrites the exclusive pin that came between.
 #[test]
 fn canary_pin_by_check_then_store() {
-    must_be_caught(RACE, || one_word(StateCell::step_by_check_then_store, StateCell::step));
+    must_be_caught(RACE, || one_word(LoneWord::step_by_check_then_store, LoneWord::step));
 }

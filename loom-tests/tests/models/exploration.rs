@@ -1,7 +1,7 @@
 //! Is the exploration itself whole? Loom alone loses orders in which a compare-and-swap loop comes
 //! before another thread's load; `src/sync/modelled.rs` says why, and keeps them.
 
-use gmem::modelled::{StateCell, Visibility, Word};
+use gmem::modelled::{LoneWord, Visibility, Word};
 use loom::thread;
 use loom_tests::explore;
 use std::collections::BTreeSet;
@@ -13,7 +13,7 @@ fn both_orders_of_a_load_and_a_step() {
     let seen = Arc::new(Mutex::new(BTreeSet::new()));
     let seen_by_model = Arc::clone(&seen);
     explore(move || {
-        let cell = Arc::new(StateCell::new(Visibility::Shared));
+        let cell = Arc::new(LoneWord::new(Visibility::Shared));
         let pinner = {
             let cell = Arc::clone(&cell);
             thread::spawn(move || cell.step(Word::pin).unwrap())
@@ -30,7 +30,7 @@ fn all_orders_of_three_steps() {
     let seen = Arc::new(Mutex::new(BTreeSet::new()));
     let seen_by_model = Arc::clone(&seen);
     explore(move || {
-        let cell = Arc::new(StateCell::new(Visibility::Shared));
+        let cell = Arc::new(LoneWord::new(Visibility::Shared));
         // How many pins a thread found tells its place.
         let others = [(); 2].map(|()| {
             let cell = Arc::clone(&cell);

@@ -5,7 +5,7 @@
 //! the main thread to drop, except where that is the question: the lock would order more than the
 //! records do.
 
-use gmem::modelled::{Holders, ObjectId, OwnerId, Records, StateCell, Visibility, Word};
+use gmem::modelled::{Holders, LoneWord, ObjectId, OwnerId, Records, Visibility, Word};
 use gmem::range::PgoffRange;
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, Ordering, fence};
@@ -134,7 +134,7 @@ fn counted_is_found() {
     explore(|| {
         let object = ObjectId::new_unique();
         let holders = Arc::new(Holders::new());
-        let cell = Arc::new(StateCell::new(Visibility::Shared));
+        let cell = Arc::new(LoneWord::new(Visibility::Shared));
         let pinner = {
             let (holders, cell) = (Arc::clone(&holders), Arc::clone(&cell));
             thread::spawn(move || {
@@ -182,7 +182,7 @@ fn released_and_reused(before: ObjectId, after: ObjectId) {
     let holders = Arc::new(Holders::new());
     let records = Holders::register(&holders);
     let record = note(&records, before, first());
-    let cell = Arc::new(StateCell::new(Visibility::Shared));
+    let cell = Arc::new(LoneWord::new(Visibility::Shared));
     cell.step(Word::pin).unwrap();
     let guard = {
         let cell = Arc::clone(&cell);
@@ -258,7 +258,7 @@ fn counted_after_reuse(seed: Seed) {
     let holders = Arc::new(Holders::new());
     let records = Holders::register(&holders);
     let record = note(&records, object, first());
-    let cell = Arc::new(StateCell::new(Visibility::Shared));
+    let cell = Arc::new(LoneWord::new(Visibility::Shared));
     let pinner = {
         let cell = Arc::clone(&cell);
         thread::spawn(move || {
@@ -284,7 +284,7 @@ fn released(seed: Seed) {
     let holders = Arc::new(Holders::new());
     let records = Holders::register(&holders);
     let record = note(&records, object, first());
-    let cell = Arc::new(StateCell::new(Visibility::Shared));
+    let cell = Arc::new(LoneWord::new(Visibility::Shared));
     cell.step(Word::pin).unwrap();
     let guard = {
         let cell = Arc::clone(&cell);

@@ -1,16 +1,18 @@
 //! Two conversions whose ranges overlap: ascending order and the undoing of what was frozen.
 
-use gmem::modelled::{Refusal, StateCell, Stop, Visibility, Word};
+use gmem::modelled::{LoneWord, Reader, Refusal, Stop, Visibility, Wanted, Word};
 use gmem::range::PgoffRange;
 use loom::thread;
-use loom_tests::{Memory, World, explore, must_be_caught, page, pages};
+use loom_tests::{
+    Memory, World, explore, explore_words, must_be_caught, page, pages, three_together, together,
+};
 use std::sync::Arc;
 
 use crate::RACE;
 
 /// Converts to private and counts, in the bytes, how often each page was changed.
-fn to_private(world: &World, range: PgoffRange) -> Result<(), Stop> {
-    let frozen = world.table.freeze_for(range, Visibility::Private)?;
+fn to_private(world: &World, reader: &Reader, range: PgoffRange) -> Result<(), Stop> {
+    let frozen = world.freeze(reader, range, Wanted::Other(Visibility::Private))?;
     for page in frozen.runs().iter().flat_map(PgoffRange::iter) {
         world.memory.write(page, world.memory.read(page) + 1);
     }
@@ -33,14 +35,13 @@ fn expect_changed(world: &World, nr_pages: u64, is_private: impl Fn(u64) -> bool
 /// nobody further up.
 #[test]
 fn same_direction() {
-    explore(|| {
-        let world = World::new(3, Visibility::Shared);
-        let upper = {
-            let world = Arc::clone(&world);
-            thread::spawn(move || to_private(&world, pages(1..3)))
-        };
-        let lower = to_private(&world, pages(0..2));
-        let upper = upper.join().unwrap();
+    explore_words(|| {
+        let world = World::flat(3, Visibility::Shared);
+        let (upper, lower) = together(
+            &world,
+            |world, reader| to_private(world, reader, pages(1..3)),
+            |world, reader| to_private(world, reader, pages(0..2)),
+        );
 
         for stop in [lower, upper].into_iter().filter_map(Result::err) {
             assert_eq!(stop, Stop::At(page(1), Refusal::Converting));
@@ -54,18 +55,18 @@ fn same_direction() {
 /// other, or as if the one refused had never been; they are not both refused.
 #[test]
 fn opposite_directions() {
-    explore(|| {
-        let world = World::new(3, Visibility::Shared);
-        world.convert_without_readers(pages(1..3), Visibility::Private).unwrap();
-        let opener = {
-            let world = Arc::clone(&world);
-            thread::spawn(move || world.convert_without_readers(pages(1..3), Visibility::Shared))
-        };
-        let closed = world.convert_without_readers(pages(0..2), Visibility::Private);
-        let opened = opener.join().unwrap();
+    explore_words(|| {
+        let world = World::flat(3, Visibility::Shared);
+        let reader = world.reader();
+        world.convert_without_readers(&reader, pages(1..3), Visibility::Private).unwrap();
+        let (opened, closed) = together(
+            &world,
+            |world, reader| world.convert_without_readers(reader, pages(1..3), Visibility::Shared),
+            |world, reader| world.convert_without_readers(reader, pages(0..2), Visibility::Private),
+        );
 
         use Visibility::{Private, Shared};
-        let words = [0, 1, 2].map(|at| world.table.load(page(at)).unwrap());
+        let words = [0, 1, 2].map(|at| world.tree.load(page(at)).unwrap());
         let expected: &[[Visibility; 3]] = match (closed, opened) {
             (Ok(()), Ok(())) => &[[Private, Private, Shared], [Private, Shared, Shared]],
             (Ok(()), Err(_)) => &[[Private, Private, Private]],
@@ -81,17 +82,17 @@ fn opposite_directions() {
 /// is on its side already, so they meet on no page that either freezes.
 #[test]
 fn opposite_directions_of_a_mixed_range() {
-    explore(|| {
-        let world = World::new(2, Visibility::Shared);
+    explore_words(|| {
+        let world = World::flat(2, Visibility::Shared);
         let all = pages(0..2);
-        world.convert_without_readers(pages(1..2), Visibility::Private).unwrap();
-        let opener = {
-            let world = Arc::clone(&world);
-            thread::spawn(move || world.convert_without_readers(all, Visibility::Shared))
-        };
-        let closed = world.convert_without_readers(all, Visibility::Private);
-        let opened = opener.join().unwrap();
-        let [first, second] = [0, 1].map(|at| world.table.load(page(at)).unwrap());
+        let reader = world.reader();
+        world.convert_without_readers(&reader, pages(1..2), Visibility::Private).unwrap();
+        let (opened, closed) = together(
+            &world,
+            move |world, reader| world.convert_without_readers(reader, all, Visibility::Shared),
+            move |world, reader| world.convert_without_readers(reader, all, Visibility::Private),
+        );
+        let [first, second] = [0, 1].map(|at| world.tree.load(page(at)).unwrap());
         let in_order = first == second || closed.is_err() || opened.is_err();
         assert!(in_order, "no order of the two: {first:?}, {second:?}");
     });
@@ -100,34 +101,29 @@ fn opposite_directions_of_a_mixed_range() {
 /// Proves: a pin of the page between two conversions leaves each of the three all or nothing.
 #[test]
 fn with_a_pin_between() {
-    explore(|| {
-        let world = World::new(3, Visibility::Shared);
-        let upper = {
-            let world = Arc::clone(&world);
-            thread::spawn(move || to_private(&world, pages(1..3)))
-        };
-        let pinner = {
-            let world = Arc::clone(&world);
-            thread::spawn(move || {
-                world.table.pin(pages(1..2))?;
-                assert_eq!(world.memory.read(page(1)), World::HOST);
-                world.table.unpin(pages(1..2));
+    explore_words(|| {
+        let world = World::flat(3, Visibility::Shared);
+        let (upper, pinned, lower) = three_together(
+            &world,
+            |world, reader| to_private(world, reader, pages(1..3)),
+            |world, reader| {
+                let seen = world.read_pinned(reader, pages(1..2))?;
+                assert_eq!(seen, World::HOST);
                 Ok::<_, Stop>(())
-            })
-        };
-        let lower = to_private(&world, pages(0..2));
-        let (upper, pinned) = (upper.join().unwrap(), pinner.join().unwrap());
+            },
+            |world, reader| to_private(world, reader, pages(0..2)),
+        );
 
         assert!(lower.is_ok() || upper.is_ok() || pinned.is_ok());
         expect_changed(&world, 3, |at| (lower.is_ok() && at < 2) || (upper.is_ok() && at > 0));
     });
 }
 
-type Step = fn(&StateCell, fn(Word) -> Result<Word, Refusal>) -> Result<Word, Refusal>;
+type Step = fn(&LoneWord, fn(Word) -> Result<Word, Refusal>) -> Result<Word, Refusal>;
 
 /// Bare words and the bytes behind them.
 struct Bare {
-    cells: [StateCell; 2],
+    cells: [LoneWord; 2],
     memory: Memory,
 }
 
@@ -153,7 +149,7 @@ fn convert_bare(bare: &Bare, order: &[usize], freeze: Step) -> Result<(), Refusa
 /// Two conversions of two bare words, the second in this order.
 fn two_words(freeze: Step, order: &'static [usize]) {
     let bare = Arc::new(Bare {
-        cells: [(); 2].map(|()| StateCell::new(Visibility::Shared)),
+        cells: [(); 2].map(|()| LoneWord::new(Visibility::Shared)),
         memory: Memory::new(2, World::HOST),
     });
     let other = {
@@ -168,17 +164,17 @@ fn two_words(freeze: Step, order: &'static [usize]) {
 /// Shows that the canaries below die of their seeds: the same model without one passes.
 #[test]
 fn bare_words_without_a_seed() {
-    explore(|| two_words(StateCell::step, &[0, 1]));
+    explore(|| two_words(LoneWord::step, &[0, 1]));
 }
 
 /// Seed: the freeze looks and then stores, so that two conversions hold the same page.
 #[test]
 fn canary_freeze_by_check_then_store() {
-    must_be_caught(RACE, || two_words(StateCell::step_by_check_then_store, &[0, 1]));
+    must_be_caught(RACE, || two_words(LoneWord::step_by_check_then_store, &[0, 1]));
 }
 
 /// Seed: one of the two goes down instead of up; each then takes what the other needs.
 #[test]
 fn canary_descending_order() {
-    must_be_caught("both refused", || two_words(StateCell::step, &[1, 0]));
+    must_be_caught("both refused", || two_words(LoneWord::step, &[1, 0]));
 }

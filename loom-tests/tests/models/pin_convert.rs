@@ -1,37 +1,29 @@
 //! A pin against a conversion to private: one of the two has the memory, whole.
 
-use gmem::modelled::{Refusal, StateCell, Stop, Visibility, Word};
+use gmem::modelled::{LoneWord, Refusal, Stop, Visibility, Word};
 use loom::thread;
-use loom_tests::{Memory, World, explore, must_be_caught, page, pages};
+use loom_tests::{
+    Memory, World, explore, explore_words, must_be_caught, page, pages, three_together, together,
+};
 use std::sync::Arc;
 
 use crate::RACE;
-
-/// Pins, uses the bytes and lets go again.
-fn pin_and_use(world: &World, range: gmem::range::PgoffRange) -> Result<(), Stop> {
-    world.table.pin(range)?;
-    let seen = world.memory.read_all(range);
-    assert_ne!(seen, World::SECRET, "pinned what the guest wrote in private");
-    world.table.unpin(range);
-    Ok(())
-}
 
 /// Proves: of a pin and a conversion of the same two pages at least one gets both pages; they are
 /// never in them together; and the one that is refused says why and leaves nothing behind.
 #[test]
 fn same_range() {
-    explore(|| {
-        let world = World::new(2, Visibility::Shared);
-        let pinner = {
-            let world = Arc::clone(&world);
-            thread::spawn(move || pin_and_use(&world, pages(0..2)))
-        };
-        let converted = world.convert_without_readers(pages(0..2), Visibility::Private);
-        let pinned = pinner.join().unwrap();
+    explore_words(|| {
+        let world = World::flat(2, Visibility::Shared);
+        let (pinned, converted) = together(
+            &world,
+            |world, reader| world.read_pinned(reader, pages(0..2)),
+            |world, reader| world.convert_without_readers(reader, pages(0..2), Visibility::Private),
+        );
 
         match (pinned, converted) {
             (Err(pin), Err(convert)) => panic!("both refused: {pin:?}, {convert:?}"),
-            (Ok(()), Err(stop)) => {
+            (Ok(_), Err(stop)) => {
                 // Page 1, if the pin was being dropped and had given back page 0 already.
                 assert!(matches!(stop, Stop::At(_, Refusal::Pinned(1))), "{stop:?}");
                 world.expect_idle(pages(0..2), Visibility::Shared);
@@ -54,14 +46,13 @@ fn same_range() {
 /// Proves: a pin that gets its first page and is refused the second gives the first one back.
 #[test]
 fn pin_refused_half_way() {
-    explore(|| {
-        let world = World::new(2, Visibility::Shared);
-        let pinner = {
-            let world = Arc::clone(&world);
-            thread::spawn(move || pin_and_use(&world, pages(0..2)))
-        };
-        let converted = world.convert_without_readers(pages(1..2), Visibility::Private);
-        let pinned = pinner.join().unwrap();
+    explore_words(|| {
+        let world = World::flat(2, Visibility::Shared);
+        let (pinned, converted) = together(
+            &world,
+            |world, reader| world.read_pinned(reader, pages(0..2)),
+            |world, reader| world.convert_without_readers(reader, pages(1..2), Visibility::Private),
+        );
 
         assert!(pinned.is_ok() || converted.is_ok());
         if let Err(stop) = pinned {
@@ -75,14 +66,13 @@ fn pin_refused_half_way() {
 /// Proves: a conversion that freezes its first page and is refused the second thaws the first one.
 #[test]
 fn conversion_refused_half_way() {
-    explore(|| {
-        let world = World::new(2, Visibility::Shared);
-        let pinner = {
-            let world = Arc::clone(&world);
-            thread::spawn(move || pin_and_use(&world, pages(1..2)))
-        };
-        let converted = world.convert_without_readers(pages(0..2), Visibility::Private);
-        let pinned = pinner.join().unwrap();
+    explore_words(|| {
+        let world = World::flat(2, Visibility::Shared);
+        let (pinned, converted) = together(
+            &world,
+            |world, reader| world.read_pinned(reader, pages(1..2)),
+            |world, reader| world.convert_without_readers(reader, pages(0..2), Visibility::Private),
+        );
 
         assert!(pinned.is_ok() || converted.is_ok());
         if let Err(stop) = converted {
@@ -95,16 +85,16 @@ fn conversion_refused_half_way() {
 /// Proves: two pins hold the memory together, and a conversion between them still gets all or none.
 #[test]
 fn two_pins() {
-    explore(|| {
-        let world = World::new(2, Visibility::Shared);
-        let pinners = [0..2, 1..2].map(|range| {
-            let world = Arc::clone(&world);
-            thread::spawn(move || pin_and_use(&world, pages(range)))
-        });
-        let converted = world.convert_without_readers(pages(0..2), Visibility::Private);
-        let pinned = pinners.map(|pinner| pinner.join().unwrap());
+    explore_words(|| {
+        let world = World::flat(2, Visibility::Shared);
+        let (whole, upper, converted) = three_together(
+            &world,
+            |world, reader| world.read_pinned(reader, pages(0..2)),
+            |world, reader| world.read_pinned(reader, pages(1..2)),
+            |world, reader| world.convert_without_readers(reader, pages(0..2), Visibility::Private),
+        );
 
-        assert!(pinned.iter().any(Result::is_ok) || converted.is_ok());
+        assert!(whole.is_ok() || upper.is_ok() || converted.is_ok());
         world.expect_idle(pages(0..2), visibility_after(converted));
     });
 }
@@ -113,15 +103,16 @@ fn two_pins() {
 /// sees the bytes of after: a word that looks the same is not taken for the same moment.
 #[test]
 fn pin_across_a_round_trip() {
-    explore(|| {
-        let world = World::new(1, Visibility::Shared);
-        let pinner = {
-            let world = Arc::clone(&world);
-            thread::spawn(move || pin_and_use(&world, pages(0..1)))
-        };
-        let went = world.convert_without_readers(pages(0..1), Visibility::Private);
-        let came = world.convert_without_readers(pages(0..1), Visibility::Shared);
-        let pinned = pinner.join().unwrap();
+    explore_words(|| {
+        let world = World::flat(1, Visibility::Shared);
+        let (pinned, [went, came]) = together(
+            &world,
+            |world, reader| world.read_pinned(reader, pages(0..1)),
+            |world, reader| {
+                [Visibility::Private, Visibility::Shared]
+                    .map(|to| world.convert_without_readers(reader, pages(0..1), to))
+            },
+        );
 
         assert!(pinned.is_ok() || went.is_ok());
         assert_eq!(came, Ok(()), "nothing stands in the way of memory that is private or idle");
@@ -133,11 +124,11 @@ fn visibility_after(to_private: Result<(), Stop>) -> Visibility {
     to_private.map_or(Visibility::Shared, |()| Visibility::Private)
 }
 
-type Step = fn(&StateCell, fn(Word) -> Result<Word, Refusal>) -> Result<Word, Refusal>;
+type Step = fn(&LoneWord, fn(Word) -> Result<Word, Refusal>) -> Result<Word, Refusal>;
 
 /// One bare word and the bytes behind it; a pin and a conversion that take these steps.
 fn one_word(pin: Step, freeze: Step) {
-    let world = Arc::new((StateCell::new(Visibility::Shared), Memory::new(1, World::HOST)));
+    let world = Arc::new((LoneWord::new(Visibility::Shared), Memory::new(1, World::HOST)));
     let pinner = {
         let world = Arc::clone(&world);
         thread::spawn(move || {
@@ -161,17 +152,17 @@ fn one_word(pin: Step, freeze: Step) {
 /// Shows that the canaries below die of their seeds: the same model without one passes.
 #[test]
 fn bare_words_without_a_seed() {
-    explore(|| one_word(StateCell::step, StateCell::step));
+    explore(|| one_word(LoneWord::step, LoneWord::step));
 }
 
 /// Seed: the pin looks and then stores, and overwrites the freeze that came between.
 #[test]
 fn canary_pin_by_check_then_store() {
-    must_be_caught(RACE, || one_word(StateCell::step_by_check_then_store, StateCell::step));
+    must_be_caught(RACE, || one_word(LoneWord::step_by_check_then_store, LoneWord::step));
 }
 
 /// Seed: the freeze looks and then stores, and overwrites the pin that came between.
 #[test]
 fn canary_freeze_by_check_then_store() {
-    must_be_caught(RACE, || one_word(StateCell::step, StateCell::step_by_check_then_store));
+    must_be_caught(RACE, || one_word(LoneWord::step, LoneWord::step_by_check_then_store));
 }

@@ -1,17 +1,17 @@
 //! A change that was given up half way: nobody knows the memory's state, so nobody gets it.
 
-use gmem::modelled::{Refusal, Stop, Visibility};
+use gmem::modelled::{Reader, Refusal, Stop, Visibility, Wanted};
 use gmem::range::PgoffRange;
-use loom::thread;
-use loom_tests::{World, explore, must_be_caught, page, pages};
-use std::sync::Arc;
+use loom_tests::{World, explore, explore_on, must_be_caught, page, pages, together};
 
 use crate::RACE;
 
+const TO_PRIVATE: Wanted = Wanted::Other(Visibility::Private);
+
 /// Freezes, waits, changes the bytes of the first page, and gives up, as a panic would.
-fn give_up_half_way(world: &World, range: PgoffRange) -> Result<(), Stop> {
-    let frozen = world.table.freeze_for(range, Visibility::Private)?;
-    world.wait();
+fn give_up_half_way(world: &World, reader: &Reader, range: PgoffRange) -> Result<(), Stop> {
+    let mut frozen = world.freeze(reader, range, TO_PRIVATE)?;
+    assert!(frozen.wait_for_sections(reader));
     world.memory.write(range.start(), World::SECRET);
     drop(frozen);
     Ok(())
@@ -20,14 +20,14 @@ fn give_up_half_way(world: &World, range: PgoffRange) -> Result<(), Stop> {
 /// Checks that each way into the range is refused, and for the right reason.
 fn expect_closed(world: &World, range: PgoffRange) {
     world.expect_quarantined(range);
+    let reader = world.reader();
     let stop = Stop::At(range.start(), Refusal::Quarantined);
-    assert_eq!(world.table.pin(range), Err(stop));
-    assert_eq!(world.table.pin_exclusive(range), Err(stop));
-    assert_eq!(world.table.check_open(range), Err(stop));
-    for to in [Visibility::Shared, Visibility::Private] {
-        assert_eq!(world.table.freeze_for(range, to).err(), Some(stop));
+    assert_eq!(world.tree.pin(&reader, range), Err(stop));
+    assert_eq!(world.tree.pin_exclusive(&reader, range), Err(stop));
+    assert_eq!(world.tree.check_open(range), Err(stop));
+    for wanted in [Wanted::Other(Visibility::Shared), TO_PRIVATE, Wanted::All] {
+        assert_eq!(world.freeze(&reader, range, wanted).err(), Some(stop));
     }
-    assert_eq!(world.table.freeze(range).err(), Some(stop));
     world.expect_quarantined(range);
 }
 
@@ -35,22 +35,20 @@ fn expect_closed(world: &World, range: PgoffRange) {
 #[test]
 fn pin() {
     explore(|| {
-        let world = World::new(2, Visibility::Shared);
-        let pinner = {
-            let world = Arc::clone(&world);
-            thread::spawn(move || {
-                world.table.pin(pages(0..2))?;
-                assert_eq!(world.memory.read_all(pages(0..2)), World::HOST);
-                world.table.unpin(pages(0..2));
-                Ok::<_, Stop>(())
-            })
-        };
-        let frozen = give_up_half_way(&world, pages(0..2));
-        let pinned = pinner.join().unwrap();
+        let world = World::flat(2, Visibility::Shared);
+        let (pinned, frozen) = together(
+            &world,
+            |world, reader| world.read_pinned(reader, pages(0..2)),
+            |world, reader| give_up_half_way(world, reader, pages(0..2)),
+        );
 
-        if let Err(Stop::At(at, refusal)) = pinned {
-            assert!(matches!(refusal, Refusal::Converting | Refusal::Quarantined), "{refusal:?}");
-            assert_eq!(at, page(0));
+        match pinned {
+            Ok(seen) => assert_eq!(seen, World::HOST),
+            Err(Stop::At(at, refusal)) => {
+                assert!(matches!(refusal, Refusal::Converting | Refusal::Quarantined));
+                assert_eq!(at, page(0));
+            }
+            Err(stop) => panic!("{stop:?}"),
         }
         match frozen {
             Ok(()) => expect_closed(&world, pages(0..2)),
@@ -63,17 +61,42 @@ fn pin() {
 #[test]
 fn access() {
     explore(|| {
-        let world = World::new(2, Visibility::Shared);
-        let reader = world.reader();
-        let host = {
-            let world = Arc::clone(&world);
-            thread::spawn(move || (world.read_in_section(&reader, pages(0..2)), reader))
-        };
-        give_up_half_way(&world, pages(0..2)).unwrap();
-        let (seen, _reader) = host.join().unwrap();
+        let world = World::flat(2, Visibility::Shared);
+        let (seen, ()) = together(
+            &world,
+            |world, reader| world.read_in_section(reader, pages(0..2)),
+            |world, reader| give_up_half_way(world, reader, pages(0..2)).unwrap(),
+        );
 
         assert!(matches!(seen, None | Some(World::HOST)), "{seen:?}");
         expect_closed(&world, pages(0..2));
+    });
+}
+
+/// Proves: what a split block has that is given up is never merged with the rest: a conversion of the
+/// whole block is refused, and its other page stays as it was.
+#[test]
+fn part_of_a_block() {
+    explore_on(&[2, 3], |levels| {
+        let world = World::uniform(levels, Visibility::Shared);
+        let (converted, frozen) = together(
+            &world,
+            |world, reader| world.convert(reader, world.all(), Visibility::Private),
+            |world, reader| give_up_half_way(world, reader, pages(1..2)),
+        );
+
+        match (converted, frozen) {
+            (Ok(()), Ok(())) => world.expect_idle(world.all(), Visibility::Private),
+            (Ok(()), Err(stop)) => {
+                assert_eq!(stop, Stop::At(page(1), Refusal::Converting));
+                world.expect_idle(world.all(), Visibility::Private);
+            }
+            (Err(_), Ok(())) => {
+                world.expect_idle(pages(0..1), Visibility::Shared);
+                expect_closed(&world, pages(1..2));
+            }
+            (Err(_), Err(_)) => panic!("both refused: {converted:?}, {frozen:?}"),
+        }
     });
 }
 
@@ -82,13 +105,12 @@ fn access() {
 #[test]
 fn conversion() {
     explore(|| {
-        let world = World::new(3, Visibility::Shared);
-        let converter = {
-            let world = Arc::clone(&world);
-            thread::spawn(move || world.convert(pages(0..2), Visibility::Private))
-        };
-        let frozen = give_up_half_way(&world, pages(1..3));
-        let converted = converter.join().unwrap();
+        let world = World::flat(3, Visibility::Shared);
+        let (converted, frozen) = together(
+            &world,
+            |world, reader| world.convert(reader, pages(0..2), Visibility::Private),
+            |world, reader| give_up_half_way(world, reader, pages(1..3)),
+        );
 
         match (converted, frozen) {
             (Ok(()), frozen) => {
@@ -114,16 +136,17 @@ fn conversion() {
 #[test]
 fn canary_thaw_of_unknown_bytes() {
     must_be_caught("is not like the pages before it", || {
-        let world = World::new(2, Visibility::Shared);
-        let host = {
-            let (reader, world) = (world.reader(), Arc::clone(&world));
-            thread::spawn(move || (world.read_in_section(&reader, pages(0..2)), reader))
-        };
-        let frozen = world.table.freeze_for(pages(0..2), Visibility::Private).unwrap();
-        world.wait();
-        world.memory.write(page(0), World::SECRET);
-        frozen.thaw();
-        drop(host.join().unwrap());
+        let world = World::flat(2, Visibility::Shared);
+        together(
+            &world,
+            |world, reader| world.read_in_section(reader, pages(0..2)),
+            |world, reader| {
+                let mut frozen = world.freeze(reader, pages(0..2), TO_PRIVATE).unwrap();
+                assert!(frozen.wait_for_sections(reader));
+                world.memory.write(page(0), World::SECRET);
+                frozen.thaw();
+            },
+        );
     });
 }
 
@@ -131,19 +154,17 @@ fn canary_thaw_of_unknown_bytes() {
 #[test]
 fn canary_change_after_release() {
     must_be_caught(RACE, || {
-        let world = World::new(1, Visibility::Private);
-        let pinner = {
-            let world = Arc::clone(&world);
-            thread::spawn(move || {
-                if world.table.pin(pages(0..1)).is_ok() {
-                    world.memory.read(page(0));
-                    world.table.unpin(pages(0..1));
-                }
-            })
-        };
-        let frozen = world.table.freeze(pages(0..1)).unwrap();
-        frozen.release(Visibility::Shared);
-        world.memory.write(page(0), World::SECRET);
-        pinner.join().unwrap();
+        let world = World::flat(1, Visibility::Private);
+        together(
+            &world,
+            |world, reader| {
+                let _ = world.read_pinned(reader, pages(0..1));
+            },
+            |world, reader| {
+                let frozen = world.freeze(reader, pages(0..1), Wanted::All).unwrap();
+                frozen.release(Visibility::Shared);
+                world.memory.write(page(0), World::SECRET);
+            },
+        );
     });
 }
