@@ -1,6 +1,7 @@
 //! What a model acts on: the words, the readers and the bytes of one small object.
 
 use std::mem::ManuallyDrop;
+use std::ops::Deref;
 use std::sync::Mutex;
 
 use gmem::addr::Pgoff;
@@ -22,7 +23,11 @@ const MANY_SPLITS: u64 = 1000;
 /// It is shared through std's `Arc`, not loom's: the pointer is no part of what is modelled, and
 /// loom's would add steps and an order that the code under test does not give.
 #[derive(Debug)]
-pub struct World {
+pub struct World(Option<Parts>);
+
+/// What a [`World`] is made of.
+#[derive(Debug)]
+pub struct Parts {
     /// The words.
     pub tree: Tree,
     /// Those who sleep.
@@ -35,6 +40,23 @@ pub struct World {
     /// Readers whose threads have ended. They go when the model does: the lock around their list would
     /// order more than the code under test.
     gone: Mutex<Vec<Reader>>,
+}
+
+impl Deref for World {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        self.0.as_ref().expect("taken only when it is dropped")
+    }
+}
+
+impl Drop for World {
+    /// Nothing is dropped when a model fails: some of it is loom's, and loom may be no more.
+    fn drop(&mut self) {
+        if thread::panicking() {
+            std::mem::forget(self.0.take());
+        }
+    }
 }
 
 /// A pin that was taken.
@@ -56,14 +78,18 @@ impl World {
     /// Never: a few words are always to be had.
     pub fn new(shape: Shape, nr_pages: u64, visibility: Visibility) -> std::sync::Arc<Self> {
         let waiters = Arc::new(Waiters::new());
-        std::sync::Arc::new(Self {
+        let before = match visibility {
+            Visibility::Shared => Self::HOST,
+            Visibility::Private => Self::SECRET,
+        };
+        std::sync::Arc::new(Self(Some(Parts {
             tree: Tree::new(shape, visibility, &waiters).expect("a few words"),
             waiters,
             domain: Arc::new(Domain::new()),
-            memory: Memory::new(nr_pages, Self::HOST),
+            memory: Memory::new(nr_pages, before),
             nr_pages,
             gone: Mutex::default(),
-        })
+        })))
     }
 
     /// One uniform block on this many levels, of two parts each: 2 pages on two levels, 4 on three.
@@ -284,8 +310,8 @@ impl World {
         }
     }
 
-    /// Checks that nobody is anywhere, that the host sees no private bytes, and that whole blocks can
-    /// be made of all that the model has left: nobody has lost a pin or a block on the way.
+    /// Checks that nobody is anywhere, and that what is private holds what the guest wrote, and what is
+    /// shared does not.
     ///
     /// # Panics
     /// If it is not so.
@@ -294,7 +320,8 @@ impl World {
             let word = self.tree.load(page).expect("a page");
             assert_eq!(word, Word::new(word.visibility()), "{page:?} is not idle");
             let is_secret = self.memory.read(page) == Self::SECRET;
-            assert_eq!(is_secret, word.visibility() == Visibility::Private, "{page:?}");
+            let is_private = word.visibility() == Visibility::Private;
+            assert_eq!(is_secret, is_private, "{page:?} not what its word says");
         }
     }
 
@@ -322,15 +349,13 @@ pub fn together<A: 'static, B>(
     one: impl FnOnce(&World, &Reader) -> A + 'static,
     own: impl FnOnce(&World, &Reader) -> B,
 ) -> (A, B) {
-    let readers = [world.reader(), world.reader()];
-    let [first, second] = readers;
+    let [first, second] = [(); 2].map(|()| Place::of(world));
     let one = spawn(world, first, one);
-    let own = own(world, &second);
+    let own = own(world, second.reader());
     let one = join(world, one);
-    keep(world, second);
+    second.keep(world);
     (one, own)
 }
-
 /// Three threads at once.
 pub fn three_together<A: 'static, B: 'static, C>(
     world: &std::sync::Arc<World>,
@@ -338,34 +363,49 @@ pub fn three_together<A: 'static, B: 'static, C>(
     other: impl FnOnce(&World, &Reader) -> B + 'static,
     own: impl FnOnce(&World, &Reader) -> C,
 ) -> (A, B, C) {
-    let [first, second, third] = [world.reader(), world.reader(), world.reader()];
+    let [first, second, third] = [(); 3].map(|()| Place::of(world));
     let one = spawn(world, first, one);
     let other = spawn(world, second, other);
-    let own = own(world, &third);
+    let own = own(world, third.reader());
     let (one, other) = (join(world, one), join(world, other));
-    keep(world, third);
+    third.keep(world);
     (one, other, own)
 }
 
-type Running<T> = thread::JoinHandle<(T, Reader)>;
+/// A reader that is not dropped when its thread panics: it would lock the list of readers, and let others
+/// run, where one panic more aborts the process.
+struct Place(ManuallyDrop<Reader>);
+
+impl Place {
+    fn of(world: &World) -> Self {
+        Self(ManuallyDrop::new(world.reader()))
+    }
+
+    fn reader(&self) -> &Reader {
+        &self.0
+    }
+
+    fn keep(self, world: &World) {
+        let mut gone = world.gone.lock().expect("no thread of the model panicked");
+        gone.push(ManuallyDrop::into_inner(self.0));
+    }
+}
+
+type Running<T> = thread::JoinHandle<(T, Place)>;
 
 fn spawn<T: 'static>(
     world: &std::sync::Arc<World>,
-    reader: Reader,
+    place: Place,
     work: impl FnOnce(&World, &Reader) -> T + 'static,
 ) -> Running<T> {
     let world = std::sync::Arc::clone(world);
-    thread::spawn(move || (work(&world, &reader), reader))
+    thread::spawn(move || (work(&world, place.reader()), place))
 }
 
 fn join<T>(world: &World, running: Running<T>) -> T {
-    let (result, reader) = running.join().expect("a thread of the model panicked");
-    keep(world, reader);
+    let (result, place) = running.join().expect("a thread of the model panicked");
+    place.keep(world);
     result
-}
-
-fn keep(world: &World, reader: Reader) {
-    world.gone.lock().expect("no thread of the model panicked").push(reader);
 }
 
 /// The page at this place.

@@ -236,7 +236,7 @@ impl Tree {
     ) -> Result<(), Outcome> {
         let nr_held: u64 = freezing.held.iter().map(|held| held.pages.nr_pages()).sum();
         let nr_pages: u64 = ranges.iter().map(PgoffRange::nr_pages).sum();
-        if nr_held == 0 || nr_held == nr_pages {
+        if nr_held == 0 || nr_held == nr_pages || seeded(Flaw::LooksOnce) {
             return Ok(());
         }
         let held: Vec<PgoffRange> = freezing.held.copy_of_pages().ok_or(Stop::OutOfMemory)?;

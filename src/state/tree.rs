@@ -331,7 +331,9 @@ impl Tree {
         let found = cell.load();
         match found.pin() {
             // A word that was never written would pass for a shared one.
-            Ok(next) if found.stamp() != 0 => cell.replace(found, next).is_ok(),
+            Ok(next) if found.stamp() != 0 || seeded(Flaw::PinsUnwrittenPages) => {
+                cell.replace(found, next).is_ok()
+            }
             _ => false,
         }
     }

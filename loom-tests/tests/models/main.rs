@@ -15,14 +15,20 @@
 
 #![cfg(loom)]
 
+mod border;
+mod drain;
 mod exclusive;
 mod exploration;
 mod handover;
 mod holders;
+mod merge;
 mod overlap;
+mod page_pin;
 mod pin_convert;
 mod quarantine;
+mod split;
 mod transient;
+mod trim;
 
 /// What loom says when the judge is reached by two threads at once.
 const RACE: &str = "Causality violation";
