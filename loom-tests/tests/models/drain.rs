@@ -138,7 +138,7 @@ fn no_new_pin() {
 /// Seed: a block that drains lets pins in.
 #[test]
 fn canary_draining_lets_pins_in() {
-    must_notice(Flaw::DrainingLetsPinsIn, "let in|Draining", &[2, 3], newcomer);
+    must_notice(Flaw::DrainingLetsPinsIn, "let in|Draining|deadlock", &[2, 3], newcomer);
 }
 
 /// Seed: a block that drains is split by who wants a part of it, so that the conversion looks at a word
