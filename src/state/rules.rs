@@ -221,6 +221,10 @@ impl<const P: u32, const K: u32, const S: u32> AnyWord<P, K, S> {
     }
 
     /// Whether a part speaks for itself, under a parent that is split.
+    ///
+    /// Three numbers must be told apart: during one section a block is merged and split again once at
+    /// the most, so whoever has read the parent before that finds parts of the split before, of that
+    /// one, or of the next. With two numbers the first and the last would look alike.
     #[inline]
     pub(super) const fn standing(self, parent: Self, nr_splits: u64) -> Standing {
         let now = parent.splits();

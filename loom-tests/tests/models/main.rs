@@ -1,12 +1,18 @@
 //! The models, one file for each question. Beside each model stand its canaries: the same model with
-//! a seeded race, which must be found. They act on bare words where the object's own types leave no
-//! way to do it wrong.
+//! a seeded race or a seeded mistake of the code, which must be found. They act on bare words where the
+//! object's own types leave no way to do it wrong.
 //!
 //! | file | question |
 //! |---|---|
 //! | `pin_convert` | a pin against a conversion |
 //! | `exclusive` | an exclusive pin against pins and conversions |
 //! | `overlap` | two conversions of ranges that overlap |
+//! | `border` | the same where blocks have to be split for it |
+//! | `split` | a block splits under those who are at it |
+//! | `merge` | parts become one block under those on the way down; numbers of splits |
+//! | `page_pin` | a pin that goes to the page's own word |
+//! | `drain` | conversions and pins that wait, and ends of waits |
+//! | `trim` | tables are given back under those on the way to them |
 //! | `transient` | transient accesses against a conversion |
 //! | `handover` | who sees whose bytes when memory changes hands |
 //! | `quarantine` | a change that was given up half way |
