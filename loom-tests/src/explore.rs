@@ -70,7 +70,7 @@ fn explore_as<M: Fn() + Send + Sync + 'static>(
     const { assert!(gmem::MODELLED, "std's atomics are in use: loom explores nothing") };
     let begin = Instant::now();
     let nr_executions =
-        with_panics(Panics::Reported(name), || run(flaw, model)).unwrap_or_else(|failure| {
+        with_panics(Panics::Reported(name), || run(flaw, 0, model)).unwrap_or_else(|failure| {
             report(&format!("{name}{how}: FAILED in execution {}", failure.execution));
             panic::resume_unwind(failure.payload)
         });
@@ -112,7 +112,9 @@ fn caught_as<M: Fn() + Send + Sync + 'static>(
     faulty: M,
 ) {
     const { assert!(gmem::MODELLED, "std's atomics are in use: loom explores nothing") };
-    match with_panics(Panics::Quiet, || run(flaw, faulty)) {
+    // Some mistakes of the code are out of reach of two preemptions.
+    let least = flaw.map_or(0, |_| PREEMPTIONS);
+    match with_panics(Panics::Quiet, || run(flaw, least, faulty)) {
         Ok(nr_executions) => {
             panic!("{name}{how}: the seeded mistake survived {nr_executions} executions")
         }
@@ -130,12 +132,16 @@ struct Failure {
     payload: Box<dyn Any + Send>,
 }
 
-fn run<M: Fn() + Send + Sync + 'static>(flaw: Option<Flaw>, model: M) -> Result<usize, Failure> {
+fn run<M: Fn() + Send + Sync + 'static>(
+    flaw: Option<Flaw>,
+    least: usize,
+    model: M,
+) -> Result<usize, Failure> {
     let begun = std::sync::Arc::new(AtomicUsize::new(0));
     let counter = std::sync::Arc::clone(&begun);
     seed(flaw);
     let outcome = panic::catch_unwind(AssertUnwindSafe(|| {
-        builder().check(move || {
+        builder(least).check(move || {
             // Relaxed: a counter, and all of loom's threads are one thread of the system.
             counter.fetch_add(1, Ordering::Relaxed);
             model();
@@ -148,9 +154,10 @@ fn run<M: Fn() + Send + Sync + 'static>(flaw: Option<Flaw>, model: M) -> Result<
     outcome.map(|()| execution).map_err(|payload| Failure { execution, payload })
 }
 
-fn builder() -> loom::model::Builder {
+fn builder(least: usize) -> loom::model::Builder {
     let mut builder = loom::model::Builder::new();
-    builder.preemption_bound.get_or_insert(PREEMPTIONS);
+    let bound = builder.preemption_bound.get_or_insert(PREEMPTIONS);
+    *bound = least.max(*bound);
     builder.max_branches = builder.max_branches.max(BRANCHES);
     // These end an exploration early and call it passed.
     builder.max_duration = None;
