@@ -2,11 +2,6 @@
 //!
 //! In a build without tests every answer is a constant `no`.
 
-#![cfg_attr(
-    not(feature = "oracle"),
-    expect(unreachable_pub, reason = "public for tests, and only in their build")
-)]
-
 /// A step that may fail.
 #[cfg_attr(not(feature = "oracle"), expect(unreachable_pub, reason = "public for fuzzers alone"))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

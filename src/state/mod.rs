@@ -63,7 +63,7 @@ pub mod modelled {
     pub use super::frozen::Frozen;
     pub use super::holders::{Holders, ObjectId, OwnerId, Record, Records};
     pub use super::rules::Refusal;
-    pub use super::shape::{Block, Shape};
+    pub use super::shape::Shape;
     pub use super::tree::{Counted, Stop, Tree};
     pub use super::waiting::{CancelToken, Wait, Waiters};
     pub use super::word::{AnyWord, Phase, Visibility, Word};

@@ -56,6 +56,9 @@ impl Shape {
 
     /// Blocks of `1 << fan_out_order` parts on `nr_levels` levels (two at least), whose splits are
     /// numbered from 1 to `nr_splits`: for models. Two numbers are too few, which a model shows.
+    ///
+    /// # Panics
+    /// If there are more levels or splits than that.
     #[cfg(any(test, all(loom, feature = "loom")))]
     pub fn small(nr_pages: u64, fan_out_order: u32, nr_levels: u32, nr_splits: u64) -> Self {
         assert!((2..=MOST_LEVELS).contains(&(nr_levels as usize)));
