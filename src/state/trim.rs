@@ -97,6 +97,10 @@ impl Tree {
     ) -> Result<(), Error> {
         let Some(cell) = self.cell(block) else { return Ok(()) };
         if cell.load().is_split() {
+            // Before a merge as everywhere, so that the numbers of splits cannot go round.
+            if !reader.wait_for_others() {
+                return Ok(());
+            }
             let held = folding.held.iter().next();
             let visibility = held.and_then(|held| self.load(held.pages.start()));
             let visibility = visibility.map_or(Visibility::Private, Word::visibility);
