@@ -286,8 +286,9 @@ impl<'t> Frozen<'t> {
             let end = run.last().map_or(Pgoff::new(0), |last| last.pages.end());
             let mut page = run.first().map_or(Pgoff::new(0), |first| first.pages.start());
             // Less than a table of pages makes up a block only where the object ends.
-            let is_enough =
-                end.get() - page.get() >= shape.fan_out() || end.get() == shape.nr_pages();
+            let is_enough = end.get() - page.get() >= shape.fan_out()
+                || end.get() == shape.nr_pages()
+                || seeded(Flaw::MergesTooMuch);
             for held in run {
                 page = page.max(held.pages.start());
                 while page < held.pages.end() {
