@@ -40,6 +40,14 @@ impl Barrier {
         }
     }
 
+    /// Whether there is a fence of the rare side to be had.
+    pub(super) fn is_granted(self) -> bool {
+        match self {
+            Self::Membarrier => crate::os::barrier::heavy(),
+            Self::Fences => true,
+        }
+    }
+
     /// The fence of the rare side. `false`: the kernel refuses what it granted before, and there was
     /// none.
     #[must_use]

@@ -137,6 +137,13 @@ impl Reader {
 }
 
 impl Reader {
+    /// Whether [`wait_for_others`](Self::wait_for_others) can be relied on. The kernel does not grant
+    /// again what it has refused.
+    #[must_use]
+    pub(super) fn can_wait(&self) -> bool {
+        self.barrier.is_granted()
+    }
+
     /// Returns when every section of other readers that began before the call has ended. Must not be
     /// called from inside one: two that did would wait for each other.
     ///

@@ -97,8 +97,9 @@ impl Tree {
     ) -> Result<(), Error> {
         let Some(cell) = self.cell(block) else { return Ok(()) };
         if cell.load().is_split() {
-            // Before a merge as everywhere, so that the numbers of splits cannot go round.
-            if !reader.wait_for_others() {
+            // The wait for this merge comes after it, while the block is still ours. If there can be none,
+            // there is no merge: the numbers of splits could go round.
+            if !reader.can_wait() {
                 return Ok(());
             }
             let held = folding.held.iter().next();
