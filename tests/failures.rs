@@ -23,6 +23,8 @@ use gmem::{
 };
 
 const BASE: u64 = 0x8000_0000;
+/// What the object has: two folios of 2 MiB, and a tail.
+const PAGES: u64 = 2 * 512 + 16;
 /// The page that the guest has, and asks for. The others it has never touched.
 const GUESTS: u64 = 5;
 
@@ -39,9 +41,9 @@ fn scattered_pages() -> BTreeSet<u64> {
     scattered().iter().flat_map(|range| range.iter()).map(Pgoff::get).collect()
 }
 
-/// The pages that a conversion is about, and those around them.
+/// Every page.
 fn watched() -> impl Iterator<Item = u64> {
-    (0..40).chain(590..620).chain(1020..1040)
+    0..PAGES
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -121,7 +123,7 @@ impl World {
     fn new(backing: ArenaBacking, to: Visibility) -> Self {
         let pool = FolioPool::new(backing, ByteSize::from_mib(16)).unwrap();
         let hyp = Hypervisor::new(&pool).unwrap();
-        let memfd = GuestMemfd::builder(ByteSize::from_mib(8)).create(&pool).unwrap();
+        let memfd = GuestMemfd::builder(ByteSize::from_pages(PAGES)).create(&pool).unwrap();
         let vm = hyp.create_vm().unwrap();
         // What lies between is not the guest's, so the host may do with it as it likes.
         for pages in [range(0, GUESTS + 1), range(1028, 8)] {
