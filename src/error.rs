@@ -328,7 +328,8 @@ impl Error {
         self.0.errno
     }
 
-    /// The pages that the operation was asked for, where it had a range.
+    /// The pages that the operation was asked for, where it had a range. Of several, the one with the
+    /// culprit, joined with those that touch it.
     pub fn range(&self) -> Option<PgoffRange> {
         self.0.range
     }

@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -113,6 +113,8 @@ struct Seen {
     pages: Vec<(PgoffRange, PageInfo)>,
     stat: ObjectStat,
     shared_bytes: Vec<Result<Vec<u8>, ErrorKind>>,
+    /// Private ones too, as far as there are folios; what a failure has added holds zeroes.
+    bytes: BTreeMap<u64, Box<[u8]>>,
     touches: Vec<Touch>,
     granted: [BTreeSet<u64>; 2],
     host: HostStat,
@@ -120,6 +122,13 @@ struct Seen {
 }
 
 impl World {
+    fn bytes(&self) -> BTreeMap<u64, Box<[u8]>> {
+        let all = self.memfd.bytes_behind().into_iter();
+        all.map(|(page, bytes)| (page.get(), bytes))
+            .filter(|(_, bytes)| bytes.iter().any(|&byte| byte != 0))
+            .collect()
+    }
+
     fn new(backing: ArenaBacking, to: Visibility) -> Self {
         let pool = FolioPool::new(backing, ByteSize::from_mib(16)).unwrap();
         let hyp = Hypervisor::new(&pool).unwrap();
@@ -210,6 +219,7 @@ impl World {
             pages,
             stat,
             shared_bytes: watched().map(read).collect(),
+            bytes: self.bytes(),
             touches: self
                 .views
                 .iter()

@@ -10,7 +10,7 @@ mod common;
 
 use std::env;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,8 +19,8 @@ use gmem::addr::{ByteSize, Offset, Pgoff};
 use gmem::error::{Errno, ErrorKind};
 use gmem::range::PgoffRange;
 use gmem::{
-    ArenaBacking, CancelToken, ConvertOptions, FolioPool, GuestMemfd, HostView, PinMode,
-    Subscriber, Visibility, Wait,
+    ArenaBacking, CancelToken, ContentPolicy, ConvertOptions, FolioPool, GuestMemfd, HostView,
+    PinMode, Subscriber, Visibility, Wait,
 };
 
 const SECRET: u8 = 0x5e;
@@ -278,4 +278,33 @@ fn two_thousand_threads_come_and_go_while_pages_change_sides() {
     });
     let report = gmem::audit::check(&pool, &[&memfd]);
     assert!(report.is_clean(), "{report}");
+}
+
+/// A grace period looks at the slot of each thread there is.
+#[test]
+fn two_thousand_threads_at_once_are_waited_for() {
+    const NR_THREADS: usize = 2_000;
+    let pool = FolioPool::new(ArenaBacking::Heap, ByteSize::from_mib(2)).unwrap();
+    let builder = GuestMemfd::builder(ByteSize::from_mib(2));
+    let memfd = builder.initial(Visibility::Shared).create(&pool).unwrap();
+    let (entered, over) = (Barrier::new(NR_THREADS + 1), Barrier::new(NR_THREADS + 1));
+    thread::scope(|scope| {
+        for _ in 0..NR_THREADS {
+            let spawned = thread::Builder::new().stack_size(64 << 10).spawn_scoped(scope, || {
+                memfd.read(Offset::new(0), &mut [0; 8]).unwrap();
+                entered.wait();
+                over.wait();
+            });
+            spawned.unwrap();
+        }
+        entered.wait();
+        for _ in 0..20 {
+            for to in [Visibility::Private, Visibility::Shared] {
+                let all = memfd.pages();
+                let done = memfd.convert(all, to, ContentPolicy::Preserve).unwrap();
+                assert_eq!(done.changed_pages(), 512);
+            }
+        }
+        over.wait();
+    });
 }

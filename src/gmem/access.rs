@@ -79,7 +79,11 @@ impl Inner {
     }
 
     fn check_open(&self, op: Op, pages: PgoffRange) -> Result<(), Error> {
-        self.tree.check_open(pages).map_err(|stop| self.stopped(op, Some(pages), stop))
+        let outcome = {
+            let _section = enter_section();
+            self.tree.check_open(pages)
+        };
+        outcome.map_err(|stop| self.stopped(op, Some(pages), stop))
     }
 
     /// Runs an access to bytes of one page, inside of a section, if the host may touch that and it has

@@ -4,6 +4,7 @@ use super::layout::Layout;
 use super::object::{GuestMemfd, Inner};
 use crate::error::{Error, ErrorKind, Op};
 use crate::range::{PfnRange, PgoffRange};
+use crate::stage2::GuestRun;
 use crate::state::{Frozen, Reader, Wait, Wanted, with_reader};
 
 impl GuestMemfd {
@@ -29,6 +30,7 @@ impl GuestMemfd {
     /// # Errors
     /// [`ErrorKind::Busy`] if a page is pinned, with the first culprit;
     /// [`ErrorKind::HypervisorRefused`] if the guest owns a page and lives;
+    /// [`ErrorKind::SubscriberRefused`];
     /// [`ErrorKind::Quarantined`]; [`ErrorKind::Exhausted`], [`ErrorKind::Os`] or
     /// [`ErrorKind::MissingCapability`] as with [`convert`](Self::convert). Nothing is changed then.
     pub fn punch_hole(&self, range: PgoffRange) -> Result<(), Error> {
@@ -62,12 +64,31 @@ impl Inner {
         if !frozen.wait_for_sections(reader) {
             return Err(Error::new(op, ErrorKind::MissingCapability).because("membarrier(2)"));
         }
+        let shared = match layout.subscribers.is_empty() {
+            true => Vec::new(),
+            false => self.shared_runs(op, range)?,
+        };
+        self.revoke_from_subscribers(op, layout, &shared)?;
+        let outcome = self.punch_revoked(op, layout, &guest, range);
+        // Before the thaw, as a conversion does.
+        self.grant_to_subscribers(layout, &shared);
+        outcome
+    }
+
+    /// Punches what no access and no subscriber reaches any more.
+    fn punch_revoked(
+        &self,
+        op: Op,
+        layout: &Layout,
+        guest: &[GuestRun],
+        range: PgoffRange,
+    ) -> Result<(), Error> {
         self.hide(layout, range)?;
         if let Some(hypervisor) = layout.hypervisor() {
             hypervisor
-                .reclaim(&guest)
+                .reclaim(guest)
                 .map_err(|errno| Error::new(op, ErrorKind::HypervisorRefused).errno_is(errno))?;
-            hypervisor.invalidate_range(&guest);
+            hypervisor.invalidate_range(guest);
         }
         // Nothing fails from here on but for an arena that lost its memory.
         let shape = self.frames.shape();

@@ -50,7 +50,7 @@ impl ConvertOptions {
     }
 
     /// How long to wait for pins to be dropped and for other conversions to settle. Meanwhile no new
-    /// pins are let in, accesses go on, and what is not in the way is held.
+    /// pins are let in anywhere in the ranges; accesses go on until the last pin is gone.
     #[must_use]
     pub fn wait(mut self, wait: Wait) -> Self {
         self.wait = wait;
@@ -105,7 +105,7 @@ impl GuestMemfd {
     }
 
     /// [`convert`](Self::convert) for any number of ranges, in any order, as one conversion: all pages of
-    /// all of them change, or none does. Cheaper than one call for each.
+    /// all of them change, or none does; of no range at all, nothing. Cheaper than one call for each.
     ///
     /// With [time to wait](ConvertOptions::wait), a conversion to shared gives way to one to private
     /// that wants the same pages. Whoever waits must not hold a pin on the pages itself.
@@ -200,14 +200,15 @@ impl Inner {
         let mut error = self.stopped(op, range.copied(), stop);
         let Some(first) = first else { return error };
         let mut left = most_culprits.get() - 1;
-        for (pages, word) in ranges.iter().flat_map(|&range| self.tree.spans(range)) {
+        for (pages, word) in ranges.iter().flat_map(|&range| self.spans(range)) {
             if left == 0 {
                 break;
             }
             if word.visibility() == to && word.phase() == Phase::Settled {
                 continue;
             }
-            let Err(refusal) = word.freeze() else { continue };
+            // A fold is no obstacle: it is waited for.
+            let Err(refusal) = word.unfold().unwrap_or(word).freeze() else { continue };
             for page in pages.iter().filter(|&page| page != first) {
                 let Some(less) = left.checked_sub(1) else { break };
                 left = less;
@@ -303,7 +304,7 @@ impl Inner {
             return Err(Error::new(op, ErrorKind::MissingCapability)
                 .because("membarrier(2) is refused since it was registered"));
         }
-        self.revoke_from_subscribers(op, layout, frozen)?;
+        self.revoke_from_subscribers(op, layout, frozen.runs())?;
         let hidden = frozen.runs().iter().try_for_each(|&run| self.hide(layout, run));
         let outcome = hidden.and_then(|()| {
             self.move_pages(op, layout, &guest, frozen, content, |hypervisor, prepare| {
@@ -312,7 +313,7 @@ impl Inner {
         });
         if outcome.is_err() {
             frozen.runs().iter().for_each(|&run| self.show(layout, run, &[]));
-            self.grant_to_subscribers(layout, frozen);
+            self.grant_to_subscribers(layout, frozen.runs());
         }
         outcome.map_err(|error| error.of(op))
     }
@@ -337,7 +338,7 @@ impl Inner {
                 for &run in frozen.runs() {
                     self.show(layout, run, frozen.runs());
                 }
-                self.grant_to_subscribers(layout, &frozen);
+                self.grant_to_subscribers(layout, frozen.runs());
                 // Without the barrier blocks stay split, and that is all.
                 if frozen.could_merge() {
                     let _ = frozen.wait_for_sections(reader);
@@ -399,7 +400,7 @@ struct HidesIfPanicking<'a> {
 impl Drop for HidesIfPanicking<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            for (pages, word) in self.object.tree.spans(self.object.pages) {
+            for (pages, word) in self.object.spans(self.object.pages) {
                 if word.phase() == Phase::Quarantined {
                     // Should this fail too, nothing is left to be tried.
                     let _ = self.object.hide(self.layout, pages);

@@ -62,7 +62,7 @@ impl GuestMemfd {
         let range = PgoffRange::single(page)?;
         object.check_range(op, range)?;
         let mut layout = object.layout.write();
-        let word = object.tree.load(page);
+        let word = object.word(page);
         if word.is_none_or(|word| word.phase() == Phase::Quarantined) {
             let error = Error::new(op, ErrorKind::Quarantined);
             return Err(error.at(page.offset(), Found::Quarantined));

@@ -227,7 +227,7 @@ impl Inner {
         layout: &mut super::layout::Layout,
         range: PgoffRange,
     ) -> Result<(), Error> {
-        let words = self.tree.spans(range).map(|(pages, word)| (pages, word.visibility()));
+        let words = self.spans(range).map(|(pages, word)| (pages, word.visibility()));
         for (pages, visibility) in super::object::runs(words) {
             if visibility == Visibility::Shared {
                 self.populate(op, layout, pages)?;

@@ -62,6 +62,22 @@ impl GuestMemfd {
         let object = &*self.0;
         let resident = object.frames.resident(object.pages);
         let each = resident.flat_map(|(pages, frames)| pages.iter().zip(frames.iter()));
-        each.filter_map(|(page, pfn)| Some((pfn, object.tree.load(page)?.visibility()))).collect()
+        each.filter_map(|(page, pfn)| Some((pfn, object.word(page)?.visibility()))).collect()
+    }
+
+    /// What lies behind each page that has a folio, whoever may see it: for tests that compare all of it.
+    #[cfg(feature = "oracle")]
+    #[doc(hidden)]
+    pub fn bytes_behind(&self) -> Vec<(Pgoff, Box<[u8]>)> {
+        let object = &*self.0;
+        let mut bytes = Vec::new();
+        for page in object.pages.iter() {
+            let Some(pfn) = object.frames.frame(page) else { continue };
+            let mut buf = vec![0; crate::geometry::PAGE_BYTES].into_boxed_slice();
+            if object.arena.read(pfn.pa(), &mut buf).is_ok() {
+                bytes.push((page, buf));
+            }
+        }
+        bytes
     }
 }

@@ -92,9 +92,9 @@ impl Inner {
         let mut taken: Vec<(Slot, Pfn)> = Vec::new();
         let absent = |slot: &Slot| self.frames.get(slot).is_none();
         for slot in self.frames.shape().slots(range).filter(absent) {
-            let outcome = match taken.try_reserve(1) {
-                Ok(()) => self.take_folio(layout, &slot),
-                Err(_) => Err(Error::new(op, ErrorKind::Exhausted)),
+            let outcome = match fails(FailPoint::Memory) || taken.try_reserve(1).is_err() {
+                false => self.take_folio(layout, &slot),
+                true => Err(Error::new(op, ErrorKind::Exhausted)),
             };
             match outcome {
                 Ok(pfn) => taken.push((slot, pfn)),
@@ -149,7 +149,7 @@ impl Inner {
         if layout.views.is_empty() {
             return;
         }
-        let shared = self.tree.spans(range).map(|(pages, word)| {
+        let shared = self.spans(range).map(|(pages, word)| {
             let shared = word.visibility() == Visibility::Shared;
             (pages, shared && word.phase() != Phase::Quarantined)
         });
@@ -179,7 +179,7 @@ impl Inner {
                     becoming_shared.iter().any(|becoming| becoming.covers(&pages))
                 };
                 let is_shared = |slot: &Slot| {
-                    self.tree.spans(slot.pages()).all(|(pages, word)| {
+                    self.spans(slot.pages()).all(|(pages, word)| {
                         let shared = word.visibility() == Visibility::Shared;
                         shared && word.phase() != Phase::Quarantined || becomes(pages)
                     })

@@ -14,7 +14,8 @@ use crate::geometry::{FolioSize, HUGE_PAGES, MAX_BYTES};
 use crate::os::memfd;
 use crate::range::PgoffRange;
 use crate::state::{
-    Phase, Refusal, Shape as Blocks, Stop, Tree, Visibility, Word, waiters, with_reader,
+    Phase, Refusal, Shape as Blocks, Stop, Tree, Visibility, Word, enter_section, waiters,
+    with_reader,
 };
 use crate::sync::RwLock;
 
@@ -210,7 +211,7 @@ impl GuestMemfd {
         let layout = self.0.layout.read();
         let metadata = self.0.tree.metadata();
         let mut stat = ObjectStat { size: self.size(), metadata, ..ObjectStat::default() };
-        for (pages, word) in self.0.tree.spans(self.0.pages) {
+        for (pages, word) in self.0.spans(self.0.pages) {
             let add = |sum: &mut ByteSize| {
                 *sum = ByteSize::from_bytes(sum.get() + pages.len_bytes().get());
             };
@@ -243,7 +244,7 @@ impl GuestMemfd {
         range: PgoffRange,
     ) -> Result<impl Iterator<Item = (PgoffRange, Visibility)>, Error> {
         self.0.check_range(Op::Range, range)?;
-        Ok(runs(self.0.tree.spans(range).map(|(pages, word)| (pages, word.visibility()))))
+        Ok(runs(self.0.spans(range).map(|(pages, word)| (pages, word.visibility()))))
     }
 
     /// The state of the pages of the range: runs in ascending order, as long as they can be.
@@ -257,7 +258,7 @@ impl GuestMemfd {
         self.0.check_range(Op::Range, range)?;
         let object = &*self.0;
         // Blocks of state and folios do not end in the same places.
-        let parts = object.tree.spans(range).flat_map(move |(pages, word)| {
+        let parts = object.spans(range).flat_map(move |(pages, word)| {
             let slots = object.frames.shape().slots(pages);
             slots.filter_map(move |slot| {
                 let part = slot.pages().intersection(&pages)?;
@@ -301,9 +302,26 @@ impl Inner {
         self.frames.shape().slots(range).all(|slot| self.frames.get(&slot).is_some())
     }
 
+    /// The word of a page.
+    pub(super) fn word(&self, page: Pgoff) -> Option<Word> {
+        let _section = enter_section();
+        self.tree.load(page)
+    }
+
+    /// The words of a range, each with the pages that it speaks for, as they are when the iterator gets
+    /// there.
+    pub(super) fn spans(&self, range: PgoffRange) -> impl Iterator<Item = (PgoffRange, Word)> {
+        let mut spans = self.tree.spans(range);
+        std::iter::from_fn(move || {
+            // For each step: the caller may make system calls between two.
+            let _section = enter_section();
+            spans.next()
+        })
+    }
+
     /// The words of all pages, as they are when the iterator gets there.
     pub(super) fn words(&self) -> impl Iterator<Item = (Pgoff, Word)> {
-        let spans = self.tree.spans(self.pages);
+        let spans = self.spans(self.pages);
         spans.flat_map(|(pages, word)| pages.iter().map(move |page| (page, word)))
     }
 
@@ -379,7 +397,7 @@ impl Drop for Inner {
             let Some(pfn) = self.frames.get(&slot) else { continue };
             // A pin whose guard was forgotten may be a device that is still at work there.
             let unknown = |word: Word| word.phase() == Phase::Quarantined || word.is_held();
-            if self.tree.spans(slot.pages()).any(|(_, word)| unknown(word)) {
+            if self.spans(slot.pages()).any(|(_, word)| unknown(word)) {
                 self.reservation.quarantine(slot.size());
             } else {
                 self.reservation.give_back(pfn, slot.size());

@@ -196,10 +196,19 @@ impl GuestMemfd {
         }
         let id = hold.with_owner(owner.owner);
         let record = with_local(|local| {
-            let record = local.records.note(object.ledger.id, range, id);
-            let record = record.ok_or(Stop::OutOfMemory)?;
-            object.take(local, range, hold, wait).inspect_err(|_| record.clear())?;
-            Ok(record)
+            loop {
+                // Anew for each attempt: who waits holds nothing.
+                let record = local.records.note(object.ledger.id, range, id);
+                let record = record.ok_or(Stop::OutOfMemory)?;
+                let Err(stop) = object.take(local, range, hold) else { return Ok(record) };
+                record.clear();
+                match stop {
+                    Stop::At(page, Refusal::Converting) if !wait.is_never() => {
+                        object.tree.await_settled(wait, page)?;
+                    }
+                    stop => return Err(stop),
+                }
+            }
         })
         .map_err(|stop| object.stopped(op, Some(range), stop))?;
         Ok(PinGuard { memfd: self, record })
@@ -212,19 +221,12 @@ impl GuestMemfd {
 }
 
 impl Inner {
-    fn take(&self, local: &Local, range: PgoffRange, hold: Hold, wait: &Wait) -> Result<(), Stop> {
-        loop {
-            let outcome = match hold {
-                Hold::Page | Hold::Range => self.tree.pin(&local.reader, range),
-                Hold::Exclusive => self.tree.pin_exclusive(&local.reader, range),
-            };
-            match outcome {
-                Err(Stop::At(page, Refusal::Converting)) if !wait.is_never() => {
-                    self.tree.await_settled(wait, page)?;
-                }
-                outcome => return outcome.map(|_| ()),
-            }
-        }
+    fn take(&self, local: &Local, range: PgoffRange, hold: Hold) -> Result<(), Stop> {
+        let counted = match hold {
+            Hold::Page | Hold::Range => self.tree.pin(&local.reader, range),
+            Hold::Exclusive => self.tree.pin_exclusive(&local.reader, range),
+        };
+        counted.map(|_| ())
     }
 }
 

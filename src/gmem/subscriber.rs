@@ -6,13 +6,16 @@ use std::sync::Arc;
 use super::layout::Layout;
 use super::object::{GuestMemfd, Inner, runs};
 use crate::error::{Errno, Error, ErrorKind, Op};
+use crate::failpoint::{FailPoint, fails};
 use crate::range::PgoffRange;
-use crate::state::{Frozen, Phase, Visibility};
+use crate::state::{Phase, Visibility};
 
 /// Somebody who lets others at the shared pages of an object, and must follow when they change sides.
 ///
-/// Pages are taken away before they turn private and given when they have been shared. The calls come
-/// with locks of the object held: an implementation calls nothing of the object.
+/// Pages are taken away before they turn private and given when they have been shared. A hole punch takes
+/// shared pages away and gives them again, since the memory behind them may be another's by then. The
+/// calls come with locks of the object held: an implementation calls nothing of the object. If one panics,
+/// the pages are quarantined, and what the other subscribers have been told about them so far stands.
 pub trait Subscriber: Send + Sync + fmt::Debug {
     /// Takes pages away. When this returns `Ok`, nobody reaches them through here any more.
     ///
@@ -43,17 +46,7 @@ impl GuestMemfd {
         // No conversion tells anybody anything meanwhile. One that waits for the lock has changed no
         // page's side yet, and tells the newcomer too.
         let mut layout = object.layout.write();
-        let mut shared = Vec::new();
-        for (pages, is_shared) in runs(object.tree.spans(object.pages).map(|(pages, word)| {
-            let is_shared = word.visibility() == Visibility::Shared;
-            (pages, is_shared && word.phase() != Phase::Quarantined)
-        })) {
-            if is_shared {
-                let exhausted = |_| Error::new(Op::Subscribe, ErrorKind::Exhausted);
-                shared.try_reserve(1).map_err(exhausted)?;
-                shared.push(pages);
-            }
-        }
+        let shared = object.shared_runs(Op::Subscribe, object.pages)?;
         subscriber.grant(&shared);
         let key = layout.subscribers.insert(subscriber);
         Ok(Subscription { memfd: self.clone(), key })
@@ -67,27 +60,43 @@ impl Drop for Subscription {
 }
 
 impl Inner {
-    /// Takes the frozen pages away from every subscriber, or from none.
+    /// What of a range the host may see, as runs; with the layout locked for writing.
+    pub(super) fn shared_runs(&self, op: Op, range: PgoffRange) -> Result<Vec<PgoffRange>, Error> {
+        let mut shared = Vec::new();
+        let sides = self.spans(range).map(|(pages, word)| {
+            let is_shared = word.visibility() == Visibility::Shared;
+            (pages, is_shared && word.phase() != Phase::Quarantined)
+        });
+        for (pages, _) in runs(sides).filter(|&(_, is_shared)| is_shared) {
+            if fails(FailPoint::Memory) || shared.try_reserve(1).is_err() {
+                return Err(Error::new(op, ErrorKind::Exhausted));
+            }
+            shared.push(pages);
+        }
+        Ok(shared)
+    }
+
+    /// Takes frozen pages away from every subscriber, or from none.
     pub(super) fn revoke_from_subscribers(
         &self,
         op: Op,
         layout: &Layout,
-        frozen: &Frozen<'_>,
+        pages: &[PgoffRange],
     ) -> Result<(), Error> {
         for (key, subscriber) in &layout.subscribers {
-            if let Err(errno) = subscriber.revoke(frozen.runs()) {
+            if let Err(errno) = subscriber.revoke(pages) {
                 let before = layout.subscribers.iter().take_while(|&(other, _)| other != key);
-                before.for_each(|(_, subscriber)| subscriber.grant(frozen.runs()));
+                before.for_each(|(_, subscriber)| subscriber.grant(pages));
                 return Err(Error::new(op, ErrorKind::SubscriberRefused).errno_is(errno));
             }
         }
         Ok(())
     }
 
-    /// Gives the frozen pages to every subscriber.
-    pub(super) fn grant_to_subscribers(&self, layout: &Layout, frozen: &Frozen<'_>) {
+    /// Gives frozen pages to every subscriber.
+    pub(super) fn grant_to_subscribers(&self, layout: &Layout, pages: &[PgoffRange]) {
         for (_, subscriber) in &layout.subscribers {
-            subscriber.grant(frozen.runs());
+            subscriber.grant(pages);
         }
     }
 }

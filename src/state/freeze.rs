@@ -5,7 +5,8 @@
 //! conversions of one mixed range in opposite directions could both succeed, each on what the other left
 //! alone.
 //!
-//! With time to wait, blocks that are pinned drain: pins go and none come. Nobody waits in a circle. Two
+//! With time to wait, what cannot be had at once drains: pins go and none come, and accesses go on until the
+//! last pin is gone. Nobody waits in a circle. Two
 //! conversions of one direction meet in ascending order. Of two in opposite directions the one to
 //! shared gives way: it lets go of all that it has before it waits for the other.
 
@@ -115,6 +116,14 @@ impl Tree {
                 return Ok(frozen);
             }
         }
+        // What can be had at once need not drain.
+        match self.freeze_once(reader, ranges, wanted, &Wait::never()) {
+            Err(Outcome::Stopped(Stop::At(_, refusal)))
+                if !wait.is_never() && refusal != Refusal::Quarantined => {}
+            Ok(frozen) => return Ok(frozen),
+            Err(Outcome::Stopped(stop)) => return Err(stop),
+            Err(Outcome::GaveWay(_)) => {}
+        }
         loop {
             match self.freeze_once(reader, ranges, wanted, wait) {
                 Ok(frozen) => return Ok(frozen),
@@ -187,11 +196,14 @@ impl Tree {
         Ok(self.await_settled(wait, refused.page)?)
     }
 
-    /// Waits until nobody is changing the page.
+    /// Waits until nobody is changing the page, or so it seems: a sleeper is in no section, since others
+    /// may wait for those. Whoever waited looks again.
     ///
     /// # Errors
     /// Somebody still is.
     pub fn await_settled(&self, wait: &Wait, page: Pgoff) -> Result<(), Stop> {
+        // Even if there is nothing to wait for: each time somebody else may be faster.
+        ended(wait.is_over(), page, Refusal::Converting)?;
         let waited = self.waiters().sleep_while(wait, || {
             let phase = self.load(page).map(Word::phase);
             matches!(phase, Some(Phase::Draining | Phase::Converting))
@@ -199,24 +211,22 @@ impl Tree {
         ended(waited, page, Refusal::Converting)
     }
 
-    /// Waits until all that drains is dry, and freezes it.
+    /// Waits until all that drains is dry, and freezes it: not one block before the last is dry, for
+    /// accesses go on until then.
     fn drain(&self, freezing: &mut Freezing<'_>, wait: &Wait) -> Result<(), Stop> {
-        for held in freezing.held.iter_mut().filter(|held| held.role == Role::Drains) {
+        for held in freezing.held.iter().filter(|held| held.role == Role::Drains) {
             for block in self.shape().blocks(held.level, held.pages) {
                 let Some(cell) = self.cell(block) else { continue };
-                loop {
-                    let found = cell.load();
-                    match found.freeze_drained() {
-                        Ok(next) if cell.replace(found, next).is_ok() => break,
-                        Ok(_) => {}
-                        Err(refusal) => {
-                            let start = self.shape().pages_of(block).map(|pages| pages.start());
-                            let page = start.unwrap_or(held.pages.start());
-                            let waited = self.waiters().sleep_while(wait, || cell.load().is_held());
-                            ended(waited, page, refusal)?;
-                        }
-                    }
-                }
+                let Err(refusal) = cell.load().freeze_drained() else { continue };
+                let start = self.shape().pages_of(block).map(|pages| pages.start());
+                let page = start.unwrap_or(held.pages.start());
+                let waited = self.waiters().sleep_while(wait, || cell.load().is_held());
+                ended(waited, page, refusal)?;
+            }
+        }
+        for held in freezing.held.iter_mut().filter(|held| held.role == Role::Drains) {
+            for block in self.shape().blocks(held.level, held.pages) {
+                self.end_block(block, Word::freeze_drained);
             }
             held.role = Role::Changes;
         }

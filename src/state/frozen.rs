@@ -149,7 +149,7 @@ impl Tree {
 
     /// The same for one block. Nobody else writes a word that is converting or folding, so a store will
     /// do; from one that is draining others drop their pins.
-    fn end_block(&self, block: Block, rule: impl Fn(Word) -> Result<Word, Refusal>) {
+    pub(super) fn end_block(&self, block: Block, rule: impl Fn(Word) -> Result<Word, Refusal>) {
         let Some(cell) = self.cell(block) else { return };
         loop {
             let found = cell.load();

@@ -7,8 +7,7 @@
 //! | `pin_exclusive` | shared, settled, no pin at all | the exclusive bit |
 //! | `unpin_exclusive` | the exclusive bit | none |
 //! | `freeze` | settled, no pin at all | converting |
-//! | `drain` | settled, some pin | draining |
-//! | | settled, no pin at all | converting |
+//! | `drain` | settled | draining |
 //! | `freeze_drained` | draining, no pin at all | converting |
 //! | `thaw` | converting or draining | settled |
 //! | `publish` | converting | settled, with the new visibility |
@@ -120,14 +119,14 @@ impl<const P: u32, const K: u32, const S: u32> AnyWord<P, K, S> {
         }
     }
 
-    /// The same, or if there are pins, sees to it that no more come.
+    /// Sees to it that no more pins come. Those that are there may go, and accesses go on.
     ///
     /// # Errors
     /// What stands in the way.
     pub const fn drain(self) -> Result<Self, Refusal> {
-        match self.freeze() {
-            Err(Refusal::Pinned(_) | Refusal::Exclusive) => Ok(self.with_phase(Phase::Draining)),
-            outcome => outcome,
+        match self.settled() {
+            Ok(()) => Ok(self.with_phase(Phase::Draining)),
+            Err(refusal) => Err(refusal),
         }
     }
 
@@ -323,11 +322,7 @@ mod tests {
             let only = |condition: bool, next| if condition { next } else { None };
 
             let taken = matches!(phase, Phase::Converting | Phase::Draining);
-            let drained = match (phase, held) {
-                (Phase::Settled, true) => with(Phase::Draining),
-                (Phase::Settled, false) => with(Phase::Converting),
-                _ => None,
-            };
+            let drained = only(phase == Phase::Settled, with(Phase::Draining));
             let published = |to| only(phase == Phase::Converting, settled_as(word, to));
             // In the order of `RULES`.
             let wanted: [Option<Narrow>; 13] = [

@@ -154,7 +154,11 @@ impl Tree {
     }
 
     /// Finds the word that speaks for a page; `None` past the end. What it says may change at once;
-    /// only an exchange for exactly what was found shows that it has not, and only inside of a section.
+    /// only an exchange for exactly what was found shows that it has not.
+    ///
+    /// To be called inside of a section: outside, a trim may zero a part between the look at the block above
+    /// it and the look at the part, which then seems to inherit what it has long ceased to be. What is
+    /// found outside of one is a guess.
     #[inline]
     pub(super) fn locate(&self, page: Pgoff) -> Option<Spot<'_>> {
         if page.get() >= self.shape.nr_pages() {
@@ -180,13 +184,13 @@ impl Tree {
         }
     }
 
-    /// The word of a page; `None` past the end.
+    /// The word of a page; `None` past the end. To be called inside of a section.
     pub fn load(&self, page: Pgoff) -> Option<Word> {
         self.locate(page).map(|spot| spot.word.bare())
     }
 
     /// The words of a range in ascending order, each with the pages that it speaks for, as they are when
-    /// the iterator gets there.
+    /// the iterator gets there. Each step is to be made inside of a section.
     pub fn spans(&self, range: PgoffRange) -> impl Iterator<Item = (PgoffRange, Word)> {
         let mut next = range.start();
         std::iter::from_fn(move || {
@@ -197,7 +201,7 @@ impl Tree {
         })
     }
 
-    /// Whether the host may touch a page now.
+    /// Whether the host may touch a page now. To be called inside of a section.
     #[inline]
     pub fn is_open(&self, page: Pgoff) -> bool {
         let own = self.own_cell(page).map(StateCell::load);
@@ -213,7 +217,8 @@ impl Tree {
         self.locate(page).is_some_and(|spot| spot.word.is_open())
     }
 
-    /// Whether the host may touch all of the range now; the first subpage that it may not.
+    /// Whether the host may touch all of the range now; the first subpage that it may not. To be called
+    /// inside of a section.
     ///
     /// # Errors
     /// Where, and what was found.
@@ -223,8 +228,9 @@ impl Tree {
         while page < range.end() {
             let Some(spot) = self.locate(page) else { return Ok(()) };
             if !spot.word.is_open() {
-                // Not open, so a pin is refused as well, and says why.
-                let refusal = spot.word.pin().err().unwrap_or(Refusal::Converting);
+                // Not open, so a pin is refused as well, and says why. A fold changes nothing.
+                let word = spot.word.unfold().unwrap_or(spot.word);
+                let refusal = word.pin().err().unwrap_or(Refusal::Converting);
                 return Err(Stop::At(page, refusal));
             }
             page = spot.pages.end();
@@ -291,15 +297,22 @@ impl Tree {
         page: Pgoff,
         rule: impl Fn(Word) -> Result<(), Refusal>,
     ) -> Result<Option<PgoffRange>, Refused> {
+        let mut folding = 0;
         loop {
-            let _section = reader.enter();
+            let section = reader.enter();
             let Some(spot) = self.locate(page) else { return Ok(None) };
-            rule(spot.word).map_err(|refusal| {
-                let visibility = spot.word.visibility();
-                Refused { page, refusal, visibility }
-            })?;
-            if self.write(&spot, spot.word).is_ok() {
-                return Ok(Some(spot.pages));
+            match rule(spot.word) {
+                Ok(()) if self.write(&spot, spot.word).is_ok() => return Ok(Some(spot.pages)),
+                Ok(()) => {}
+                Err(Refusal::Folding) => {
+                    // As in `step`.
+                    drop(section);
+                    relax(folding);
+                    folding = folding.saturating_add(1);
+                }
+                Err(refusal) => {
+                    return Err(Refused { page, refusal, visibility: spot.word.visibility() });
+                }
             }
         }
     }

@@ -168,6 +168,11 @@ impl Wait {
         matches!(self.until, Until::Now)
     }
 
+    /// How a wait would end that has nothing to wait for.
+    pub(super) fn is_over(&self) -> Waited {
+        self.left().map_or_else(|ended| ended, |_| Waited::Over)
+    }
+
     /// Until when to sleep, or why no longer.
     fn left(&self) -> Result<Option<Instant>, Waited> {
         if self.cancel.as_ref().is_some_and(CancelToken::is_cancelled) {

@@ -10,7 +10,7 @@
 //! | phase | pins, exclusive | who may leave it |
 //! |---|---|---|
 //! | settled | any while shared; none while private | whoever wins the compare-and-swap |
-//! | draining | those that are there may go, none may come | the conversion that waits for them |
+//! | draining | those that are there may go, none may come | the conversion that waits |
 //! | converting | none | the one that entered it, and nobody else |
 //! | folding | none | as converting; the bytes are not touched, so accesses go on |
 //! | quarantined | none | nobody: the state of the memory is unknown |
