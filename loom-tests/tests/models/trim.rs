@@ -1,7 +1,7 @@
 //! Parts become one and their tables are zeroed, while somebody is on the way to them.
 
-use gmem::modelled::{Flaw, Visibility};
-use loom_tests::{World, explore_on, must_notice, pages, together};
+use gmem::modelled::{Flaw, Reader, Visibility, Word};
+use loom_tests::{World, explore_on, must_be_caught, must_notice, page, pages, together};
 use std::sync::Arc;
 
 use Visibility::{Private, Shared};
@@ -149,5 +149,59 @@ fn late_page_pin_after_a_split() {
         );
         assert!(matches!(seen, Err(_) | Ok(World::HOST)), "{seen:?}");
         world.expect_whole();
+    });
+}
+
+/// A page that is private all the time, in a block that was split while it was shared, is looked at
+/// while the block is trimmed.
+fn look_at_a_private_page(world: &Arc<World>, look: fn(&World, &Reader) -> Option<Word>) {
+    let reader = world.reader();
+    for at in 0..2 {
+        world.convert_without_readers(&reader, pages(at..at + 1), Private).unwrap();
+    }
+    let (seen, _) = together(world, look, |world, reader| world.tree.trim(reader).unwrap());
+    assert_eq!(seen, Some(Word::new(Private)), "a private page looks like another");
+}
+
+/// Proves: who looks inside of a section never takes a part whose table is being zeroed for one that
+/// inherits what its block was before.
+#[test]
+fn look() {
+    explore_on(&[2, 3], |levels| {
+        let world = World::uniform(levels, Shared);
+        look_at_a_private_page(&world, |world, reader| {
+            let _section = reader.enter();
+            world.tree.load(page(0)).map(unfolded)
+        });
+    });
+}
+
+/// A fold is no change.
+fn unfolded(word: Word) -> Word {
+    word.unfold().unwrap_or(word)
+}
+
+#[test]
+fn canary_look_outside_of_a_section() {
+    must_be_caught("a private page looks like another", || {
+        let world = World::uniform(2, Shared);
+        look_at_a_private_page(&world, |world, _| world.tree.load(page(0)).map(unfolded));
+    });
+}
+
+/// Proves: a trim never makes a conversion fail that only looks at the block which is folded.
+#[test]
+fn conversion_of_another_block() {
+    explore_on(&[2], |levels| {
+        let world = World::of_pages(4, levels, Shared);
+        world.split(pages(0..1));
+        world.convert_without_readers(&world.reader(), pages(2..4), Private).unwrap();
+        let (converted, _) = together(
+            &world,
+            |world, reader| world.convert_without_readers(reader, pages(0..4), Shared),
+            |world, reader| world.tree.trim(reader).unwrap(),
+        );
+        assert_eq!(converted, Ok(()));
+        world.expect_idle(pages(0..4), Shared);
     });
 }
