@@ -79,7 +79,7 @@ fn pins(bench: Bench) -> Outcome<()> {
         "pin_unpin_4k",
         "two_bare_rmw",
         Goal::AtMost(1.3),
-        || memfd.pin(range, owner, PinMode::Counted).map(drop),
+        || drop(memfd.pin(range, owner, PinMode::Counted).expect("a pin")),
         // Relaxed: the peer is the bare instruction.
         || word.fetch_add(1, Ordering::Relaxed) + word.fetch_sub(1, Ordering::Relaxed),
     );
@@ -88,7 +88,7 @@ fn pins(bench: Bench) -> Outcome<()> {
         "pin_unpin_2m_uniform",
         "two_bare_rmw",
         Goal::None,
-        || memfd.pin(whole, owner, PinMode::Counted).map(drop),
+        || drop(memfd.pin(whole, owner, PinMode::Counted).expect("a pin")),
         // Relaxed: the peer is the bare instruction.
         || word.fetch_add(1, Ordering::Relaxed) + word.fetch_sub(1, Ordering::Relaxed),
     );
@@ -97,7 +97,7 @@ fn pins(bench: Bench) -> Outcome<()> {
         "pin_unpin_2m_split",
         "1024_bare_rmw",
         Goal::None,
-        || memfd.pin(split, owner, PinMode::Counted).map(drop),
+        || drop(memfd.pin(split, owner, PinMode::Counted).expect("a pin")),
         || {
             for _ in 0..512 {
                 // Relaxed: the peer is the bare instruction.
@@ -137,8 +137,8 @@ fn accesses(bench: Bench) -> Outcome<()> {
             name,
             "vm_memory_read_obj",
             Goal::AtMost(1.0),
-            || view.read(Offset::new(at), &mut buf),
-            || plain.read_obj::<u64>(GuestAddress(at)),
+            || view.read(Offset::new(at), &mut buf).expect("shared memory"),
+            || plain.read_obj::<u64>(GuestAddress(at)).expect("memory"),
         );
     }
     Ok(())
@@ -182,7 +182,7 @@ fn uniform_conversions(bench: Bench) -> Outcome<()> {
                 &name,
                 "1024_bare_cas",
                 Goal::None,
-                || both_ways(&memfd, huge),
+                || both_ways(&memfd, huge).expect("nobody is in the way"),
                 || cas_both_ways(&words[..512]),
             );
             Ok(())
@@ -265,7 +265,7 @@ fn random_pages(bench: Bench) -> Outcome<()> {
         "convert_4k_random",
         "two_bare_cas",
         Goal::AtMost(4.0),
-        || page(ours.below(all.nr_pages()) | 1).map(|at| state.both_ways(&[at])),
+        || state.both_ways(&[page(ours.below(all.nr_pages()) | 1).expect("a page")]),
         || {
             // A word for each way. Most are one by now; an exchange that fails costs the same.
             let [there, back] = [(); 2].map(|()| &words[theirs.below(all.nr_pages()) as usize | 1]);
@@ -304,8 +304,8 @@ fn scattered(bench: Bench, memfd: &GuestMemfd, suffix: &str) -> Outcome<()> {
         Goal::None,
         || {
             // Each other page is private.
-            let at = page(ours.below(nr_pages) | 1)?;
-            both_ways(memfd, at)
+            let at = page(ours.below(nr_pages) | 1).expect("a page");
+            both_ways(memfd, at).expect("nobody is in the way")
         },
         || {
             // A word for each way. From one to zero would fail on most, and cost the same.
@@ -328,18 +328,19 @@ fn scattered(bench: Bench, memfd: &GuestMemfd, suffix: &str) -> Outcome<()> {
         &format!("convert_scattered{suffix}"),
         "single_calls",
         if suffix.is_empty() { Goal::AtMost(0.7) } else { Goal::None },
-        || -> Result<u64, Error> {
-            let there = memfd.convert_ranges(&shuffled, Visibility::Private, &options)?;
-            let back = memfd.convert_ranges(&shuffled, Visibility::Shared, &options)?;
-            Ok(there.changed_pages() + back.changed_pages())
+        || {
+            for to in [Visibility::Private, Visibility::Shared] {
+                let done = memfd.convert_ranges(&shuffled, to, &options);
+                assert_eq!(done.map(|done| done.changed_pages()), Ok(shuffled.len() as u64));
+            }
         },
-        || -> Result<(), Error> {
+        || {
             for to in [Visibility::Private, Visibility::Shared] {
                 for &page in &shuffled {
-                    let _ = memfd.convert(page, to, ContentPolicy::Preserve)?;
+                    let done = memfd.convert(page, to, ContentPolicy::Preserve);
+                    assert_eq!(done.map(|done| done.changed_pages()), Ok(1));
                 }
             }
-            Ok(())
         },
     );
     Ok(())
