@@ -402,7 +402,9 @@ mod tests {
     #[test]
     fn a_part_inherits_all_but_its_own_splits() {
         let nr_splits = Narrow::MAX_SPLITS;
-        for parent in all_words() {
+        // Two million pairs are hours when they are interpreted.
+        let step = if cfg!(miri) { 499 } else { 1 };
+        for parent in all_words().step_by(step) {
             let split = parent.split(nr_splits);
             assert!(split.is_split() && split.splits() != 0);
             assert_eq!(split.with_splits(0).without_split_bit().bits(), {
