@@ -218,6 +218,7 @@ fn a_freeze_that_is_thawed_or_dropped_ends_as_it_says() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "65,535 pins take minutes when they are interpreted")]
 fn pins_saturate_and_unwind() {
     let world = World::small(4, Visibility::Shared);
     for _ in 0..Word::MAX_PINS {
@@ -229,6 +230,7 @@ fn pins_saturate_and_unwind() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "65,535 pins take minutes when they are interpreted")]
 fn a_whole_block_that_is_full_refuses_a_pin_of_its_part() {
     let world = World::small(4, Visibility::Shared);
     for _ in 0..Word::MAX_PINS {
