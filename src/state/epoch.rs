@@ -183,14 +183,23 @@ impl Drop for Section<'_> {
 }
 
 #[cfg(all(test, not(loom)))]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use std::sync::atomic::AtomicBool;
     use std::time::Duration;
 
+    /// A domain that stays, as a process's own does: with it go slots that nothing would free, and
+    /// Miri looks for leaks.
+    pub(in crate::state) fn lasting_domain() -> Arc<Domain> {
+        static ALL: std::sync::Mutex<Vec<Arc<Domain>>> = std::sync::Mutex::new(Vec::new());
+        let domain = Arc::new(Domain::new());
+        ALL.lock().unwrap().push(Arc::clone(&domain));
+        domain
+    }
+
     #[test]
     fn waiting_lasts_until_the_outermost_section_ends() {
-        let domain = Arc::new(Domain::new());
+        let domain = lasting_domain();
         let ended = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let (entered, ready) = std::sync::mpsc::channel();
@@ -212,7 +221,7 @@ mod tests {
 
     #[test]
     fn readers_leave_no_slot_behind() {
-        let domain = Arc::new(Domain::new());
+        let domain = lasting_domain();
         for _ in 0..100 {
             drop(Domain::register(&domain));
         }
@@ -222,7 +231,7 @@ mod tests {
 
     #[test]
     fn a_section_that_unwinds_is_left() {
-        let domain = Arc::new(Domain::new());
+        let domain = lasting_domain();
         let reader = Domain::register(&domain);
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             let _section = reader.enter();

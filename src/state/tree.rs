@@ -341,13 +341,17 @@ impl Tree {
     #[inline]
     pub fn pin_page(&self, page: Pgoff) -> bool {
         let Some(cell) = self.own_cell(page) else { return false };
-        let found = cell.load();
-        match found.pin() {
-            // A word that was never written would pass for a shared one.
-            Ok(next) if found.stamp() != 0 || seeded(Flaw::PinsUnwrittenPages) => {
-                cell.replace(found, next).is_ok()
+        loop {
+            let found = cell.load();
+            match found.pin() {
+                // A word that was never written would pass for a shared one.
+                Ok(next) if found.stamp() != 0 || seeded(Flaw::PinsUnwrittenPages) => {
+                    if cell.replace(found, next).is_ok() {
+                        return true;
+                    }
+                }
+                _ => return false,
             }
-            _ => false,
         }
     }
 

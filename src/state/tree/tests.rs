@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::state::epoch::Domain;
+use crate::state::epoch::tests::lasting_domain;
 use crate::state::freeze::Wanted;
 use crate::state::frozen::Frozen;
 use crate::state::waiting::{CancelToken, Wait};
@@ -18,7 +19,7 @@ pub(super) struct World {
 impl World {
     pub(super) fn new(shape: Shape, visibility: Visibility) -> Self {
         let waiters = Arc::new(Waiters::new());
-        let domain = Arc::new(Domain::new());
+        let domain = lasting_domain();
         let tree = Tree::new(shape, visibility, &waiters).unwrap();
         Self { tree, reader: Domain::register(&domain), waiters }
     }
@@ -321,7 +322,7 @@ fn a_wait_ends_when_the_last_pin_goes_and_lets_no_new_one_in() {
     let world = World::small(8, Visibility::Shared);
     world.pin(range(0, 4)).unwrap();
     world.pin(range(2, 1)).unwrap();
-    let (tree, domain) = (&world.tree, Arc::new(Domain::new()));
+    let (tree, domain) = (&world.tree, lasting_domain());
     std::thread::scope(|scope| {
         let domain = &domain;
         let converter = scope.spawn(move || {
