@@ -101,6 +101,9 @@ pub enum ErrorKind {
     /// Not enough free frames, or not enough host memory.
     #[error("out of memory")]
     Exhausted,
+    /// An account may not be charged that much.
+    #[error("the account is at its limit")]
+    LimitReached,
     /// A memslot is in the way, or an object range is bound already.
     #[error("something is there already")]
     Exists,
@@ -139,7 +142,7 @@ impl ErrorKind {
             Self::Cancelled => Errno::ECANCELED,
             Self::SubscriberRefused => Errno::EBUSY,
             Self::Saturated => Errno::EOVERFLOW,
-            Self::Exhausted => Errno::ENOMEM,
+            Self::Exhausted | Self::LimitReached => Errno::ENOMEM,
             Self::Exists => Errno::EEXIST,
             Self::NotFound => Errno::ENOENT,
             Self::Unsupported => Errno::EOPNOTSUPP,
@@ -176,6 +179,8 @@ pub enum Op {
     RegisterOwner,
     Subscribe,
     InstallSigbusHandler,
+    Poison,
+    Scrub,
 }
 
 impl fmt::Display for Op {
@@ -201,6 +206,8 @@ impl fmt::Display for Op {
             Self::RegisterOwner => "register an owner",
             Self::Subscribe => "subscribe",
             Self::InstallSigbusHandler => "install the SIGBUS handler",
+            Self::Poison => "report a memory failure",
+            Self::Scrub => "scrub",
         })
     }
 }

@@ -16,6 +16,8 @@ pub enum FailPoint {
     View,
     /// The hypervisor.
     Hypervisor,
+    /// A scrub that is under way.
+    Scrub,
 }
 
 #[cfg(not(any(test, feature = "oracle")))]

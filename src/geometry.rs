@@ -10,6 +10,8 @@ pub const PAGE_SIZE: ByteSize = ByteSize::from_bytes(1 << PAGE_SHIFT);
 pub(crate) const HUGE_ORDER: u8 = 9;
 /// Pages in a huge folio.
 pub(crate) const HUGE_PAGES: u64 = 1 << HUGE_ORDER;
+/// log2 of the pages in the largest folio.
+pub(crate) const GIANT_ORDER: u8 = 18;
 /// [`PAGE_SIZE`] where an index is wanted.
 pub(crate) const PAGE_BYTES: usize = 1 << PAGE_SHIFT;
 /// The largest byte position that any address space may reach: Linux's `loff_t`.
@@ -37,6 +39,8 @@ pub enum FolioSize {
     /// 2 MiB. What is left of an object behind its last whole 2 MiB is made of 4 KiB folios.
     #[default]
     Huge2M,
+    /// 1 GiB. What is left of an object behind its last whole 1 GiB is made of smaller folios.
+    Huge1G,
 }
 
 impl FolioSize {
@@ -44,6 +48,7 @@ impl FolioSize {
         match self {
             Self::Base => 0,
             Self::Huge2M => HUGE_ORDER,
+            Self::Huge1G => GIANT_ORDER,
         }
     }
 

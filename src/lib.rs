@@ -62,7 +62,9 @@ pub mod vm_memory;
 #[doc(hidden)]
 pub use crate::state::modelled;
 
-pub use crate::folio::{ArenaBacking, FolioPool, PoolStat, Unscrubbed};
+pub use crate::folio::{
+    Account, AccountStat, ArenaBacking, Commitment, FolioPool, PoolStat, Scrubber, Unscrubbed, Zone,
+};
 pub use crate::gmem::{
     ContentPolicy, Conversion, ConvertOptions, GuestMemfd, GuestMemfdBuilder, HostFault, HostView,
     ObjectStat, OwnerTag, PageInfo, PageStatus, PinGuard, PinMode, Residency, Subscriber,

@@ -2,17 +2,19 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::ledger::Blocks;
 use crate::addr::{Pfn, Pgoff};
 use crate::error::{Error, ErrorKind, Op};
-use crate::geometry::{FolioSize, index};
+use crate::geometry::{FolioSize, GIANT_ORDER, HUGE_ORDER, HUGE_PAGES, index};
 use crate::range::{PfnRange, PgoffRange};
 
-/// How an object is cut into folios: whole ones of the wanted size from the start on, and 4 KiB ones
-/// for what is left.
+/// How an object is cut into folios: as many of the wanted size from the start on as there can be, then
+/// as many of the next smaller one, down to 4 KiB.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shape {
     nr_pages: u64,
-    size: FolioSize,
+    giant_end: u64,
+    huge_end: u64,
 }
 
 /// The place of one folio in an object.
@@ -31,51 +33,57 @@ impl Slot {
     pub(crate) fn size(&self) -> FolioSize {
         match self.pages.nr_pages() {
             1 => FolioSize::Base,
-            _ => FolioSize::Huge2M,
+            HUGE_PAGES => FolioSize::Huge2M,
+            _ => FolioSize::Huge1G,
         }
     }
 }
 
 impl Shape {
     pub(crate) fn new(nr_pages: u64, size: FolioSize) -> Self {
-        Self { nr_pages, size }
+        let end = |of: FolioSize| match size >= of {
+            true => nr_pages >> of.order() << of.order(),
+            false => 0,
+        };
+        let giant_end = end(FolioSize::Huge1G);
+        Self { nr_pages, giant_end, huge_end: end(FolioSize::Huge2M).max(giant_end) }
     }
 
-    fn nr_large(&self) -> u64 {
-        self.nr_pages >> self.size.order()
-    }
-
-    /// How many folios of each size: huge, then base.
-    pub(crate) fn nr_folios(&self) -> (u64, u64) {
-        match self.size {
-            FolioSize::Base => (0, self.nr_pages),
-            FolioSize::Huge2M => {
-                (self.nr_large(), self.nr_pages - self.nr_large() * self.size.nr_pages())
-            }
+    /// How many folios of each size.
+    pub(crate) fn blocks(&self) -> Blocks {
+        Blocks {
+            giant: self.giant_end >> GIANT_ORDER,
+            huge: (self.huge_end - self.giant_end) >> HUGE_ORDER,
+            base: self.nr_pages - self.huge_end,
         }
     }
 
     fn nr_slots(&self) -> u64 {
-        let (huge, base) = self.nr_folios();
-        huge + base
+        let Blocks { giant, huge, base } = self.blocks();
+        giant + huge + base
     }
 
-    /// Which folio holds a page, and how far into it the page is; `None` past the end.
+    /// Which folio holds a page, how many pages it has, and how far into it the page is; `None` past the
+    /// end.
     #[inline]
-    fn place(&self, page: Pgoff) -> Option<(u64, u64)> {
-        let (page, order) = (page.get(), self.size.order());
-        let large_end = self.nr_large() << order;
-        match page {
-            page if page < large_end => Some((page >> order, page & (self.size.nr_pages() - 1))),
-            page if page < self.nr_pages => Some((self.nr_large() + page - large_end, 0)),
-            _ => None,
+    fn place(&self, page: Pgoff) -> Option<(u64, u64, u64)> {
+        let page = page.get();
+        if page < self.giant_end {
+            let nr_pages = 1 << GIANT_ORDER;
+            return Some((page >> GIANT_ORDER, nr_pages, page & (nr_pages - 1)));
         }
+        let giant = self.giant_end >> GIANT_ORDER;
+        if page < self.huge_end {
+            let place = giant + ((page - self.giant_end) >> HUGE_ORDER);
+            return Some((place, HUGE_PAGES, page & (HUGE_PAGES - 1)));
+        }
+        let huge = (self.huge_end - self.giant_end) >> HUGE_ORDER;
+        (page < self.nr_pages).then(|| (giant + huge + (page - self.huge_end), 1, 0))
     }
 
     /// The folio that holds a page; `None` past the end.
     fn slot(&self, page: Pgoff) -> Option<Slot> {
-        let (place, skip) = self.place(page)?;
-        let nr_pages = if place < self.nr_large() { self.size.nr_pages() } else { 1 };
+        let (place, nr_pages, skip) = self.place(page)?;
         let pages = PgoffRange::new(Pgoff::new(page.get() - skip), nr_pages).ok()?;
         Some(Slot { index: index(place), pages })
     }
@@ -129,7 +137,7 @@ impl FolioMap {
     /// The frame of a page.
     #[inline]
     pub(crate) fn frame(&self, page: Pgoff) -> Option<Pfn> {
-        let (place, skip) = self.shape.place(page)?;
+        let (place, _, skip) = self.shape.place(page)?;
         self.first_frame(index(place))?.checked_add(skip)
     }
 
@@ -192,7 +200,7 @@ mod tests {
     #[test]
     fn the_tail_is_made_of_base_folios() {
         let shape = Shape::new(512 + 3, FolioSize::Huge2M);
-        assert_eq!(shape.nr_folios(), (1, 3));
+        assert_eq!(shape.blocks(), Blocks { giant: 0, huge: 1, base: 3 });
         let pages: Vec<_> = shape.slots(range(500, 15)).map(|slot| slot.pages()).collect();
         assert_eq!(pages, [range(0, 512), range(512, 1), range(513, 1), range(514, 1)]);
         assert!(shape.slot(Pgoff::new(515)).is_none());

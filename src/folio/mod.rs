@@ -1,16 +1,38 @@
-//! Physical memory: an arena, its frames, and who has a claim to them.
+//! Physical memory: arenas, their frames, and who has a claim to them.
 //!
 //! | file | holds |
 //! |---|---|
-//! | `pool` | the pool: backing, reservations, counters, scrubbing |
+//! | `bits` | bits, of which the first set one is found quickly |
 //! | `buddy` | which frames are free |
+//! | `ledger` | what is promised, and whether more can be |
+//! | `home` | where objects would like to be |
+//! | `frames` | one arena's frames, as arithmetic |
+//! | `record` | the folios that are in use, and whose they are |
+//! | `account` | what a guest may take |
+//! | `state` | all arenas, owners and accounts of a pool |
+//! | `reservation` | an object's promise |
+//! | `pool` | the pool: backing and counters |
 //! | `map` | which frame holds which folio of an object |
 
+mod account;
+mod bits;
 mod buddy;
+mod frames;
+mod home;
+mod ledger;
 mod map;
 mod pool;
+mod record;
+mod reservation;
+mod scrub;
+mod state;
 
-pub(crate) use buddy::try_bits;
+pub use account::{Account, AccountStat};
+pub(crate) use bits::try_bits;
 pub(crate) use map::{FolioMap, Shape, Slot};
+pub(crate) use pool::Claim;
 pub use pool::{ArenaBacking, FolioPool, PoolStat, Unscrubbed};
-pub(crate) use pool::{Claim, Reservation};
+pub use reservation::Commitment;
+pub(crate) use reservation::{Reservation, Wanted};
+pub use scrub::Scrubber;
+pub use state::Zone;

@@ -1,21 +1,19 @@
 //! A pool: the physical memory that several guests draw from.
 //!
-//! Counters, in frames, at every moment: `capacity = free + used + quarantined`, and `reserved` of
-//! the free ones are promised to objects. A promise is kept in the right shape: as many whole huge
-//! blocks stay free as huge folios are promised.
-//!
-//! A frame is scrubbed on its way back, so every free frame is zero.
+//! One lock guards all of its state, and no bytes are touched under it. Who scrubs takes what he scrubs
+//! out of the state first, and nobody else reaches it meanwhile.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-use super::buddy::Buddy;
+use super::state::{ArenaState, Poisoned, State, Zone};
 use crate::addr::{ByteSize, Pfn};
 use crate::backing::Arena;
 use crate::error::{Error, ErrorKind, Op};
 use crate::geometry::{FolioSize, HUGE_PAGES};
 use crate::os::memfd::PageKind;
 use crate::range::PfnRange;
+use crate::sync::{Condvar, Mutex, MutexGuard};
 
 /// What the bytes of a pool are made of. All of it is committed when the pool is created.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -45,22 +43,31 @@ impl fmt::Display for ArenaBacking {
     }
 }
 
-/// The counters of a pool at one moment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The counters of a pool at one moment. Whenever no call is under way,
+/// `free + reserved + used + quarantined + poisoned = capacity`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PoolStat {
     /// All of it.
     pub capacity: ByteSize,
-    /// Not holding anything, promised or not.
+    /// Holding nothing, and promised to nobody.
     pub free: ByteSize,
-    /// How much of the free memory is promised to objects.
+    /// Holding nothing, and promised to objects.
     pub reserved: ByteSize,
     /// Holding folios of objects.
     pub used: ByteSize,
     /// Kept out of use, because its state is unknown since a failure.
     pub quarantined: ByteSize,
+    /// Kept out of use, because the memory failed.
+    pub poisoned: ByteSize,
+    /// How much of what holds nothing waits for a scrub.
+    pub dirty: ByteSize,
+    /// The largest free block, promised or not.
+    pub largest_free: ByteSize,
     /// How much the kernel backs by huge pages, by its own account.
     pub huge: ByteSize,
+    /// What the pool takes of the host's memory on top of its capacity.
+    pub metadata: ByteSize,
 }
 
 /// A free frame that is not all zeroes.
@@ -77,9 +84,19 @@ pub struct FolioPool(Arc<Inner>);
 struct Inner {
     backing: ArenaBacking,
     arena: Arc<Arena>,
-    frames: Mutex<Frames>,
+    state: Mutex<State>,
+    /// Something is dirty, or a scrubber is to end.
+    work: Condvar,
+    /// A block came back from somebody who scrubbed it.
+    returned: Condvar,
     /// Whether a hypervisor keeps account of the frames.
-    claimed: Mutex<bool>,
+    claimed: Mutex<Claimed>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Claimed {
+    Yes,
+    No,
 }
 
 /// A hypervisor's claim to keep account of a pool's frames; ends when it is dropped.
@@ -88,25 +105,7 @@ pub(crate) struct Claim(FolioPool);
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        *self.0.claimed() = false;
-    }
-}
-
-#[derive(Debug)]
-struct Frames {
-    buddy: Buddy,
-    reserved_huge: u64,
-    reserved_base: u64,
-    quarantined: u64,
-}
-
-impl Frames {
-    /// Huge blocks and frames that could be promised.
-    fn unreserved(&self) -> (u64, u64) {
-        let huge = self.buddy.nr_free_huge().saturating_sub(self.reserved_huge);
-        let small =
-            (huge * HUGE_PAGES + self.buddy.nr_free_small()).saturating_sub(self.reserved_base);
-        (huge.min(small / HUGE_PAGES), small)
+        *self.0.0.claimed.lock() = Claimed::No;
     }
 }
 
@@ -133,13 +132,16 @@ impl FolioPool {
             }
             ArenaBacking::MemfdHugetlb2M => Arena::file(PageKind::Hugetlb2M, nr_pages)?,
         };
-        let buddy = Buddy::new(nr_pages)?;
-        let frames = Frames { buddy, reserved_huge: 0, reserved_base: 0, quarantined: 0 };
+        let frames = PfnRange::new(Pfn::new(0), nr_pages)?;
+        let mut state = State::default();
+        state.arenas.push(ArenaState::new(frames, Zone::Normal)?);
         Ok(Self(Arc::new(Inner {
             backing,
             arena,
-            frames: Mutex::new(frames),
-            claimed: Mutex::new(false),
+            state: Mutex::new(state),
+            work: Condvar::new(),
+            returned: Condvar::new(),
+            claimed: Mutex::new(Claimed::No),
         })))
     }
 
@@ -170,57 +172,105 @@ impl FolioPool {
         self.0.backing
     }
 
+    /// Whether the other is a handle to the same pool.
+    pub(super) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// The counters.
     pub fn stat(&self) -> PoolStat {
-        let capacity = self.0.arena.nr_pages();
-        let frames = self.frames();
-        let free = frames.buddy.nr_free();
         let pages = ByteSize::from_pages;
+        let mut sum = [0; 8];
+        let mut largest = 0;
+        for arena in &self.state().arenas {
+            let frames = &arena.frames;
+            let (free, bad) = (frames.free().pages(), frames.poisoned().len() as u64);
+            let promised = frames.promised().pages().min(free);
+            let gone = frames.nr_quarantined() + bad;
+            let used = frames.nr_pages().saturating_sub(free + gone);
+            let of_arena = [
+                frames.nr_pages(),
+                free - promised,
+                promised,
+                used,
+                frames.nr_quarantined(),
+                bad,
+                frames.nr_dirty(),
+                arena.metadata_bytes(),
+            ];
+            sum.iter_mut().zip(of_arena).for_each(|(sum, one)| *sum += one);
+            let order = frames.buddy().largest_order();
+            largest = largest.max(order.map_or(0, |order| 1 << order));
+        }
+        let [capacity, free, reserved, used, quarantined, poisoned, dirty, metadata] = sum;
         PoolStat {
             capacity: pages(capacity),
             free: pages(free),
-            reserved: pages(frames.reserved_huge * HUGE_PAGES + frames.reserved_base),
-            used: pages(capacity - free - frames.quarantined),
-            quarantined: pages(frames.quarantined),
+            reserved: pages(reserved),
+            used: pages(used),
+            quarantined: pages(quarantined),
+            poisoned: pages(poisoned),
+            dirty: pages(dirty),
+            largest_free: pages(largest),
             huge: match self.0.backing {
                 ArenaBacking::Heap | ArenaBacking::Memfd => pages(0),
                 ArenaBacking::MemfdThp => crate::os::thp::huge_mapped(self.0.arena.hva()),
                 ArenaBacking::MemfdHugetlb2M => pages(capacity),
             },
+            metadata: ByteSize::from_bytes(metadata),
         }
     }
 
-    /// Reads every free frame and makes sure that it is zero; says how much that was. Allocation
+    /// Reads every clean free frame and makes sure that it is zero; says how much that was. Allocation
     /// waits meanwhile.
     ///
     /// # Errors
     /// The first frame that is not.
     pub fn verify_scrubbed(&self) -> Result<ByteSize, Unscrubbed> {
-        let frames = self.frames();
-        for block in frames.buddy.free_blocks() {
-            for pfn in block.iter() {
-                let clean = PfnRange::single(pfn).and_then(|frame| self.0.arena.is_zero(frame));
-                if !matches!(clean, Ok(true)) {
-                    return Err(Unscrubbed(pfn));
+        let state = self.state();
+        let mut nr_pages = 0;
+        for arena in &state.arenas {
+            for (start, nr) in arena.frames.buddy().free_blocks() {
+                for frame in start..start + nr {
+                    let pfn = arena.pfn(frame);
+                    let clean = PfnRange::single(pfn).and_then(|frame| self.0.arena.is_zero(frame));
+                    if !matches!(clean, Ok(true)) {
+                        return Err(Unscrubbed(pfn));
+                    }
                 }
+                nr_pages += nr;
             }
         }
-        Ok(ByteSize::from_pages(frames.buddy.nr_free()))
+        Ok(ByteSize::from_pages(nr_pages))
     }
 
-    /// Whether a frame is in the free map.
+    /// Keeps a frame out of use for good, because its memory failed: the kernel says so by a `SIGBUS` with
+    /// `BUS_MCEERR_AO` or `BUS_MCEERR_AR`. A frame in use stays in its folio until that comes back; the rest
+    /// of the folio is used again then. What was promised and cannot be kept any more fails when it
+    /// is taken.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`] for a frame that the pool does not have; [`ErrorKind::Exhausted`] without host
+    /// memory to remember it.
+    pub fn report_memory_failure(&self, pfn: Pfn) -> Result<(), Error> {
+        let outcome = self.state().poison(pfn)?;
+        if let Poisoned::ScrubAround(block, size) = outcome {
+            self.scrub_in_hands(block, size);
+        }
+        Ok(())
+    }
+
+    /// Whether a frame is free.
     pub(crate) fn is_free(&self, pfn: Pfn) -> bool {
-        self.frames().buddy.is_free(pfn)
+        let state = self.state();
+        let mut arenas = state.arenas.iter().filter(|arena| arena.covers(pfn));
+        arenas.any(|arena| arena.frames.is_free(pfn.get() - arena.start))
     }
 
     /// Makes the caller the one hypervisor of this pool; `None` if there is one already.
     pub(crate) fn claim(&self) -> Option<Claim> {
-        let claimed_before = std::mem::replace(&mut *self.claimed(), true);
-        (!claimed_before).then(|| Claim(self.clone()))
-    }
-
-    fn claimed(&self) -> MutexGuard<'_, bool> {
-        self.0.claimed.lock().unwrap_or_else(PoisonError::into_inner)
+        let before = std::mem::replace(&mut *self.0.claimed.lock(), Claimed::Yes);
+        (before == Claimed::No).then(|| Claim(self.clone()))
     }
 
     pub(crate) fn arena(&self) -> &Arc<Arena> {
@@ -235,96 +285,16 @@ impl FolioPool {
         }
     }
 
-    /// Promises folios to an object.
-    pub(crate) fn reserve(&self, huge: u64, base: u64) -> Result<Reservation, Error> {
-        let mut frames = self.frames();
-        let (free_huge, free_pages) = frames.unreserved();
-        let pages = huge.checked_mul(HUGE_PAGES).and_then(|pages| pages.checked_add(base));
-        if huge > free_huge || pages.is_none_or(|pages| pages > free_pages) {
-            return Err(Error::new(Op::CreateObject, ErrorKind::Exhausted).because(format!(
-                "{huge} folios of 2 MiB and {base} of 4 KiB wanted; the pool can still promise \
-                 {free_huge} of 2 MiB, {free_pages} of 4 KiB in all",
-            )));
-        }
-        frames.reserved_huge += huge;
-        frames.reserved_base += base;
-        Ok(Reservation { pool: self.clone(), left: Mutex::new((huge, base)) })
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock()
     }
 
-    fn frames(&self) -> MutexGuard<'_, Frames> {
-        self.0.frames.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// An object's promise: folios that it may take without fail, and gives back here.
-#[derive(Debug)]
-pub(crate) struct Reservation {
-    pool: FolioPool,
-    /// How many huge and base folios have not been taken.
-    left: Mutex<(u64, u64)>,
-}
-
-impl Reservation {
-    pub(crate) fn pool(&self) -> &FolioPool {
-        &self.pool
+    pub(super) fn work(&self) -> &Condvar {
+        &self.0.work
     }
 
-    /// Takes a folio, which is all zeroes.
-    pub(crate) fn take(&self, size: FolioSize) -> Result<Pfn, Error> {
-        let exhausted = || {
-            Error::new(Op::Allocate, ErrorKind::Exhausted)
-                .because("more folios were asked for than the object has places for")
-        };
-        let mut left = self.left();
-        let mut frames = self.pool.frames();
-        let (mine, reserved) = match size {
-            FolioSize::Huge2M => (&mut left.0, &mut frames.reserved_huge),
-            FolioSize::Base => (&mut left.1, &mut frames.reserved_base),
-        };
-        *mine = mine.checked_sub(1).ok_or_else(exhausted)?;
-        *reserved -= 1;
-        frames.buddy.allocate(size.order()).ok_or_else(exhausted)
-    }
-
-    /// Scrubs a folio and gives it back; the promise is as before.
-    pub(crate) fn give_back(&self, pfn: Pfn, size: FolioSize) {
-        let scrubbed =
-            PfnRange::new(pfn, size.nr_pages()).and_then(|frames| self.pool.0.arena.zero(frames));
-        if scrubbed.is_err() {
-            self.quarantine(size);
-            return;
-        }
-        let mut left = self.left();
-        let mut frames = self.pool.frames();
-        frames.buddy.free(pfn, size.order());
-        match size {
-            FolioSize::Huge2M => {
-                left.0 += 1;
-                frames.reserved_huge += 1;
-            }
-            FolioSize::Base => {
-                left.1 += 1;
-                frames.reserved_base += 1;
-            }
-        }
-    }
-
-    /// Counts a folio as lost. It is in no free map and in no object any more.
-    pub(crate) fn quarantine(&self, size: FolioSize) {
-        self.pool.frames().quarantined += size.nr_pages();
-    }
-
-    fn left(&self) -> MutexGuard<'_, (u64, u64)> {
-        self.left.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for Reservation {
-    fn drop(&mut self) {
-        let (huge, base) = *self.left();
-        let mut frames = self.pool.frames();
-        frames.reserved_huge -= huge;
-        frames.reserved_base -= base;
+    pub(super) fn returned(&self) -> &Condvar {
+        &self.0.returned
     }
 }
 
@@ -332,54 +302,11 @@ impl Drop for Reservation {
 mod tests {
     use super::*;
 
-    fn pool(nr_pages: u64) -> FolioPool {
-        FolioPool::new(ArenaBacking::Heap, ByteSize::from_pages(nr_pages)).unwrap()
-    }
-
-    #[test]
-    fn a_promise_is_kept_whatever_others_take() {
-        let pool = pool(3 * 512);
-        let huge = pool.reserve(2, 0).unwrap();
-        let base = pool.reserve(0, 512).unwrap();
-        assert_eq!(pool.reserve(0, 1).unwrap_err().kind(), ErrorKind::Exhausted);
-        for _ in 0..512 {
-            base.take(FolioSize::Base).unwrap();
-        }
-        assert_eq!(base.take(FolioSize::Base).unwrap_err().kind(), ErrorKind::Exhausted);
-        huge.take(FolioSize::Huge2M).unwrap();
-        huge.take(FolioSize::Huge2M).unwrap();
-        assert_eq!(pool.stat().free, ByteSize::from_bytes(0));
-    }
-
-    #[test]
-    fn what_comes_back_is_scrubbed_and_promised_again() {
-        let pool = pool(512);
-        let reservation = pool.reserve(1, 0).unwrap();
-        let pfn = reservation.take(FolioSize::Huge2M).unwrap();
-        pool.arena().write(pfn.pa(), b"secret").unwrap();
-        reservation.give_back(pfn, FolioSize::Huge2M);
-        assert_eq!(pool.stat().reserved, FolioSize::Huge2M.bytes());
-        assert_eq!(pool.verify_scrubbed(), Ok(FolioSize::Huge2M.bytes()));
-        drop(reservation);
-        assert_eq!(pool.stat().reserved, ByteSize::from_bytes(0));
-    }
-
     #[test]
     fn a_dirty_free_frame_is_found() {
-        let pool = pool(4);
+        let pool = FolioPool::new(ArenaBacking::Heap, ByteSize::from_pages(4)).unwrap();
         pool.arena().write(Pfn::new(2).pa(), &[1]).unwrap();
         assert_eq!(pool.verify_scrubbed(), Err(Unscrubbed(Pfn::new(2))));
-    }
-
-    #[test]
-    fn quarantined_frames_are_neither_free_nor_used() {
-        let pool = pool(512);
-        let reservation = pool.reserve(1, 0).unwrap();
-        reservation.take(FolioSize::Huge2M).unwrap();
-        reservation.quarantine(FolioSize::Huge2M);
-        let stat = pool.stat();
-        assert_eq!(stat.quarantined, stat.capacity);
-        assert_eq!((stat.free, stat.used), Default::default());
     }
 
     #[test]

@@ -118,7 +118,7 @@ impl Inner {
         if fails(FailPoint::Folio) {
             return Err(Error::new(Op::Allocate, ErrorKind::Exhausted));
         }
-        let pfn = self.reservation.take(slot.size())?;
+        let pfn = self.reservation.take(slot.size(), slot.pages().start())?;
         let mut views = layout.views.iter();
         let outcome = views
             .try_for_each(|(_, view)| view.install(self, slot.pages(), pfn))
@@ -137,7 +137,7 @@ impl Inner {
                 Err(error)
             }
             Err(NotInstalled::Left(error)) => {
-                self.reservation.quarantine(slot.size());
+                self.reservation.quarantine(pfn);
                 Err(error)
             }
         }
@@ -174,7 +174,7 @@ impl Inner {
                     layout.views.iter().for_each(|(_, view)| view.show(pages));
                 }
             }
-            FolioSize::Huge2M => {
+            FolioSize::Huge2M | FolioSize::Huge1G => {
                 let becomes = |pages: PgoffRange| {
                     becoming_shared.iter().any(|becoming| becoming.covers(&pages))
                 };
@@ -201,7 +201,7 @@ impl Inner {
             }
             match granule {
                 FolioSize::Base => view.hide(pages)?,
-                FolioSize::Huge2M => {
+                FolioSize::Huge2M | FolioSize::Huge1G => {
                     for slot in self.frames.shape().slots(pages) {
                         view.hide(slot.pages())?;
                     }

@@ -9,7 +9,7 @@ use super::pin::Ledger;
 use crate::addr::{ByteSize, Pgoff};
 use crate::backing::Arena;
 use crate::error::{Error, ErrorKind, Found, Op};
-use crate::folio::{FolioMap, FolioPool, Reservation, Shape};
+use crate::folio::{Account, Commitment, FolioMap, FolioPool, Reservation, Shape, Wanted, Zone};
 use crate::geometry::{FolioSize, HUGE_PAGES, MAX_BYTES};
 use crate::os::memfd;
 use crate::range::PgoffRange;
@@ -49,9 +49,34 @@ pub struct GuestMemfdBuilder {
     initial: Visibility,
     folio_size: FolioSize,
     name: String,
+    zones: Vec<Zone>,
+    commitment: Commitment,
+    account: Option<Account>,
 }
 
 impl GuestMemfdBuilder {
+    /// The zones that folios may be taken from, the most wanted first; [`Zone::Normal`] alone unless said
+    /// otherwise.
+    #[must_use]
+    pub fn zones(mut self, zones: &[Zone]) -> Self {
+        zones.clone_into(&mut self.zones);
+        self
+    }
+
+    /// Whether the pool promises all that the object may ever hold; it does unless said otherwise.
+    #[must_use]
+    pub fn commitment(mut self, commitment: Commitment) -> Self {
+        self.commitment = commitment;
+        self
+    }
+
+    /// The account that is charged for the object; none unless said otherwise.
+    #[must_use]
+    pub fn account(mut self, account: &Account) -> Self {
+        self.account = Some(account.clone());
+        self
+    }
+
     /// What every page is at first; private unless said otherwise.
     #[must_use]
     pub fn initial(mut self, visibility: Visibility) -> Self {
@@ -100,8 +125,12 @@ impl GuestMemfdBuilder {
         }
         let shape = Shape::new(nr_pages, self.folio_size);
         // First, so that nothing is sized by a number that the pool has not vouched for.
-        let (huge, base) = shape.nr_folios();
-        let reservation = pool.reserve(huge, base)?;
+        let reservation = pool.reserve(Wanted {
+            blocks: shape.blocks(),
+            zones: &self.zones,
+            commitment: self.commitment,
+            account: self.account,
+        })?;
         Ok(GuestMemfd(Arc::new(Inner {
             pages,
             tree: Tree::new(Blocks::of_pages(nr_pages), self.initial, waiters())?,
@@ -183,6 +212,9 @@ impl GuestMemfd {
             initial: Visibility::default(),
             folio_size: FolioSize::default(),
             name: String::from("guest"),
+            zones: vec![Zone::default()],
+            commitment: Commitment::default(),
+            account: None,
         }
     }
 
@@ -398,7 +430,7 @@ impl Drop for Inner {
             // A pin whose guard was forgotten may be a device that is still at work there.
             let unknown = |word: Word| word.phase() == Phase::Quarantined || word.is_held();
             if self.spans(slot.pages()).any(|(_, word)| unknown(word)) {
-                self.reservation.quarantine(slot.size());
+                self.reservation.quarantine(pfn);
             } else {
                 self.reservation.give_back(pfn, slot.size());
             }

@@ -1,0 +1,138 @@
+//! Reservations: an object's promise, from which it takes folios without fail.
+
+use super::account::Account;
+use super::frames::Promise;
+use super::ledger::Blocks;
+use super::pool::FolioPool;
+use super::state::{Bytes, Demand, Got, Zone};
+use crate::addr::{Pfn, Pgoff};
+use crate::error::{Error, ErrorKind, Op};
+use crate::geometry::FolioSize;
+
+/// Whether an object is promised what it may ever hold.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Commitment {
+    /// All of it, when it is created: a first touch cannot fail for want of frames.
+    #[default]
+    Reserved,
+    /// Nothing. A first touch fails with [`ErrorKind::Exhausted`] if the pool has nothing left that it has
+    /// not promised to others.
+    Overcommitted,
+}
+
+/// What a reservation is to be.
+#[derive(Clone, Debug)]
+pub(crate) struct Wanted<'a> {
+    pub(crate) blocks: Blocks,
+    pub(crate) zones: &'a [Zone],
+    pub(crate) commitment: Commitment,
+    pub(crate) account: Option<Account>,
+}
+
+/// An object's promise: folios that it may take without fail, and gives back here.
+#[derive(Debug)]
+pub(crate) struct Reservation {
+    pool: FolioPool,
+    key: usize,
+    /// Not closed before the object is gone.
+    _account: Option<Account>,
+}
+
+impl FolioPool {
+    /// Promises folios to an object.
+    pub(crate) fn reserve(&self, wanted: Wanted<'_>) -> Result<Reservation, Error> {
+        let promise = match wanted.commitment {
+            Commitment::Reserved => Promise::Kept,
+            Commitment::Overcommitted => Promise::None,
+        };
+        let demand = Demand {
+            blocks: wanted.blocks,
+            zones: wanted.zones,
+            account: wanted.account.as_ref().map(Account::key),
+            promise,
+        };
+        if wanted.account.as_ref().is_some_and(|account| !account.pool().is(self)) {
+            return Err(Error::new(Op::CreateObject, ErrorKind::NotFound)
+                .because("the account is with another pool"));
+        }
+        let mut outcome = self.state().reserve(&demand);
+        // What waits for a scrub is free, but in the pieces in which it came back.
+        if outcome.is_err() && self.scrub_all() > 0 {
+            outcome = self.state().reserve(&demand);
+        }
+        Ok(Reservation { pool: self.clone(), key: outcome?, _account: wanted.account })
+    }
+}
+
+impl Reservation {
+    pub(crate) fn pool(&self) -> &FolioPool {
+        &self.pool
+    }
+
+    /// Takes a folio, which is all zeroes, for the pages of the object from `page` on.
+    #[inline]
+    pub(crate) fn take(&self, size: FolioSize, page: Pgoff) -> Result<Pfn, Error> {
+        loop {
+            let mut state = self.pool.state();
+            match state.take(self.key, size, page)? {
+                Got::Clean(pfn) => return Ok(pfn),
+                Got::Dirty(pfn) => {
+                    drop(state);
+                    return self.scrub(pfn, size);
+                }
+                Got::ScrubFirst(pfn) => {
+                    drop(state);
+                    self.pool.scrub_in_hands(pfn, FolioSize::Huge2M);
+                }
+                Got::Wait => drop(self.pool.wait_for_scrub(state)),
+            }
+        }
+    }
+
+    /// Scrubs a folio that was taken dirty.
+    #[cold]
+    fn scrub(&self, pfn: Pfn, size: FolioSize) -> Result<Pfn, Error> {
+        let outcome = self.pool.scrub_frames(pfn, size);
+        if outcome.is_err() {
+            self.quarantine(pfn);
+        }
+        outcome.map(|()| pfn)
+    }
+
+    /// Gives a folio back, and is promised another. Scrubs it, unless somebody does that in the background.
+    pub(crate) fn give_back(&self, pfn: Pfn, size: FolioSize) {
+        if size != FolioSize::Base {
+            let mut state = self.pool.state();
+            if state.nr_scrubbers > 0 && state.poisoned_in(pfn, size).is_empty() {
+                state.give_back(pfn, Bytes::Dirty);
+                drop(state);
+                self.pool.wake_scrubbers();
+                return;
+            }
+        }
+        match self.pool.scrub_frames(pfn, size) {
+            Ok(()) => self.give_back_clean(pfn),
+            Err(_) => self.quarantine(pfn),
+        }
+    }
+
+    /// Gives a folio back to which nobody has written.
+    #[inline]
+    pub(crate) fn give_back_clean(&self, pfn: Pfn) {
+        self.pool.state().give_back(pfn, Bytes::Zero);
+    }
+
+    /// Counts a folio as lost. It is in no free map and in no object any more.
+    pub(crate) fn quarantine(&self, pfn: Pfn) {
+        self.pool.state().quarantine(pfn);
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.pool.state().leave(self.key);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,194 @@
+//! Scrubbing: nothing that an owner wrote is there for the next one.
+//!
+//! What comes back in large folios is dirty as long as a [`Scrubber`] is at work, which cleans it in the
+//! background. Whoever takes a folio and finds no clean one scrubs one himself. A block that is being
+//! scrubbed is in one pair of hands: in no map, but still counted as free, so that promises hold.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{Builder, JoinHandle};
+
+use super::pool::FolioPool;
+use super::state::State;
+use crate::addr::{ByteSize, Pfn};
+use crate::error::{Error, ErrorKind, Op};
+use crate::failpoint::{FailPoint, fails};
+use crate::geometry::{FolioSize, HUGE_PAGES};
+use crate::range::PfnRange;
+use crate::sync::MutexGuard;
+
+/// A dirty block that nobody else reaches; dirty again unless it was scrubbed before this is dropped.
+struct InHands<'a> {
+    pool: &'a FolioPool,
+    pfn: Pfn,
+    size: FolioSize,
+    outcome: Outcome,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    Scrubbed,
+    Dirty,
+}
+
+impl Drop for InHands<'_> {
+    fn drop(&mut self) {
+        let mut state = self.pool.state();
+        match self.outcome {
+            Outcome::Scrubbed => state.scrubbed(self.pfn, self.size),
+            Outcome::Dirty => state.not_scrubbed(self.pfn, self.size),
+        }
+        drop(state);
+        self.pool.returned().wake_all();
+    }
+}
+
+impl FolioPool {
+    /// Fills a folio that nobody reaches with zeroes, but for frames that failed.
+    pub(super) fn scrub_frames(&self, pfn: Pfn, size: FolioSize) -> Result<(), Error> {
+        let poisoned = self.state().poisoned_in(pfn, size);
+        let end = pfn.get() + size.nr_pages();
+        let mut from = pfn.get();
+        for bad in poisoned.iter().map(|bad| bad.get()).chain([end]) {
+            if bad > from {
+                self.arena().zero(PfnRange::new(Pfn::new(from), bad - from)?)?;
+            }
+            from = bad + 1;
+        }
+        Ok(())
+    }
+
+    /// Scrubs a block that the caller has taken out of the state, and gives it back there.
+    pub(super) fn scrub_in_hands(&self, pfn: Pfn, size: FolioSize) -> Option<ByteSize> {
+        let mut block = InHands { pool: self, pfn, size, outcome: Outcome::Dirty };
+        if fails(FailPoint::Scrub) {
+            return None;
+        }
+        self.scrub_frames(pfn, size).ok()?;
+        block.outcome = Outcome::Scrubbed;
+        Some(size.bytes())
+    }
+
+    /// Scrubs all that waits for it; says how many bytes that was. There is no need to, but that the next one
+    /// who takes a folio finds it clean.
+    pub fn scrub(&self) -> ByteSize {
+        ByteSize::from_bytes(self.scrub_all())
+    }
+
+    pub(super) fn scrub_all(&self) -> u64 {
+        let mut bytes = 0;
+        loop {
+            let next = self.state().next_dirty();
+            let Some((pfn, size)) = next else { return bytes };
+            match self.scrub_in_hands(pfn, size) {
+                Some(done) => bytes += done.get(),
+                None => return bytes,
+            }
+        }
+    }
+
+    /// Sleeps until somebody has given back what he scrubbed.
+    pub(super) fn wait_for_scrub<'a>(
+        &'a self,
+        state: MutexGuard<'a, State>,
+    ) -> MutexGuard<'a, State> {
+        self.returned().wait_until(state, None)
+    }
+
+    pub(super) fn wake_scrubbers(&self) {
+        self.work().wake_all();
+    }
+
+    /// Starts a thread that cleans folios of 2 MiB and more when they come back, as long as less than
+    /// `keep_clean` bytes of such folios are clean; the others wait until they are needed.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Os`] if the host gives no thread.
+    pub fn start_scrubber(&self, keep_clean: ByteSize) -> Result<Scrubber, Error> {
+        let end = Arc::new(AtomicBool::new(false));
+        let mut running = Running::begin(self.clone(), Arc::clone(&end), keep_clean);
+        let thread = Builder::new()
+            .name(String::from("gmem-scrub"))
+            .spawn(move || running.clean())
+            .map_err(|error| {
+                Error::new(Op::Scrub, ErrorKind::Os).because(format!("no thread: {error}"))
+            })?;
+        Ok(Scrubber { pool: self.clone(), end, thread: Some(thread) })
+    }
+}
+
+/// A thread that scrubs; it ends when this is dropped. What it leaves dirty is scrubbed by whoever
+/// takes it.
+#[derive(Debug)]
+#[must_use = "the thread ends when this is dropped"]
+pub struct Scrubber {
+    pool: FolioPool,
+    end: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Scrubber {
+    /// Whether the thread is at work still; it is unless it died.
+    pub fn is_alive(&self) -> bool {
+        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+}
+
+impl Drop for Scrubber {
+    fn drop(&mut self) {
+        // Under the lock: the thread looks at the flag and goes to sleep under it.
+        let state = self.pool.state();
+        // Relaxed: the lock orders it with the thread's load.
+        self.end.store(true, Ordering::Relaxed);
+        drop(state);
+        self.pool.wake_scrubbers();
+        if let Some(thread) = self.thread.take() {
+            // Should it have died, it has put back what it held.
+            let _: std::thread::Result<()> = thread.join();
+        }
+    }
+}
+
+/// The thread's own: counted among the scrubbers for as long as it lives.
+struct Running {
+    pool: FolioPool,
+    end: Arc<AtomicBool>,
+    keep_clean: u64,
+}
+
+impl Running {
+    fn begin(pool: FolioPool, end: Arc<AtomicBool>, keep_clean: ByteSize) -> Self {
+        pool.state().nr_scrubbers += 1;
+        Self { pool, end, keep_clean: keep_clean.whole_pages() / HUGE_PAGES }
+    }
+
+    fn clean(&mut self) {
+        while let Some((pfn, size)) = self.next() {
+            if self.pool.scrub_in_hands(pfn, size).is_none() {
+                return;
+            }
+        }
+    }
+
+    fn next(&self) -> Option<(Pfn, FolioSize)> {
+        let mut state = self.pool.state();
+        loop {
+            // Relaxed: as the store in `Scrubber::drop`.
+            if self.end.load(Ordering::Relaxed) {
+                return None;
+            }
+            if state.nr_clean_huge() < self.keep_clean {
+                if let Some(next) = state.next_dirty() {
+                    return Some(next);
+                }
+            }
+            state = self.pool.work().wait_until(state, None);
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.pool.state().nr_scrubbers -= 1;
+    }
+}
