@@ -57,8 +57,8 @@ fn a_refusal_says_how_much_is_missing() {
     let error = GuestMemfd::builder(pages(512)).create(&pool).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "create an object: out of memory: 1 folios of 2 MiB and 0 of 4 KiB wanted; the pool can \
-         still promise 0 of 2 MiB, 424 of 4 KiB in all"
+        "create an object: out of memory: wanted are 0 folios of 1 GiB, 1 of 2 MiB and 0 of 4 KiB; of \
+         one size alone the pool can still promise 0, 0 or 424; 360448 bytes are missing"
     );
 }
 

@@ -103,7 +103,7 @@ impl Reservation {
     pub(crate) fn give_back(&self, pfn: Pfn, size: FolioSize) {
         if size != FolioSize::Base {
             let mut state = self.pool.state();
-            if state.nr_scrubbers > 0 && state.poisoned_in(pfn, size).is_empty() {
+            if !state.scrubbers.is_empty() && state.poisoned_in(pfn, size).is_empty() {
                 state.give_back(pfn, Bytes::Dirty);
                 drop(state);
                 self.pool.wake_scrubbers();

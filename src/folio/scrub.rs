@@ -4,12 +4,10 @@
 //! background. Whoever takes a folio and finds no clean one scrubs one himself. A block that is being
 //! scrubbed is in one pair of hands: in no map, but still counted as free, so that promises hold.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{Builder, JoinHandle};
 
 use super::pool::FolioPool;
-use super::state::State;
+use super::state::{Order, State};
 use crate::addr::{ByteSize, Pfn};
 use crate::error::{Error, ErrorKind, Op};
 use crate::failpoint::{FailPoint, fails};
@@ -105,15 +103,22 @@ impl FolioPool {
     /// # Errors
     /// [`ErrorKind::Os`] if the host gives no thread.
     pub fn start_scrubber(&self, keep_clean: ByteSize) -> Result<Scrubber, Error> {
-        let end = Arc::new(AtomicBool::new(false));
-        let mut running = Running::begin(self.clone(), Arc::clone(&end), keep_clean);
+        let key = {
+            let mut state = self.state();
+            state.nr_scrubbers += 1;
+            let key = state.nr_scrubbers;
+            state.scrubbers.insert(key, Order::Work);
+            key
+        };
+        let keep_clean = keep_clean.whole_pages() / HUGE_PAGES;
+        let mut running = Running { pool: self.clone(), key, keep_clean };
         let thread = Builder::new()
             .name(String::from("gmem-scrub"))
             .spawn(move || running.clean())
             .map_err(|error| {
                 Error::new(Op::Scrub, ErrorKind::Os).because(format!("no thread: {error}"))
             })?;
-        Ok(Scrubber { pool: self.clone(), end, thread: Some(thread) })
+        Ok(Scrubber { pool: self.clone(), key, thread: Some(thread) })
     }
 }
 
@@ -123,7 +128,7 @@ impl FolioPool {
 #[must_use = "the thread ends when this is dropped"]
 pub struct Scrubber {
     pool: FolioPool,
-    end: Arc<AtomicBool>,
+    key: u64,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -136,11 +141,9 @@ impl Scrubber {
 
 impl Drop for Scrubber {
     fn drop(&mut self) {
-        // Under the lock: the thread looks at the flag and goes to sleep under it.
-        let state = self.pool.state();
-        // Relaxed: the lock orders it with the thread's load.
-        self.end.store(true, Ordering::Relaxed);
-        drop(state);
+        if let Some(order) = self.pool.state().scrubbers.get_mut(&self.key) {
+            *order = Order::End;
+        }
         self.pool.wake_scrubbers();
         if let Some(thread) = self.thread.take() {
             // Should it have died, it has put back what it held.
@@ -152,16 +155,12 @@ impl Drop for Scrubber {
 /// The thread's own: counted among the scrubbers for as long as it lives.
 struct Running {
     pool: FolioPool,
-    end: Arc<AtomicBool>,
+    key: u64,
+    /// Folios of 2 MiB.
     keep_clean: u64,
 }
 
 impl Running {
-    fn begin(pool: FolioPool, end: Arc<AtomicBool>, keep_clean: ByteSize) -> Self {
-        pool.state().nr_scrubbers += 1;
-        Self { pool, end, keep_clean: keep_clean.whole_pages() / HUGE_PAGES }
-    }
-
     fn clean(&mut self) {
         while let Some((pfn, size)) = self.next() {
             if self.pool.scrub_in_hands(pfn, size).is_none() {
@@ -173,8 +172,7 @@ impl Running {
     fn next(&self) -> Option<(Pfn, FolioSize)> {
         let mut state = self.pool.state();
         loop {
-            // Relaxed: as the store in `Scrubber::drop`.
-            if self.end.load(Ordering::Relaxed) {
+            if state.scrubbers.get(&self.key) != Some(&Order::Work) {
                 return None;
             }
             if state.nr_clean_huge() < self.keep_clean {
@@ -189,6 +187,6 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.pool.state().nr_scrubbers -= 1;
+        self.pool.state().scrubbers.remove(&self.key);
     }
 }

@@ -1,5 +1,6 @@
 //! All that a pool's lock guards: arenas, owners and accounts. No bytes.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use slab::Slab;
@@ -94,6 +95,13 @@ pub(super) enum Got {
     Wait,
 }
 
+/// What a scrubber is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Order {
+    Work,
+    End,
+}
+
 /// What is wanted of a pool for an object.
 #[derive(Debug)]
 pub(super) struct Demand<'a> {
@@ -108,7 +116,9 @@ pub(super) struct State {
     pub(super) arenas: Vec<ArenaState>,
     owners: Slab<Owner>,
     pub(super) accounts: Slab<Charge>,
-    /// How many threads clean dirty folios.
+    /// The threads that clean dirty folios, and what they are to do.
+    pub(super) scrubbers: BTreeMap<u64, Order>,
+    /// How many there ever were: each has a number of its own.
     pub(super) nr_scrubbers: u64,
 }
 

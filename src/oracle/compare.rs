@@ -80,7 +80,8 @@ pub(super) fn compare(model: &Model, real: &Real, depth: Depth) -> Result<Touche
         }
     }
     if depth == Depth::All {
-        let free = ByteSize::from_pages(model.pool_facts().free);
+        let facts = model.pool_facts();
+        let free = ByteSize::from_pages(facts.free + facts.reserved);
         let clean = real.pool().verify_scrubbed().map_err(|dirty| dirty.to_string());
         same("scrubbed memory", &Ok(free), &clean)?;
     }

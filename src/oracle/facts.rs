@@ -139,7 +139,7 @@ impl Model {
         let free = self.ledger.nr_free();
         PoolFacts {
             capacity: self.ledger.capacity(),
-            free,
+            free: free.saturating_sub(self.promised().0),
             reserved: self.promised().0,
             used: self.ledger.capacity() - free,
             quarantined: 0,

@@ -1,16 +1,20 @@
 //! The frames of the modelled pool, one flag each.
 
-use crate::geometry::{FolioSize, HUGE_ORDER, HUGE_PAGES};
+use crate::geometry::{FolioSize, GIANT_ORDER, HUGE_ORDER, HUGE_PAGES};
 
 /// Which frames hold something.
 #[derive(Clone, Debug)]
 pub(super) struct Ledger {
     used: Vec<bool>,
+    /// Where objects want their folios: first block of 2 MiB, and how many.
+    homes: Vec<(u64, u64)>,
+    /// The block behind the last home that was found.
+    next: u64,
 }
 
 impl Ledger {
     pub(super) fn new(nr_pages: u64) -> Self {
-        Self { used: (0..nr_pages).map(|_| false).collect() }
+        Self { used: (0..nr_pages).map(|_| false).collect(), homes: Vec::new(), next: 0 }
     }
 
     pub(super) fn capacity(&self) -> u64 {
@@ -25,14 +29,49 @@ impl Ledger {
         self.starts(HUGE_ORDER).filter(|&start| self.is_free(start, HUGE_ORDER)).count() as u64
     }
 
-    /// Takes the lowest block of the smallest order that will do, and of that the lowest part. Where
-    /// a folio goes is nobody's business; how many whole huge blocks are left depends on it.
-    pub(super) fn take(&mut self, size: FolioSize) -> Option<u64> {
+    /// Takes the folio that begins at `home`, if it is free and as many frames and huge blocks are left as
+    /// are `promised`; otherwise the lowest block of the smallest order that will do, and of that the
+    /// lowest part. Where a folio goes is nobody's business; how many huge blocks are left depends on it.
+    pub(super) fn take(
+        &mut self,
+        size: FolioSize,
+        home: Option<u64>,
+        promised: (u64, u64),
+    ) -> Option<u64> {
+        if let Some(home) = home.filter(|&home| self.is_free(home, size.order())) {
+            self.set(home, size.nr_pages(), true);
+            if self.nr_free() >= promised.0 && self.nr_free_huge() >= promised.1 {
+                return Some(home);
+            }
+            self.set(home, size.nr_pages(), false);
+        }
         let order = size.order();
-        let frame = (order..=HUGE_ORDER)
+        let frame = (order..=GIANT_ORDER)
             .find_map(|from| self.starts(from).find(|&start| self.is_whole_block(start, from)))?;
         self.set(frame, size.nr_pages(), true);
         Some(frame)
+    }
+
+    /// Gives an object of 2 MiB or more a home: the first run of free blocks behind the last home, or else
+    /// from the start, that is nobody's.
+    pub(super) fn find_home(&mut self, nr_pages: u64) -> Option<u64> {
+        let nr_blocks = nr_pages.div_ceil(HUGE_PAGES);
+        let all = self.capacity() / HUGE_PAGES;
+        let open = |block: u64| {
+            let taken = |&(first, nr): &(u64, u64)| (first..first + nr).contains(&block);
+            block < all
+                && self.is_free(block * HUGE_PAGES, HUGE_ORDER)
+                && !self.homes.iter().any(taken)
+        };
+        let fits = |&start: &u64| (start..start + nr_blocks).all(open);
+        let start = (self.next..all).chain(0..all).find(fits).filter(|_| nr_pages >= HUGE_PAGES)?;
+        self.homes.push((start, nr_blocks));
+        self.next = start + nr_blocks;
+        Some(start * HUGE_PAGES)
+    }
+
+    pub(super) fn leave_home(&mut self, home: u64) {
+        self.homes.retain(|&(first, _)| first * HUGE_PAGES != home);
     }
 
     pub(super) fn give_back(&mut self, frame: u64, nr_pages: u64) {
@@ -53,13 +92,13 @@ impl Ledger {
 
     fn is_free(&self, start: u64, order: u8) -> bool {
         let Ok(at) = usize::try_from(start) else { return false };
-        self.used.get(at..at + (1 << order)).is_some_and(|block| !block.contains(&true))
+        self.used.get(at..at.saturating_add(1 << order)).is_some_and(|block| !block.contains(&true))
     }
 
     /// Whether it is free and no part of a larger free block.
     fn is_whole_block(&self, start: u64, order: u8) -> bool {
         self.is_free(start, order)
-            && (order == HUGE_ORDER || !self.is_free(start ^ (1 << order), order))
+            && (order == GIANT_ORDER || !self.is_free(start ^ (1 << order), order))
     }
 }
 
@@ -72,10 +111,11 @@ mod tests {
     #[test]
     fn small_folios_come_out_of_the_smallest_hole() {
         let mut ledger = Ledger::new(2 * HUGE_PAGES + 5);
-        assert_eq!(ledger.take(FolioSize::Base), Some(2 * HUGE_PAGES + 4));
-        assert_eq!(ledger.take(FolioSize::Base), Some(2 * HUGE_PAGES));
+        let mut take = |size| ledger.take(size, None, (0, 0));
+        assert_eq!(take(FolioSize::Base), Some(2 * HUGE_PAGES + 4));
+        assert_eq!(take(FolioSize::Base), Some(2 * HUGE_PAGES));
         assert_eq!((ledger.nr_free_huge(), ledger.nr_free()), (2, 2 * HUGE_PAGES + 3));
-        assert_eq!(ledger.take(FolioSize::Huge2M), Some(0));
+        assert_eq!(ledger.take(FolioSize::Huge2M, None, (0, 0)), Some(0));
         ledger.give_back(0, HUGE_PAGES);
         assert_eq!(ledger.nr_free_huge(), 2);
     }

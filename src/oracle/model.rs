@@ -170,7 +170,9 @@ impl Model {
         if nr_huge > free_huge || nr_pages > free {
             return Err(refused(op, ErrorKind::Exhausted));
         }
+        let home = self.ledger.find_home(nr_pages);
         self.objects.push(Object {
+            home,
             has_handle: true,
             is_gone: false,
             nr_views: 0,
@@ -197,6 +199,7 @@ impl Model {
     }
 
     fn populate(&mut self, object: usize, range: Run) -> Result<(), Refused> {
+        let mut promised = self.promised();
         let (objects, ledger) = (&mut self.objects, &mut self.ledger);
         let Some(object) = objects.get_mut(object) else { return Ok(()) };
         for folio in object.folios_of(range) {
@@ -204,7 +207,10 @@ impl Model {
                 continue;
             }
             let size = if folio.1 == 1 { FolioSize::Base } else { FolioSize::Huge2M };
-            let frame = ledger.take(size);
+            promised.0 = promised.0.saturating_sub(folio.1);
+            promised.1 = promised.1.saturating_sub(u64::from(size == FolioSize::Huge2M));
+            let home = object.home.map(|home| home + folio.0);
+            let frame = ledger.take(size, home, promised);
             // Never: it was promised.
             let frame = frame.ok_or_else(|| refused(Op::Allocate, ErrorKind::Exhausted))?;
             object.folios.insert(folio, frame);
@@ -223,6 +229,9 @@ impl Model {
                 continue;
             }
             object.is_gone = true;
+            if let Some(home) = object.home.take() {
+                self.ledger.leave_home(home);
+            }
             for ((_, nr_pages), frame) in std::mem::take(&mut object.folios) {
                 self.ledger.give_back(frame, nr_pages);
             }

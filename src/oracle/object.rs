@@ -17,6 +17,7 @@ pub(super) struct Page {
 
 #[derive(Clone, Debug)]
 pub(super) struct Object {
+    pub(super) home: Option<u64>,
     pub(super) has_handle: bool,
     pub(super) is_gone: bool,
     pub(super) nr_views: usize,
