@@ -144,6 +144,16 @@ impl Arena {
         Ok(())
     }
 
+    /// Copies whole frames that nobody else reaches, to frames that nobody else reaches.
+    pub(crate) fn copy_frames(&self, from: PfnRange, to: PfnRange) -> Result<(), Error> {
+        let (from, words) = self.words_of(Op::Read, from)?;
+        let (to, room) = self.words_of(Op::Write, to)?;
+        for word in words.take(room.len()) {
+            store_word(to, word, load_word(from, word));
+        }
+        Ok(())
+    }
+
     /// Whether whole frames are all zeroes.
     pub(crate) fn is_zero(&self, frames: PfnRange) -> Result<bool, Error> {
         let (from, mut words) = self.words_of(Op::Read, frames)?;

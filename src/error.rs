@@ -181,6 +181,8 @@ pub enum Op {
     InstallSigbusHandler,
     Poison,
     Scrub,
+    Migrate,
+    Compact,
 }
 
 impl fmt::Display for Op {
@@ -208,6 +210,8 @@ impl fmt::Display for Op {
             Self::InstallSigbusHandler => "install the SIGBUS handler",
             Self::Poison => "report a memory failure",
             Self::Scrub => "scrub",
+            Self::Migrate => "migrate",
+            Self::Compact => "compact",
         })
     }
 }

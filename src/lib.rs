@@ -63,10 +63,11 @@ pub mod vm_memory;
 pub use crate::state::modelled;
 
 pub use crate::folio::{
-    Account, AccountStat, ArenaBacking, Commitment, FolioPool, PoolStat, Scrubber, Unscrubbed, Zone,
+    Account, AccountStat, ArenaBacking, Commitment, Compaction, FolioPool, Obstacle, PoolStat,
+    PrivatePlacement, Scrubber, Unscrubbed, Zone,
 };
 pub use crate::gmem::{
-    ContentPolicy, Conversion, ConvertOptions, GuestMemfd, GuestMemfdBuilder, HostFault, HostView,
+    ContentPolicy, Conversion, ConvertOptions, Migration, GuestMemfd, GuestMemfdBuilder, HostFault, HostView,
     ObjectStat, OwnerTag, PageInfo, PageStatus, PinGuard, PinMode, Residency, Subscriber,
     Subscription, Touch,
 };

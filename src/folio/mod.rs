@@ -11,12 +11,15 @@
 //! | `account` | what a guest may take |
 //! | `state` | all arenas, owners and accounts of a pool |
 //! | `reservation` | an object's promise |
+//! | `scrub` | cleaning what comes back |
+//! | `compact` | making room for a large folio |
 //! | `pool` | the pool: backing and counters |
 //! | `map` | which frame holds which folio of an object |
 
 mod account;
 mod bits;
 mod buddy;
+mod compact;
 mod frames;
 mod home;
 mod ledger;
@@ -28,6 +31,7 @@ mod scrub;
 mod state;
 
 pub use account::{Account, AccountStat};
+pub use compact::{Compaction, Obstacle};
 pub(crate) use bits::try_bits;
 pub(crate) use map::{FolioMap, Shape, Slot};
 pub(crate) use pool::Claim;
@@ -35,4 +39,5 @@ pub use pool::{ArenaBacking, FolioPool, PoolStat, Unscrubbed};
 pub use reservation::Commitment;
 pub(crate) use reservation::{Reservation, Wanted};
 pub use scrub::Scrubber;
-pub use state::Zone;
+pub(crate) use state::{Mover, Side};
+pub use state::{PrivatePlacement, Zone};

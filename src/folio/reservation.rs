@@ -1,10 +1,12 @@
 //! Reservations: an object's promise, from which it takes folios without fail.
 
+use std::sync::Weak;
+
 use super::account::Account;
 use super::frames::Promise;
 use super::ledger::Blocks;
 use super::pool::FolioPool;
-use super::state::{Bytes, Demand, Got, Zone};
+use super::state::{Bytes, Demand, Got, Mover, PrivatePlacement, Side, State, Zone};
 use crate::addr::{Pfn, Pgoff};
 use crate::error::{Error, ErrorKind, Op};
 use crate::geometry::FolioSize;
@@ -25,6 +27,7 @@ pub enum Commitment {
 pub(crate) struct Wanted<'a> {
     pub(crate) blocks: Blocks,
     pub(crate) zones: &'a [Zone],
+    pub(crate) private: PrivatePlacement,
     pub(crate) commitment: Commitment,
     pub(crate) account: Option<Account>,
 }
@@ -48,6 +51,7 @@ impl FolioPool {
         let demand = Demand {
             blocks: wanted.blocks,
             zones: wanted.zones,
+            private: wanted.private,
             account: wanted.account.as_ref().map(Account::key),
             promise,
         };
@@ -71,10 +75,25 @@ impl Reservation {
 
     /// Takes a folio, which is all zeroes, for the pages of the object from `page` on.
     #[inline]
-    pub(crate) fn take(&self, size: FolioSize, page: Pgoff) -> Result<Pfn, Error> {
+    pub(crate) fn take(&self, size: FolioSize, page: Pgoff, side: Side) -> Result<Pfn, Error> {
+        self.until_got(size, |state| state.take(self.key, size, page, side))
+    }
+
+    /// Takes a folio of a zone, which is all zeroes, for pages that are to move there. What they leave is given
+    /// to [`moved_out`](Self::moved_out), or if they do not move, the new one is.
+    pub(crate) fn take_to(&self, size: FolioSize, page: Pgoff, zone: Zone) -> Result<Pfn, Error> {
+        self.until_got(size, |state| state.take_to(self.key, size, page, zone))
+    }
+
+    #[inline]
+    fn until_got(
+        &self,
+        size: FolioSize,
+        mut take: impl FnMut(&mut State) -> Result<Got, Error>,
+    ) -> Result<Pfn, Error> {
         loop {
             let mut state = self.pool.state();
-            match state.take(self.key, size, page)? {
+            match take(&mut state)? {
                 Got::Clean(pfn) => return Ok(pfn),
                 Got::Dirty(pfn) => {
                     drop(state);
@@ -101,19 +120,38 @@ impl Reservation {
 
     /// Gives a folio back, and is promised another. Scrubs it, unless somebody does that in the background.
     pub(crate) fn give_back(&self, pfn: Pfn, size: FolioSize) {
+        self.scrubbed_back(pfn, size, State::give_back);
+    }
+
+    /// Gives a folio back whose contents are in another of the object's now.
+    pub(crate) fn moved_out(&self, pfn: Pfn, size: FolioSize) {
+        self.scrubbed_back(pfn, size, State::moved_out);
+    }
+
+    fn scrubbed_back(&self, pfn: Pfn, size: FolioSize, back: impl Fn(&mut State, Pfn, Bytes)) {
         if size != FolioSize::Base {
             let mut state = self.pool.state();
             if !state.scrubbers.is_empty() && state.poisoned_in(pfn, size).is_empty() {
-                state.give_back(pfn, Bytes::Dirty);
+                back(&mut state, pfn, Bytes::Dirty);
                 drop(state);
                 self.pool.wake_scrubbers();
                 return;
             }
         }
         match self.pool.scrub_frames(pfn, size) {
-            Ok(()) => self.give_back_clean(pfn),
+            Ok(()) => back(&mut self.pool.state(), pfn, Bytes::Zero),
             Err(_) => self.quarantine(pfn),
         }
+    }
+
+    /// Says who moves the object's folios when the pool wants room.
+    pub(crate) fn set_mover(&self, mover: Weak<dyn Mover>) {
+        self.pool.state().set_mover(self.key, mover);
+    }
+
+    /// In which zone a frame is.
+    pub(crate) fn zone_of(&self, pfn: Pfn) -> Option<Zone> {
+        self.pool.state().zone_of(pfn)
     }
 
     /// Gives a folio back to which nobody has written.

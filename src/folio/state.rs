@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::{Arc, Weak};
 
 use slab::Slab;
 
@@ -77,6 +78,10 @@ struct Owner {
     promise: Promise,
     /// The arenas that it may draw from, in its order, and what each still owes it.
     left: Vec<(usize, Blocks)>,
+    /// Arenas outside of its promise, where folios that hold shared memory alone are put as long as there
+    /// is room. All that is promised is in [`Zone::Normal`] then.
+    opportune: Vec<usize>,
+    mover: Option<Weak<dyn Mover>>,
     home: Option<(usize, Home)>,
     /// What its account is charged for it.
     charged_pages: u64,
@@ -102,11 +107,39 @@ pub(super) enum Order {
     End,
 }
 
+/// What becomes of private memory of an object whose folios may be outside of [`Zone::Normal`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum PrivatePlacement {
+    /// It moves to [`Zone::Normal`] before it turns private. All of the object is promised there, so that
+    /// this cannot fail for want of frames; other zones take what is shared, as long as they have room.
+    #[default]
+    MoveToNormal,
+    /// Nothing turns private outside of [`Zone::Normal`]: conversions and first touches there are refused.
+    Refuse,
+}
+
+/// What a folio is to hold at first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Side {
+    /// Nothing but shared memory.
+    SharedOnly,
+    /// Private memory as well.
+    Any,
+}
+
+/// Somebody who can move his folios to other frames when asked.
+pub(crate) trait Mover: Send + Sync + fmt::Debug {
+    /// Moves the folio that holds the pages from `page` on out of the frame that it is in, which must be
+    /// `from`, to any other of the same zone.
+    fn move_away(&self, page: Pgoff, from: Pfn) -> Result<(), Error>;
+}
+
 /// What is wanted of a pool for an object.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Demand<'a> {
     pub(super) blocks: Blocks,
     pub(super) zones: &'a [Zone],
+    pub(super) private: PrivatePlacement,
     pub(super) account: Option<usize>,
     pub(super) promise: Promise,
 }
@@ -128,13 +161,17 @@ impl State {
     /// Promises an object its folios, or says why not.
     pub(super) fn reserve(&mut self, demand: &Demand<'_>) -> Result<usize, Error> {
         let op = Op::CreateObject;
-        let mut arenas = Vec::new();
-        for zone in demand.zones {
-            let of_zone = self.arenas.iter().enumerate().filter(|(_, arena)| arena.zone == *zone);
-            for (nr, _) in of_zone {
-                arenas.try_reserve(1).map_err(|_| Error::new(op, ErrorKind::Exhausted))?;
-                arenas.push((nr, Blocks::default()));
+        let floats = demand.private == PrivatePlacement::MoveToNormal
+            && demand.zones.iter().any(|&zone| zone != Zone::Normal);
+        let (mut arenas, mut opportune) = (Vec::new(), Vec::new());
+        for (nr, arena) in demand.zones.iter().flat_map(|&zone| self.of_zone(zone)) {
+            match floats && arena.zone != Zone::Normal {
+                true => opportune.push(nr),
+                false => arenas.push((nr, Blocks::default())),
             }
+        }
+        if floats && !demand.zones.contains(&Zone::Normal) {
+            arenas.extend(self.of_zone(Zone::Normal).map(|(nr, _)| (nr, Blocks::default())));
         }
         let nr_pages = match demand.promise {
             Promise::None => 0,
@@ -155,9 +192,15 @@ impl State {
             account: demand.account,
             promise: demand.promise,
             left: arenas,
+            opportune,
+            mover: None,
             home,
             charged_pages: nr_pages,
         }))
+    }
+
+    fn of_zone(&self, zone: Zone) -> impl Iterator<Item = (usize, &ArenaState)> {
+        self.arenas.iter().enumerate().filter(move |(_, arena)| arena.zone == zone)
     }
 
     /// Has the arenas promise what is wanted, in their order, the largest folios first.
@@ -231,6 +274,7 @@ impl State {
         owner: usize,
         size: FolioSize,
         page: Pgoff,
+        side: Side,
     ) -> Result<Got, Error> {
         let Some(Owner { promise, account, .. }) = self.owners.get(owner) else {
             return Err(no_such_owner());
@@ -239,7 +283,10 @@ impl State {
         if promise == Promise::None {
             self.charge(Op::Allocate, account, size.nr_pages())?;
         }
-        let got = self.take_from_arenas(owner, size, page);
+        let got = match self.take_opportune(owner, size, page, side) {
+            Some(got) => Ok(got),
+            None => self.take_from_arenas(owner, size, page, side),
+        };
         let taken = matches!(got, Ok(Got::Clean(_) | Got::Dirty(_)));
         if promise == Promise::None {
             match self.owners.get_mut(owner).filter(|_| taken) {
@@ -255,19 +302,29 @@ impl State {
     }
 
     #[inline]
-    fn take_from_arenas(&mut self, key: usize, size: FolioSize, page: Pgoff) -> Result<Got, Error> {
-        let mut waits = false;
+    fn take_from_arenas(
+        &mut self,
+        key: usize,
+        size: FolioSize,
+        page: Pgoff,
+        side: Side,
+    ) -> Result<Got, Error> {
+        let (mut waits, mut outside) = (false, false);
         let Some(owner) = self.owners.get_mut(key) else { return Err(no_such_owner()) };
         for (nr, left) in &mut owner.left {
             if owner.promise == Promise::Kept && left.of(size) == 0 {
                 continue;
             }
             let Some(arena) = self.arenas.get_mut(*nr) else { continue };
+            if side == Side::Any && arena.zone != Zone::Normal {
+                outside = true;
+                continue;
+            }
             let home = owner.home.filter(|(home, _)| home == nr);
             let home = home.and_then(|(_, home)| home.start.checked_add(page.get()));
-            let (start, is_clean) = match arena.frames.take(size, home, owner.promise) {
-                Taken::Clean(start) => (start, true),
-                Taken::Dirty(start) => (start, false),
+            let (start, bytes) = match arena.frames.take(size, home, owner.promise) {
+                Taken::Clean(start) => (start, Bytes::Zero),
+                Taken::Dirty(start) => (start, Bytes::Dirty),
                 Taken::ScrubFirst(start) => return Ok(Got::ScrubFirst(arena.pfn(start))),
                 Taken::Wait => {
                     waits = true;
@@ -275,21 +332,12 @@ impl State {
                 }
                 Taken::Nothing => continue,
             };
-            let state = Use::Owned { owner: key, page: page.get() };
-            if let Err(error) = arena.records.insert(Record { start, size, state }) {
-                match is_clean {
-                    true => {
-                        arena.frames.give_back_clean(start, size, owner.promise);
-                    }
-                    false => arena.frames.give_back_dirty(start, size, owner.promise),
-                }
-                return Err(error);
-            }
+            arena.note(key, page, size, start, (bytes, owner.promise))?;
             if owner.promise == Promise::Kept {
                 *left.of_mut(size) -= 1;
             }
             let pfn = arena.pfn(start);
-            return Ok(if is_clean { Got::Clean(pfn) } else { Got::Dirty(pfn) });
+            return Ok(if bytes == Bytes::Zero { Got::Clean(pfn) } else { Got::Dirty(pfn) });
         }
         match waits {
             true => Ok(Got::Wait),
@@ -304,6 +352,87 @@ impl State {
         }
     }
 
+    /// Takes a folio outside of an owner's promise, if it is to hold shared memory alone and there is room.
+    fn take_opportune(
+        &mut self,
+        key: usize,
+        size: FolioSize,
+        page: Pgoff,
+        side: Side,
+    ) -> Option<Got> {
+        let owner = self.owners.get(key).filter(|owner| !owner.opportune.is_empty())?;
+        let arenas = owner.opportune.iter().filter(|_| side == Side::SharedOnly);
+        for &nr in arenas {
+            let Some(arena) = self.arenas.get_mut(nr) else { continue };
+            if let Some(got) = arena.take_unpromised(key, size, page) {
+                return Some(got);
+            }
+        }
+        None
+    }
+
+    /// Takes a folio of a zone to which one of the owner's is to move, at nobody's expense.
+    pub(super) fn take_to(
+        &mut self,
+        key: usize,
+        size: FolioSize,
+        page: Pgoff,
+        zone: Zone,
+    ) -> Result<Got, Error> {
+        let Some(owner) = self.owners.get(key) else { return Err(no_such_owner()) };
+        if zone == Zone::Normal && !owner.opportune.is_empty() {
+            // What is promised is there for just that.
+            return self.take_from_arenas(key, size, page, Side::Any);
+        }
+        let arenas = self.arenas.iter_mut().filter(|arena| arena.zone == zone);
+        let mut found = arenas.filter_map(|arena| arena.take_unpromised(key, size, page));
+        found.next().ok_or_else(|| {
+            Error::new(Op::Migrate, ErrorKind::Exhausted)
+                .because(format!("nothing in zone {zone} that nobody was promised"))
+        })
+    }
+
+    /// Takes the folio back that one of the same owner's has moved out of: the promise goes with it.
+    pub(super) fn moved_out(&mut self, pfn: Pfn, bytes: Bytes) {
+        let Some((_, arena)) = arena_of(&mut self.arenas, pfn) else { return };
+        let start = pfn.get() - arena.start;
+        let Some(Record { size, state: Use::Owned { owner, .. }, .. }) = arena.records.at(start) else {
+            return;
+        };
+        let (size, owner) = (*size, self.owners.get_mut(*owner));
+        if owner.is_some_and(|owner| !owner.opportune.is_empty() && arena.zone == Zone::Normal) {
+            // It stays promised where it was promised.
+            self.give_back(pfn, bytes);
+            return;
+        }
+        arena.records.remove(start);
+        match bytes {
+            Bytes::Zero => {
+                arena.frames.give_back_clean(start, size, Promise::None);
+            }
+            Bytes::Dirty => arena.frames.give_back_dirty(start, size, Promise::None),
+        }
+    }
+
+    /// Who is to be asked to move an owner's folios.
+    pub(super) fn set_mover(&mut self, key: usize, mover: Weak<dyn Mover>) {
+        if let Some(owner) = self.owners.get_mut(key) {
+            owner.mover = Some(mover);
+        }
+    }
+
+    /// Who can move the folio that begins at a frame of an arena, and the first page of it.
+    pub(super) fn mover_of(&self, record: &Record) -> Option<(Arc<dyn Mover>, Pgoff)> {
+        let Use::Owned { owner, page } = record.state else { return None };
+        let mover = self.owners.get(owner)?.mover.as_ref()?.upgrade()?;
+        Some((mover, Pgoff::new(page)))
+    }
+
+    /// In which zone a frame is.
+    pub(super) fn zone_of(&self, pfn: Pfn) -> Option<Zone> {
+        self.arenas.iter().find(|arena| arena.covers(pfn)).map(|arena| arena.zone)
+    }
+
     /// Takes a folio back. A clean one, or one that is scrubbed later.
     #[inline]
     pub(super) fn give_back(&mut self, pfn: Pfn, bytes: Bytes) {
@@ -312,11 +441,14 @@ impl State {
         let Some(record) = arena.records.remove(start) else { return };
         let Use::Owned { owner: key, .. } = record.state else { return };
         let Some(owner) = self.owners.get_mut(key) else { return };
-        // A folio that has moved is promised again where it is now.
-        let promise = match owner.left.iter().any(|&(other, _)| other == nr) {
-            true => owner.promise,
-            false => Promise::None,
-        };
+        // A folio that has moved is promised again where it is now, but for one that was no part of the
+        // promise.
+        let is_promised = owner.opportune.is_empty() || arena.zone == Zone::Normal;
+        let known = owner.left.iter().any(|&(other, _)| other == nr);
+        if is_promised && !known && owner.promise == Promise::Kept {
+            owner.left.push((nr, Blocks::default()));
+        }
+        let promise = if is_promised { owner.promise } else { Promise::None };
         let again = match bytes {
             Bytes::Zero => arena.frames.give_back_clean(start, record.size, promise),
             Bytes::Dirty => {
@@ -328,8 +460,8 @@ impl State {
             let left = owner.left.iter_mut().filter(|(other, _)| *other == nr);
             left.for_each(|(_, left)| *left.of_mut(record.size) += 1);
         }
-        let (account, promise) = (owner.account, owner.promise);
-        if promise == Promise::None {
+        let account = owner.account;
+        if owner.promise == Promise::None {
             owner.charged_pages = owner.charged_pages.saturating_sub(record.size.nr_pages());
             self.uncharge(account, record.size.nr_pages());
         }
@@ -445,6 +577,42 @@ pub(super) enum Poisoned {
 }
 
 impl ArenaState {
+    /// Writes down whose a folio is that was just taken, or puts it back.
+    #[inline]
+    fn note(
+        &mut self,
+        owner: usize,
+        page: Pgoff,
+        size: FolioSize,
+        start: u64,
+        (bytes, promise): (Bytes, Promise),
+    ) -> Result<(), Error> {
+        let state = Use::Owned { owner, page: page.get() };
+        let outcome = self.records.insert(Record { start, size, state });
+        if outcome.is_err() {
+            match bytes {
+                Bytes::Zero => {
+                    self.frames.give_back_clean(start, size, promise);
+                }
+                Bytes::Dirty => self.frames.give_back_dirty(start, size, promise),
+            }
+        }
+        outcome
+    }
+
+    /// Takes a folio that nobody was promised; `None` if there is none without waiting for a scrub.
+    fn take_unpromised(&mut self, owner: usize, size: FolioSize, page: Pgoff) -> Option<Got> {
+        let (start, bytes) = match self.frames.take(size, None, Promise::None) {
+            Taken::Clean(start) => (start, Bytes::Zero),
+            Taken::Dirty(start) => (start, Bytes::Dirty),
+            Taken::ScrubFirst(start) => return Some(Got::ScrubFirst(self.pfn(start))),
+            Taken::Wait | Taken::Nothing => return None,
+        };
+        self.note(owner, page, size, start, (bytes, Promise::None)).ok()?;
+        let pfn = self.pfn(start);
+        Some(if bytes == Bytes::Zero { Got::Clean(pfn) } else { Got::Dirty(pfn) })
+    }
+
     pub(super) fn covers(&self, pfn: Pfn) -> bool {
         pfn.get().checked_sub(self.start).is_some_and(|frame| frame < self.frames.nr_pages())
     }

@@ -126,6 +126,9 @@ impl GuestMemfd {
         };
         ranges.iter().try_for_each(|&range| object.check_range(op, range))?;
         let ranges = ascending(op, ranges)?;
+        if to == Visibility::Private {
+            object.place_private(op, &ranges)?;
+        }
         with_reader(|reader| object.convert(reader, op, &ranges, to, options))
     }
 }
@@ -299,6 +302,7 @@ impl Inner {
         frozen: &mut Frozen<'_>,
         content: ContentPolicy,
     ) -> Result<Settled, Error> {
+        self.check_placed(op, frozen.runs())?;
         let guest = self.guest_runs(op, layout, frozen.runs())?;
         if fails(FailPoint::Barrier) || !frozen.wait_for_sections(reader) {
             return Err(Error::new(op, ErrorKind::MissingCapability)

@@ -78,6 +78,25 @@ impl ViewMap {
         })
     }
 
+    /// Puts a folio behind the pages again that was taken away from here, while nothing of it is shown.
+    /// Should the kernel have no room for that, the pages go on answering with SIGBUS.
+    pub(super) fn put_back(&self, object: &Inner, pages: PgoffRange, pfn: Pfn) {
+        let (at, len) = bytes(pages);
+        let outcome = match self.arena.fd() {
+            // Not accessible until it is registered: it holds what nobody may see.
+            Some(fd) => self
+                .map
+                .map_inaccessible(at, len, fd, pfn.pa().get())
+                .and_then(|()| self.register(at, len))
+                .and_then(|()| self.map.make_accessible(at, len)),
+            None => return,
+        };
+        if outcome.is_err() {
+            // Inaccessible is as good as hidden, should this fail too.
+            let _ = self.map.map_over(at, len, object.identity.as_fd(), 0);
+        }
+    }
+
     /// Makes what is mapped at the pages answer with SIGBUS.
     fn register(&self, at: usize, len: usize) -> Result<(), Error> {
         self.map.keep_private(at, len)?;
@@ -134,7 +153,7 @@ pub(super) enum NotInstalled {
 }
 
 impl NotInstalled {
-    fn into_error(self) -> Error {
+    pub(super) fn into_error(self) -> Error {
         match self {
             Self::Undone(error) | Self::Left(error) => error,
         }

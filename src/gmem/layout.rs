@@ -100,7 +100,10 @@ impl Inner {
                 Ok(pfn) => taken.push((slot, pfn)),
                 Err(error) => {
                     for (slot, pfn) in taken {
-                        self.reservation.give_back(pfn, slot.size());
+                        match layout.views.is_empty() {
+                            true => self.reservation.give_back_clean(pfn),
+                            false => self.reservation.give_back(pfn, slot.size()),
+                        }
                     }
                     return Err(error.of(op).on(range));
                 }
@@ -118,7 +121,7 @@ impl Inner {
         if fails(FailPoint::Folio) {
             return Err(Error::new(Op::Allocate, ErrorKind::Exhausted));
         }
-        let pfn = self.reservation.take(slot.size(), slot.pages().start())?;
+        let pfn = self.reservation.take(slot.size(), slot.pages().start(), self.side_of(slot))?;
         let mut views = layout.views.iter();
         let outcome = views
             .try_for_each(|(_, view)| view.install(self, slot.pages(), pfn))

@@ -5,6 +5,7 @@
 //! | `object` | the object: creating it, its size and counters, what it looks like now |
 //! | `allocate` | where folios come and go: allocate, populate, punch a hole |
 //! | `convert` | where a conversion is ordered, step by step |
+//! | `migrate` | a folio moves to other frames |
 //! | `pin` | where a pin is taken, and by whom |
 //! | `access` | checked reads, writes and atomics of the host |
 //! | `host_view` | the object mapped into the VMM, where private memory faults |
@@ -20,6 +21,7 @@ mod guest_fault;
 mod host_view;
 mod invariants;
 mod layout;
+mod migrate;
 mod object;
 mod pin;
 mod subscriber;
@@ -27,6 +29,7 @@ mod subscriber;
 pub use convert::{ContentPolicy, Conversion, ConvertOptions};
 pub(crate) use guest_fault::BindingId;
 pub use host_view::{HostFault, HostView, Touch};
+pub use migrate::Migration;
 pub use object::{GuestMemfd, GuestMemfdBuilder, ObjectStat, PageInfo, PageStatus, Residency};
 pub use pin::{OwnerTag, PinGuard, PinMode};
 pub use subscriber::{Subscriber, Subscription};

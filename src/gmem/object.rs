@@ -2,14 +2,16 @@
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use super::layout::Layout;
 use super::pin::Ledger;
 use crate::addr::{ByteSize, Pgoff};
 use crate::backing::Arena;
 use crate::error::{Error, ErrorKind, Found, Op};
-use crate::folio::{Account, Commitment, FolioMap, FolioPool, Reservation, Shape, Wanted, Zone};
+use crate::folio::{
+    Account, Commitment, FolioMap, FolioPool, PrivatePlacement, Reservation, Shape, Wanted, Zone,
+};
 use crate::geometry::{FolioSize, HUGE_PAGES, MAX_BYTES};
 use crate::os::memfd;
 use crate::range::PgoffRange;
@@ -32,6 +34,7 @@ pub struct GuestMemfd(pub(super) Arc<Inner>);
 
 pub(super) struct Inner {
     pub(super) name: Box<str>,
+    pub(super) private: PlacedPrivate,
     pub(super) pages: PgoffRange,
     pub(super) tree: Tree,
     pub(super) frames: FolioMap,
@@ -42,6 +45,15 @@ pub(super) struct Inner {
     pub(super) identity: OwnedFd,
 }
 
+/// Whether anybody has to look where memory is that turns private.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum PlacedPrivate {
+    /// All of it is in [`Zone::Normal`].
+    Anywhere,
+    /// Some may be elsewhere.
+    Checked(PrivatePlacement),
+}
+
 /// What to create; from [`GuestMemfd::builder`].
 #[derive(Clone, Debug)]
 pub struct GuestMemfdBuilder {
@@ -50,6 +62,7 @@ pub struct GuestMemfdBuilder {
     folio_size: FolioSize,
     name: String,
     zones: Vec<Zone>,
+    private: PrivatePlacement,
     commitment: Commitment,
     account: Option<Account>,
 }
@@ -60,6 +73,14 @@ impl GuestMemfdBuilder {
     #[must_use]
     pub fn zones(mut self, zones: &[Zone]) -> Self {
         zones.clone_into(&mut self.zones);
+        self
+    }
+
+    /// What becomes of private memory if there are other zones than [`Zone::Normal`]; it moves there unless said
+    /// otherwise.
+    #[must_use]
+    pub fn private_placement(mut self, placement: PrivatePlacement) -> Self {
+        self.private = placement;
         self
     }
 
@@ -128,10 +149,16 @@ impl GuestMemfdBuilder {
         let reservation = pool.reserve(Wanted {
             blocks: shape.blocks(),
             zones: &self.zones,
+            private: self.private,
             commitment: self.commitment,
             account: self.account,
         })?;
-        Ok(GuestMemfd(Arc::new(Inner {
+        let private = match self.zones.iter().any(|&zone| zone != Zone::Normal) {
+            true => PlacedPrivate::Checked(self.private),
+            false => PlacedPrivate::Anywhere,
+        };
+        let inner = Arc::new(Inner {
+            private,
             pages,
             tree: Tree::new(Blocks::of_pages(nr_pages), self.initial, waiters())?,
             frames: FolioMap::new(shape)?,
@@ -141,7 +168,10 @@ impl GuestMemfdBuilder {
             layout: RwLock::new(Layout::default()),
             identity: memfd::create_identity(&format!("gmem:{}", self.name))?,
             name: self.name.into_boxed_str(),
-        })))
+        });
+        let mover: Weak<Inner> = Arc::downgrade(&inner);
+        inner.reservation.set_mover(mover);
+        Ok(GuestMemfd(inner))
     }
 }
 
@@ -213,6 +243,7 @@ impl GuestMemfd {
             folio_size: FolioSize::default(),
             name: String::from("guest"),
             zones: vec![Zone::default()],
+            private: PrivatePlacement::default(),
             commitment: Commitment::default(),
             account: None,
         }

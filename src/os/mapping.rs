@@ -6,7 +6,9 @@
 use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
 
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+use rustix::mm::{
+    Advice, MapFlags, MprotectFlags, ProtFlags, madvise, mmap, mmap_anonymous, mprotect, munmap,
+};
 
 use crate::addr::{ByteSize, Hva};
 use crate::error::{Errno, Error, ErrorKind, Op};
@@ -118,14 +120,44 @@ impl Mapping {
         fd: BorrowedFd<'_>,
         file_at: u64,
     ) -> Result<(), Error> {
+        self.map_at(at, len, ProtFlags::READ | ProtFlags::WRITE, fd, file_at)
+    }
+
+    /// The same, but every touch of it is a `SIGSEGV` until [`make_accessible`](Self::make_accessible).
+    pub(crate) fn map_inaccessible(
+        &self,
+        at: usize,
+        len: usize,
+        fd: BorrowedFd<'_>,
+        file_at: u64,
+    ) -> Result<(), Error> {
+        self.map_at(at, len, ProtFlags::empty(), fd, file_at)
+    }
+
+    fn map_at(
+        &self,
+        at: usize,
+        len: usize,
+        prot: ProtFlags,
+        fd: BorrowedFd<'_>,
+        file_at: u64,
+    ) -> Result<(), Error> {
         let target = self.at(at, len)?;
-        let prot = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::SHARED | MapFlags::FIXED;
         // SAFETY: `at` has checked that the target lies in our own reservation, to which nobody has
         // a reference (bytes are only copied through raw pointers).
         unsafe { mmap(target.cast(), len, prot, flags, fd, file_at) }
             .map_err(|e| failed(self.op, "mmap", e))?;
         Ok(())
+    }
+
+    /// Lets the process at what is mapped inaccessible.
+    pub(crate) fn make_accessible(&self, at: usize, len: usize) -> Result<(), Error> {
+        let target = self.at(at, len)?;
+        let flags = MprotectFlags::READ | MprotectFlags::WRITE;
+        // SAFETY: 1. the range lies in our own mapping. 2. it becomes accessible, so no reference
+        // into it goes bad.
+        unsafe { mprotect(target.cast(), len, flags) }.map_err(|e| failed(self.op, "mprotect", e))
     }
 
     /// Makes the pages of a mapping vanish from it: what a file holds stays there, zeroes are zeroes

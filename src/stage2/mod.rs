@@ -30,6 +30,15 @@ pub struct GuestRun {
     pub nr_pages: u64,
 }
 
+/// Guest memory that moves to other frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GuestMove {
+    /// Where it is.
+    pub from: GuestRun,
+    /// The first of as many frames that are to be behind it. They are nobody's, and all zeroes.
+    pub to: Pfn,
+}
+
 /// What guest memory asks of the hypervisor that runs the guest.
 ///
 /// The names are those of the hooks that the kernel's guest_memfd has for its architectures. Every
@@ -72,4 +81,18 @@ pub trait Stage2: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// `EBUSY` where the hypervisor cannot do that while the guest lives.
     fn reclaim(&self, runs: &[GuestRun]) -> Result<(), Errno>;
+
+    /// Puts other frames behind the pages, contents and state preserved.
+    ///
+    /// `copy` moves the bytes. It is called once, when nothing can fail any more and while no vCPU is in the
+    /// middle of an access to the pages; the guest reaches the new frames only afterwards. A hypervisor whose
+    /// host cannot read what is the guest's own moves those bytes itself.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` unless the hypervisor can do this; `EPERM` if a page is the guest's own and stays where it
+    /// is.
+    fn migrate(&self, moves: &[GuestMove], copy: &mut dyn FnMut()) -> Result<(), Errno> {
+        let _ = (moves, copy);
+        Err(Errno::EOPNOTSUPP)
+    }
 }

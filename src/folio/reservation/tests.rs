@@ -13,6 +13,7 @@ fn wanted(huge: u64, base: u64) -> Wanted<'static> {
     Wanted {
         blocks: Blocks { giant: 0, huge, base },
         zones: &[Zone::Normal],
+        private: PrivatePlacement::MoveToNormal,
         commitment: Commitment::Reserved,
         account: None,
     }
@@ -43,11 +44,11 @@ fn a_promise_is_kept_whatever_others_take() {
     assert_eq!(error.kind(), ErrorKind::Exhausted);
     assert!(error.to_string().contains("4096 bytes are missing"), "{error}");
     for nr in 0..512 {
-        base.take(FolioSize::Base, page(nr)).unwrap();
+        base.take(FolioSize::Base, page(nr), Side::Any).unwrap();
     }
-    assert_eq!(base.take(FolioSize::Base, page(0)).unwrap_err().kind(), ErrorKind::Exhausted);
-    huge.take(FolioSize::Huge2M, page(0)).unwrap();
-    huge.take(FolioSize::Huge2M, page(512)).unwrap();
+    assert_eq!(base.take(FolioSize::Base, page(0), Side::Any).unwrap_err().kind(), ErrorKind::Exhausted);
+    huge.take(FolioSize::Huge2M, page(0), Side::Any).unwrap();
+    huge.take(FolioSize::Huge2M, page(512), Side::Any).unwrap();
     assert_eq!(stat(&pool), [0, 0, 3 * 512, 0, 0]);
 }
 
@@ -55,7 +56,7 @@ fn a_promise_is_kept_whatever_others_take() {
 fn what_comes_back_is_scrubbed_and_promised_again() {
     let pool = pool(512);
     let reservation = pool.reserve(wanted(1, 0)).unwrap();
-    let pfn = reservation.take(FolioSize::Huge2M, page(0)).unwrap();
+    let pfn = reservation.take(FolioSize::Huge2M, page(0), Side::Any).unwrap();
     pool.arena().write(pfn.pa(), b"secret").unwrap();
     reservation.give_back(pfn, FolioSize::Huge2M);
     assert_eq!(stat(&pool), [0, 512, 0, 0, 0]);
@@ -68,7 +69,7 @@ fn what_comes_back_is_scrubbed_and_promised_again() {
 fn giving_back_twice_changes_nothing() {
     let pool = pool(1024);
     let reservation = pool.reserve(wanted(2, 0)).unwrap();
-    let pfn = reservation.take(FolioSize::Huge2M, page(0)).unwrap();
+    let pfn = reservation.take(FolioSize::Huge2M, page(0), Side::Any).unwrap();
     reservation.give_back(pfn, FolioSize::Huge2M);
     let before = pool.stat();
     reservation.give_back(pfn, FolioSize::Huge2M);
@@ -82,7 +83,7 @@ fn giving_back_twice_changes_nothing() {
 fn quarantined_frames_are_neither_free_nor_used() {
     let pool = pool(512);
     let reservation = pool.reserve(wanted(1, 0)).unwrap();
-    let pfn = reservation.take(FolioSize::Huge2M, page(0)).unwrap();
+    let pfn = reservation.take(FolioSize::Huge2M, page(0), Side::Any).unwrap();
     reservation.quarantine(pfn);
     assert_eq!(stat(&pool), [0, 0, 0, 512, 0]);
     reservation.give_back(pfn, FolioSize::Huge2M);
@@ -98,7 +99,7 @@ fn an_object_is_one_run_of_frames_though_others_touch_first() {
     let mut starts = [Vec::new(), Vec::new()];
     for nr in [2, 0, 1] {
         for (reservation, starts) in [&one, &two].into_iter().zip(&mut starts) {
-            let pfn = reservation.take(FolioSize::Huge2M, page(nr * 512)).unwrap();
+            let pfn = reservation.take(FolioSize::Huge2M, page(nr * 512), Side::Any).unwrap();
             starts.push(pfn.get() - nr * 512);
         }
     }
@@ -110,11 +111,11 @@ fn who_overcommits_gets_what_nobody_was_promised() {
     let pool = pool(2 * 512);
     let greedy = pool.reserve(overcommitted()).unwrap();
     let careful = pool.reserve(wanted(1, 0)).unwrap();
-    let pfn = greedy.take(FolioSize::Huge2M, page(0)).unwrap();
-    let error = greedy.take(FolioSize::Huge2M, page(512)).unwrap_err();
+    let pfn = greedy.take(FolioSize::Huge2M, page(0), Side::Any).unwrap();
+    let error = greedy.take(FolioSize::Huge2M, page(512), Side::Any).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Exhausted);
-    assert_eq!(greedy.take(FolioSize::Base, page(512)).unwrap_err().kind(), ErrorKind::Exhausted);
-    careful.take(FolioSize::Huge2M, page(0)).unwrap();
+    assert_eq!(greedy.take(FolioSize::Base, page(512), Side::Any).unwrap_err().kind(), ErrorKind::Exhausted);
+    careful.take(FolioSize::Huge2M, page(0), Side::Any).unwrap();
     greedy.give_back(pfn, FolioSize::Huge2M);
     assert_eq!(stat(&pool), [512, 0, 512, 0, 0]);
 }
@@ -130,15 +131,15 @@ fn an_account_is_charged_for_promises_and_for_what_overcommits() {
     let one = pool.reserve(on(wanted(1, 0))).unwrap();
     let two = pool.reserve(on(overcommitted())).unwrap();
     assert_eq!(charged(), 512);
-    let pfn = two.take(FolioSize::Huge2M, page(0)).unwrap();
+    let pfn = two.take(FolioSize::Huge2M, page(0), Side::Any).unwrap();
     assert_eq!((charged(), account.stat().used.whole_pages()), (1024, 512));
-    let error = two.take(FolioSize::Base, page(512)).unwrap_err();
+    let error = two.take(FolioSize::Base, page(512), Side::Any).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::LimitReached);
     account.set_limit(None);
-    let more = two.take(FolioSize::Base, page(512)).unwrap();
+    let more = two.take(FolioSize::Base, page(512), Side::Any).unwrap();
     two.give_back(more, FolioSize::Base);
     two.give_back(pfn, FolioSize::Huge2M);
-    one.take(FolioSize::Huge2M, page(0)).unwrap();
+    one.take(FolioSize::Huge2M, page(0), Side::Any).unwrap();
     drop((one, two));
     assert_eq!((charged(), account.stat().peak.whole_pages()), (0, 1025));
     let elsewhere = self::pool(1).open_account(None);
@@ -154,7 +155,7 @@ fn a_failed_frame_never_comes_again() {
     assert_eq!(stat(&pool), [1023, 0, 0, 0, 1]);
     assert_eq!(pool.reserve(wanted(2, 0)).unwrap_err().kind(), ErrorKind::Exhausted);
     let one = pool.reserve(wanted(1, 500)).unwrap();
-    let pfn = one.take(FolioSize::Huge2M, page(0)).unwrap();
+    let pfn = one.take(FolioSize::Huge2M, page(0), Side::Any).unwrap();
     assert_eq!(pfn, Pfn::new(0));
     // In use: it stays where it is until the folio comes back.
     pool.report_memory_failure(Pfn::new(7)).unwrap();
@@ -162,12 +163,12 @@ fn a_failed_frame_never_comes_again() {
     pool.arena().write(Pfn::new(8).pa(), b"secret").unwrap();
     one.give_back(pfn, FolioSize::Huge2M);
     assert_eq!(stat(&pool), [1022 - 500, 500, 0, 0, 2]);
-    assert_eq!(one.take(FolioSize::Huge2M, page(0)).unwrap_err().kind(), ErrorKind::Exhausted);
+    assert_eq!(one.take(FolioSize::Huge2M, page(0), Side::Any).unwrap_err().kind(), ErrorKind::Exhausted);
     assert_eq!(pool.verify_scrubbed(), Ok(ByteSize::from_pages(1022)));
     drop(one);
     let rest = pool.reserve(wanted(0, 1022)).unwrap();
     for nr in 0..1022 {
-        let pfn = rest.take(FolioSize::Base, page(nr)).unwrap();
+        let pfn = rest.take(FolioSize::Base, page(nr), Side::Any).unwrap();
         assert!(![7, 600].contains(&pfn.get()));
     }
     let error = pool.report_memory_failure(Pfn::new(1024)).unwrap_err();
@@ -178,7 +179,7 @@ fn a_failed_frame_never_comes_again() {
 fn a_quarantined_frame_that_fails_is_counted_once() {
     let pool = pool(512);
     let one = pool.reserve(wanted(1, 0)).unwrap();
-    let pfn = one.take(FolioSize::Huge2M, page(0)).unwrap();
+    let pfn = one.take(FolioSize::Huge2M, page(0), Side::Any).unwrap();
     one.quarantine(pfn);
     pool.report_memory_failure(Pfn::new(9)).unwrap();
     assert_eq!(stat(&pool), [0, 0, 0, 511, 1]);
@@ -191,21 +192,21 @@ fn with_a_scrubber_what_comes_back_is_dirty_until_somebody_takes_it() {
     let scrubber = pool.start_scrubber(ByteSize::from_bytes(0)).unwrap();
     let one = pool.reserve(wanted(3, 0)).unwrap();
     let taken: Vec<_> =
-        (0..3).map(|nr| one.take(FolioSize::Huge2M, page(nr * 512)).unwrap()).collect();
+        (0..3).map(|nr| one.take(FolioSize::Huge2M, page(nr * 512), Side::Any).unwrap()).collect();
     for pfn in taken {
         pool.arena().write(pfn.pa(), b"secret").unwrap();
         one.give_back(pfn, FolioSize::Huge2M);
     }
     assert_eq!(pool.stat().dirty, ByteSize::from_mib(6));
     assert_eq!(stat(&pool), [0, 1536, 0, 0, 0]);
-    let pfn = one.take(FolioSize::Huge2M, page(0)).unwrap();
+    let pfn = one.take(FolioSize::Huge2M, page(0), Side::Any).unwrap();
     let frames = crate::range::PfnRange::new(pfn, 512).unwrap();
     assert_eq!(pool.arena().is_zero(frames), Ok(true));
     drop(one);
     // Base folios come out of dirty blocks, too.
     let two = pool.reserve(wanted(0, 3)).unwrap();
     for nr in 0..3 {
-        let pfn = two.take(FolioSize::Base, page(nr)).unwrap();
+        let pfn = two.take(FolioSize::Base, page(nr), Side::Any).unwrap();
         let frame = crate::range::PfnRange::single(pfn).unwrap();
         assert_eq!(pool.arena().is_zero(frame), Ok(true));
     }
@@ -222,7 +223,7 @@ fn a_scrubber_cleans_as_much_as_it_is_to_keep() {
     let pool = pool(4 * 512);
     let one = pool.reserve(wanted(4, 0)).unwrap();
     let taken: Vec<_> =
-        (0..4).map(|nr| one.take(FolioSize::Huge2M, page(nr * 512)).unwrap()).collect();
+        (0..4).map(|nr| one.take(FolioSize::Huge2M, page(nr * 512), Side::Any).unwrap()).collect();
     let scrubber = pool.start_scrubber(ByteSize::from_mib(4)).unwrap();
     for pfn in taken {
         pool.arena().write(pfn.pa(), b"secret").unwrap();
@@ -242,7 +243,7 @@ fn a_scrub_that_ends_early_leaves_the_block_dirty() {
     let pool = pool(2 * 512);
     let one = pool.reserve(wanted(1, 0)).unwrap();
     let scrubber = pool.start_scrubber(ByteSize::from_bytes(0)).unwrap();
-    let pfn = one.take(FolioSize::Huge2M, page(0)).unwrap();
+    let pfn = one.take(FolioSize::Huge2M, page(0), Side::Any).unwrap();
     one.give_back(pfn, FolioSize::Huge2M);
     drop(scrubber);
     let armed = arm(FailPoint::Scrub, 0);

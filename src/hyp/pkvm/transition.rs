@@ -312,6 +312,21 @@ impl Parties<'_> {
         Ok(())
     }
 
+    /// Whether none of the runs is mapped by the guest: what it has been given, or shares, stays where it is.
+    /// pKVM has no hypercall that would move such a page.
+    ///
+    /// # Errors
+    /// `EPERM` if a page is.
+    pub(super) fn check_movable(&self, runs: impl Iterator<Item = GuestRun>) -> Result<(), Errno> {
+        for run in runs {
+            self.host.check_memory(run.pfn, run.nr_pages)?;
+            if pages(run).any(|(gfn, _)| self.guest.table.page(gfn).is_ok()) {
+                return Err(Errno::EPERM);
+            }
+        }
+        Ok(())
+    }
+
     fn reserve(&mut self, runs: &[GuestRun]) -> Result<(), Errno> {
         self.host.reserve(runs)?;
         self.guest.table.reserve(runs.iter().map(|run| (run.gfn, run.nr_pages)))?;

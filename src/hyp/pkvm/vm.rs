@@ -381,4 +381,10 @@ impl Stage2 for VmCore {
     fn reclaim(&self, runs: &[GuestRun]) -> Result<(), Errno> {
         self.with_parties(|parties, _| parties.reclaim(runs, &self.host.arena))
     }
+
+    fn migrate(&self, moves: &[GuestMove], copy: &mut dyn FnMut()) -> Result<(), Errno> {
+        self.with_parties(|parties, _| {
+            parties.check_movable(moves.iter().map(|one| one.from)).inspect(|()| copy())
+        })
+    }
 }

@@ -1,0 +1,266 @@
+//! Migration: a folio moves to other frames, and nobody but those who count frames notices.
+
+use super::host_view::NotInstalled;
+use super::layout::Layout;
+use super::object::{GuestMemfd, Inner, PlacedPrivate};
+use crate::addr::{ByteSize, Pfn, Pgoff};
+use crate::error::{Errno, Error, ErrorKind, Op};
+use crate::failpoint::{FailPoint, fails};
+use crate::folio::{Mover, PrivatePlacement, Side, Slot, Zone};
+use crate::range::{PfnRange, PgoffRange};
+use crate::stage2::{GuestMove, GuestRun};
+use crate::state::{Frozen, Reader, Visibility, Wait, Wanted, Word, with_reader};
+
+/// What a migration came to.
+#[derive(Debug, Default)]
+#[non_exhaustive]
+pub struct Migration {
+    /// How much has moved, in whole folios.
+    pub moved: ByteSize,
+    /// The folios that stayed, and why; not those that were where they should be already.
+    pub refused: Vec<(PgoffRange, Error)>,
+}
+
+impl GuestMemfd {
+    /// Moves the folios that hold any page of the range to a zone. Folios that are in it already stay.
+    ///
+    /// Each folio moves whole or not at all; pages keep their bytes, their side and their places in views and
+    /// in the guest. Checked accesses wait meanwhile, and raw pointers fault, as in a conversion: who
+    /// cannot have that has pinned the page. A folio stays if a page of it is pinned or being converted, if
+    /// the guest owns a page and its hypervisor does not move such pages, or if a subscriber refuses.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`]. What stands in the way of a folio is in [`Migration::refused`].
+    pub fn migrate(&self, range: PgoffRange, to: Zone) -> Result<Migration, Error> {
+        let object = &*self.0;
+        object.check_range(Op::Migrate, range)?;
+        let mut migration = Migration::default();
+        for slot in object.frames.shape().slots(range) {
+            match object.migrate_folio(&slot, Only::Outside(to), to) {
+                Ok(Moved::Yes) => {
+                    let moved = migration.moved.get() + slot.size().bytes().get();
+                    migration.moved = ByteSize::from_bytes(moved);
+                }
+                Ok(Moved::No) => {}
+                Err(error) => migration.refused.push((slot.pages(), error)),
+            }
+        }
+        Ok(migration)
+    }
+}
+
+impl Mover for Inner {
+    fn move_away(&self, page: Pgoff, from: Pfn) -> Result<(), Error> {
+        let range = PgoffRange::single(page)?;
+        self.check_range(Op::Migrate, range)?;
+        let zone = self.reservation.zone_of(from).unwrap_or_default();
+        for slot in self.frames.shape().slots(range) {
+            self.migrate_folio(&slot, Only::At(from), zone)?;
+        }
+        Ok(())
+    }
+}
+
+/// Which folio is to move; any other stays.
+#[derive(Clone, Copy)]
+enum Only {
+    At(Pfn),
+    Outside(Zone),
+}
+
+enum Moved {
+    Yes,
+    No,
+}
+
+/// A folio that is to take the place of another. Quarantined should somebody panic before it is known
+/// what it holds.
+struct Replacement<'a> {
+    object: &'a Inner,
+    unknown: Option<Pfn>,
+}
+
+impl Drop for Replacement<'_> {
+    fn drop(&mut self) {
+        if let Some(pfn) = self.unknown {
+            self.object.reservation.quarantine(pfn);
+        }
+    }
+}
+
+impl Inner {
+    /// Whether a folio is to hold shared pages alone.
+    pub(super) fn side_of(&self, slot: &Slot) -> Side {
+        let is_shared = |(_, word): (_, Word)| word.visibility() == Visibility::Shared;
+        match self.private {
+            PlacedPrivate::Anywhere => Side::SharedOnly,
+            PlacedPrivate::Checked(_) if self.spans(slot.pages()).all(is_shared) => Side::SharedOnly,
+            PlacedPrivate::Checked(_) => Side::Any,
+        }
+    }
+
+    /// Sees to it that what is to turn private is where private memory may be.
+    pub(super) fn place_private(&self, op: Op, ranges: &[PgoffRange]) -> Result<(), Error> {
+        let PlacedPrivate::Checked(placement) = self.private else { return Ok(()) };
+        for slot in ranges.iter().flat_map(|&range| self.frames.shape().slots(range)) {
+            if self.is_placed(&slot) {
+                continue;
+            }
+            if placement == PrivatePlacement::Refuse {
+                return Err(misplaced(op).on(slot.pages()));
+            }
+            self.migrate_folio(&slot, Only::Outside(Zone::Normal), Zone::Normal)
+                .map_err(|error| error.of(op))?;
+        }
+        Ok(())
+    }
+
+    /// Whether frozen pages that are to turn private are where private memory may be: between
+    /// [`place_private`](Self::place_private) and the freeze they may have been punched and touched.
+    pub(super) fn check_placed(&self, op: Op, ranges: &[PgoffRange]) -> Result<(), Error> {
+        let PlacedPrivate::Checked(_) = self.private else { return Ok(()) };
+        let mut slots = ranges.iter().flat_map(|&range| self.frames.shape().slots(range));
+        match slots.find(|slot| !self.is_placed(slot)) {
+            Some(slot) => Err(misplaced(op).on(slot.pages())),
+            None => Ok(()),
+        }
+    }
+
+    fn is_placed(&self, slot: &Slot) -> bool {
+        let zone = self.frames.get(slot).and_then(|pfn| self.reservation.zone_of(pfn));
+        zone.is_none_or(|zone| zone == Zone::Normal)
+    }
+
+    fn migrate_folio(&self, slot: &Slot, only: Only, to: Zone) -> Result<Moved, Error> {
+        let op = Op::Migrate;
+        let layout = &mut *self.layout.write();
+        let Some(old) = self.frames.get(slot) else { return Ok(Moved::No) };
+        let is_meant = match only {
+            Only::At(pfn) => pfn == old,
+            Only::Outside(zone) => self.reservation.zone_of(old) != Some(zone),
+        };
+        if !is_meant {
+            return Ok(Moved::No);
+        }
+        with_reader(|reader| {
+            let mut frozen = self
+                .tree
+                .freeze(reader, &[slot.pages()], Wanted::All, &Wait::never())
+                .map_err(|stop| self.stopped(op, Some(slot.pages()), stop))?;
+            let outcome = self.migrate_frozen(reader, layout, &mut frozen, slot, (old, to));
+            // Conversions need the lock to go on, so nothing turns private between the two.
+            frozen.thaw();
+            self.show_shared(layout, slot.pages());
+            outcome.map_err(|error| error.of(op).on(slot.pages()))?;
+            Ok(Moved::Yes)
+        })
+    }
+
+    fn migrate_frozen(
+        &self,
+        reader: &Reader,
+        layout: &Layout,
+        frozen: &mut Frozen<'_>,
+        slot: &Slot,
+        (old, to): (Pfn, Zone),
+    ) -> Result<(), Error> {
+        let op = Op::Migrate;
+        let guest = self.guest_runs(op, layout, &[slot.pages()])?;
+        if fails(FailPoint::Barrier) || !frozen.wait_for_sections(reader) {
+            return Err(Error::new(op, ErrorKind::MissingCapability).because("membarrier(2)"));
+        }
+        let shared = self.shared_runs(op, slot.pages())?;
+        self.revoke_from_subscribers(op, layout, &shared)?;
+        let outcome = self
+            .hide(layout, slot.pages())
+            .and_then(|()| self.replace(layout, &guest, slot, (old, to)));
+        self.grant_to_subscribers(layout, &shared);
+        outcome
+    }
+
+    /// Puts another folio in the place of one that no access, subscriber or view reaches any more.
+    fn replace(
+        &self,
+        layout: &Layout,
+        guest: &[GuestRun],
+        slot: &Slot,
+        (old, to): (Pfn, Zone),
+    ) -> Result<(), Error> {
+        if fails(FailPoint::Folio) {
+            return Err(Error::new(Op::Migrate, ErrorKind::Exhausted));
+        }
+        let pages = slot.pages();
+        let pfn = self.reservation.take_to(slot.size(), pages.start(), to)?;
+        let mut guard = Replacement { object: self, unknown: Some(pfn) };
+        // All views first, as long as it holds nothing: a raw pointer may see it until it is registered.
+        let mut views = layout.views.iter().map(|(_, view)| view);
+        let installed = views.try_for_each(|view| {
+            view.install(self, pages, pfn).map_err(NotInstalled::into_error)
+        });
+        let outcome =
+            installed.and_then(|()| self.move_contents(layout, guest, slot, (old, pfn)));
+        guard.unknown = None;
+        match outcome {
+            Ok(()) => {
+                self.frames.set(slot, Some(pfn));
+                self.reservation.moved_out(old, slot.size());
+            }
+            Err(_) => {
+                // A view that cannot be put back goes on answering with SIGBUS there.
+                layout.views.iter().for_each(|(_, view)| view.put_back(self, pages, old));
+                self.reservation.moved_out(pfn, slot.size());
+            }
+        }
+        outcome
+    }
+
+    fn move_contents(
+        &self,
+        layout: &Layout,
+        guest: &[GuestRun],
+        slot: &Slot,
+        (old, new): (Pfn, Pfn),
+    ) -> Result<(), Error> {
+        let op = Op::Migrate;
+        let mut copied = None;
+        let mut copy = || copied = Some(self.copy_folio(slot, old, new));
+        match layout.hypervisor().filter(|_| !guest.is_empty()) {
+            None => copy(),
+            Some(hypervisor) => {
+                let moves = moves(op, guest, old, new)?;
+                let refused = |errno| Error::new(op, ErrorKind::HypervisorRefused).errno_is(errno);
+                if fails(FailPoint::Hypervisor) {
+                    return Err(refused(Errno::ENOMEM));
+                }
+                hypervisor.migrate(&moves, &mut copy).map_err(refused)?;
+            }
+        }
+        copied.unwrap_or_else(|| {
+            Err(Error::new(op, ErrorKind::HypervisorRefused).because("it has moved nothing"))
+        })
+    }
+
+    fn copy_folio(&self, slot: &Slot, old: Pfn, new: Pfn) -> Result<(), Error> {
+        let nr_pages = slot.size().nr_pages();
+        self.arena.copy_frames(PfnRange::new(old, nr_pages)?, PfnRange::new(new, nr_pages)?)
+    }
+}
+
+/// Where the guest's runs of a folio are to be.
+fn moves(op: Op, guest: &[GuestRun], old: Pfn, new: Pfn) -> Result<Vec<GuestMove>, Error> {
+    let mut moves = Vec::new();
+    if fails(FailPoint::Memory) || moves.try_reserve_exact(guest.len()).is_err() {
+        return Err(Error::new(op, ErrorKind::Exhausted));
+    }
+    for &from in guest {
+        let skip = from.pfn.get() - old.get();
+        let to = new.checked_add(skip).ok_or_else(|| Error::new(op, ErrorKind::Overflow))?;
+        moves.push(GuestMove { from, to });
+    }
+    Ok(moves)
+}
+
+fn misplaced(op: Op) -> Error {
+    Error::new(op, ErrorKind::Unsupported)
+        .because("its folio is outside of zone normal, and is not to move")
+}
