@@ -36,6 +36,7 @@
 
 pub mod addr;
 pub mod audit;
+#[cfg_attr(not(test), expect(dead_code, reason = "until the pool uses all of it"))]
 mod backing;
 pub mod error;
 #[cfg(not(feature = "oracle"))]
@@ -62,7 +63,8 @@ pub mod vm_memory;
 #[doc(hidden)]
 pub use crate::state::modelled;
 
-pub use crate::folio::{ArenaBacking, FolioPool, PoolStat, Unscrubbed};
+pub use crate::backing::{ArenaBacking, HostOffer, Offer, PartReport, PartSpec};
+pub use crate::folio::{FolioPool, PoolStat, Unscrubbed};
 pub use crate::gmem::{
     ContentPolicy, Conversion, ConvertOptions, GuestMemfd, GuestMemfdBuilder, HostFault, HostView,
     ObjectStat, OwnerTag, PageInfo, PageStatus, PinGuard, PinMode, Residency, Subscriber,

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::addr::{Pfn, Pgoff};
 use crate::error::{Error, ErrorKind, Op};
-use crate::geometry::{FolioSize, index};
+use crate::geometry::{FolioSize, HUGE_PAGES, index};
 use crate::range::{PfnRange, PgoffRange};
 
 /// How an object is cut into folios: whole ones of the wanted size from the start on, and 4 KiB ones
@@ -31,7 +31,8 @@ impl Slot {
     pub(crate) fn size(&self) -> FolioSize {
         match self.pages.nr_pages() {
             1 => FolioSize::Base,
-            _ => FolioSize::Huge2M,
+            HUGE_PAGES => FolioSize::Huge2M,
+            _ => FolioSize::Huge1G,
         }
     }
 }
@@ -49,7 +50,7 @@ impl Shape {
     pub(crate) fn nr_folios(&self) -> (u64, u64) {
         match self.size {
             FolioSize::Base => (0, self.nr_pages),
-            FolioSize::Huge2M => {
+            FolioSize::Huge2M | FolioSize::Huge1G => {
                 (self.nr_large(), self.nr_pages - self.nr_large() * self.size.nr_pages())
             }
         }

@@ -12,5 +12,5 @@ mod pool;
 
 pub(crate) use buddy::try_bits;
 pub(crate) use map::{FolioMap, Shape, Slot};
-pub use pool::{ArenaBacking, FolioPool, PoolStat, Unscrubbed};
 pub(crate) use pool::{Claim, Reservation};
+pub use pool::{FolioPool, PoolStat, Unscrubbed};

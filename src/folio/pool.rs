@@ -6,44 +6,14 @@
 //!
 //! A frame is scrubbed on its way back, so every free frame is zero.
 
-use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::buddy::Buddy;
 use crate::addr::{ByteSize, Pfn};
-use crate::backing::Arena;
+use crate::backing::{Arena, ArenaBacking, HostOffer, PartSpec};
 use crate::error::{Error, ErrorKind, Op};
 use crate::geometry::{FolioSize, HUGE_PAGES};
-use crate::os::memfd::PageKind;
 use crate::range::PfnRange;
-
-/// What the bytes of a pool are made of. All of it is committed when the pool is created.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum ArenaBacking {
-    /// The process's own heap. Has no host views.
-    Heap,
-    /// A memory file on 4 KiB pages.
-    Memfd,
-    /// A memory file for which the kernel is asked to find huge pages. Needs
-    /// `/sys/kernel/mm/transparent_hugepage/shmem_enabled` to say `advise` or more. What was
-    /// really found is in [`PoolStat::huge`].
-    MemfdThp,
-    /// A memory file on hugetlb pages of 2 MiB. Needs as many in `/proc/sys/vm/nr_hugepages`.
-    /// Host views change sides in units of 2 MiB.
-    MemfdHugetlb2M,
-}
-
-impl fmt::Display for ArenaBacking {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Heap => "heap",
-            Self::Memfd => "memfd, 4 KiB pages",
-            Self::MemfdThp => "memfd, transparent huge pages",
-            Self::MemfdHugetlb2M => "memfd, hugetlb pages of 2 MiB",
-        })
-    }
-}
 
 /// The counters of a pool at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,20 +89,8 @@ impl FolioPool {
     /// [`ErrorKind::Exhausted`] if it, the control group or a limit of the process does not have that
     /// much; [`ErrorKind::Os`] for any other system call that fails.
     pub fn new(backing: ArenaBacking, capacity: ByteSize) -> Result<Self, Error> {
-        if !capacity.is_page_aligned() {
-            return Err(Error::new(Op::CreatePool, ErrorKind::InvalidSize));
-        }
-        let nr_pages = capacity.whole_pages();
-        let arena = match backing {
-            ArenaBacking::Heap => Arena::heap(nr_pages)?,
-            ArenaBacking::Memfd => Arena::file(PageKind::Plain, nr_pages)?,
-            ArenaBacking::MemfdThp => Arena::huge_file(nr_pages)?,
-            ArenaBacking::MemfdHugetlb2M if nr_pages % HUGE_PAGES != 0 => {
-                return Err(Error::new(Op::CreatePool, ErrorKind::Unaligned)
-                    .because("hugetlb wants a multiple of 2 MiB"));
-            }
-            ArenaBacking::MemfdHugetlb2M => Arena::file(PageKind::Hugetlb2M, nr_pages)?,
-        };
+        let (arena, _) = Arena::obtain(&[PartSpec::new([backing], capacity)])?;
+        let nr_pages = arena.nr_pages();
         let buddy = Buddy::new(nr_pages)?;
         let frames = Frames { buddy, reserved_huge: 0, reserved_base: 0, quarantined: 0 };
         Ok(Self(Arc::new(Inner {
@@ -165,6 +123,11 @@ impl FolioPool {
         ))
     }
 
+    /// What this host offers to pools now.
+    pub fn probe() -> HostOffer {
+        crate::backing::probe()
+    }
+
     /// What the pool is made of.
     pub fn backing(&self) -> ArenaBacking {
         self.0.backing
@@ -172,7 +135,7 @@ impl FolioPool {
 
     /// The counters.
     pub fn stat(&self) -> PoolStat {
-        let capacity = self.0.arena.nr_pages();
+        let capacity = self.0.arena.capacity().whole_pages();
         let frames = self.frames();
         let free = frames.buddy.nr_free();
         let pages = ByteSize::from_pages;
@@ -182,11 +145,7 @@ impl FolioPool {
             reserved: pages(frames.reserved_huge * HUGE_PAGES + frames.reserved_base),
             used: pages(capacity - free - frames.quarantined),
             quarantined: pages(frames.quarantined),
-            huge: match self.0.backing {
-                ArenaBacking::Heap | ArenaBacking::Memfd => pages(0),
-                ArenaBacking::MemfdThp => crate::os::thp::huge_mapped(self.0.arena.hva()),
-                ArenaBacking::MemfdHugetlb2M => pages(capacity),
-            },
+            huge: self.0.arena.huge_bytes(),
         }
     }
 
@@ -229,10 +188,7 @@ impl FolioPool {
 
     /// The unit in which host views of this pool's memory can change sides.
     pub(crate) fn view_granule(&self) -> FolioSize {
-        match self.0.backing {
-            ArenaBacking::MemfdHugetlb2M => FolioSize::Huge2M,
-            _ => FolioSize::Base,
-        }
+        self.0.arena.view_granule()
     }
 
     /// Promises folios to an object.
@@ -278,6 +234,7 @@ impl Reservation {
         let mut left = self.left();
         let mut frames = self.pool.frames();
         let (mine, reserved) = match size {
+            FolioSize::Huge1G => return Err(exhausted()),
             FolioSize::Huge2M => (&mut left.0, &mut frames.reserved_huge),
             FolioSize::Base => (&mut left.1, &mut frames.reserved_base),
         };
@@ -298,7 +255,7 @@ impl Reservation {
         let mut frames = self.pool.frames();
         frames.buddy.free(pfn, size.order());
         match size {
-            FolioSize::Huge2M => {
+            FolioSize::Huge1G | FolioSize::Huge2M => {
                 left.0 += 1;
                 frames.reserved_huge += 1;
             }

@@ -171,7 +171,7 @@ impl Inner {
         let changed_pages = frozen.runs().iter().map(PgoffRange::nr_pages).sum();
         // Where views only know huge pages, a neighbour's visibility matters as well: one at a time.
         let outcome = match self.reservation.pool().view_granule() {
-            FolioSize::Huge2M => {
+            FolioSize::Huge2M | FolioSize::Huge1G => {
                 self.convert_frozen(reader, op, frozen, to, options, || self.layout.write())
             }
             FolioSize::Base => {

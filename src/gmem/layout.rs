@@ -174,7 +174,7 @@ impl Inner {
                     layout.views.iter().for_each(|(_, view)| view.show(pages));
                 }
             }
-            FolioSize::Huge2M => {
+            FolioSize::Huge2M | FolioSize::Huge1G => {
                 let becomes = |pages: PgoffRange| {
                     becoming_shared.iter().any(|becoming| becoming.covers(&pages))
                 };
@@ -201,7 +201,7 @@ impl Inner {
             }
             match granule {
                 FolioSize::Base => view.hide(pages)?,
-                FolioSize::Huge2M => {
+                FolioSize::Huge2M | FolioSize::Huge1G => {
                     for slot in self.frames.shape().slots(pages) {
                         view.hide(slot.pages())?;
                     }

@@ -92,7 +92,11 @@ impl GuestMemfdBuilder {
         let nr_pages = self.size.whole_pages();
         let pages = PgoffRange::new(Pgoff::new(0), nr_pages)
             .map_err(|_| Error::new(op, ErrorKind::InvalidSize))?;
-        if pool.view_granule() == FolioSize::Huge2M
+        if self.folio_size == FolioSize::Huge1G {
+            return Err(Error::new(op, ErrorKind::Unsupported)
+                .because("the pool has no folios of 1 GiB yet"));
+        }
+        if pool.view_granule() != FolioSize::Base
             && (self.folio_size != FolioSize::Huge2M || nr_pages % HUGE_PAGES != 0)
         {
             return Err(Error::new(op, ErrorKind::InvalidSize)
