@@ -112,7 +112,7 @@ fn check_pool(pool: &FolioPool, findings: &mut Vec<String>) {
 mod tests {
     use super::*;
     use crate::addr::{ByteSize, Offset};
-    use crate::folio::ArenaBacking;
+    use crate::backing::ArenaBacking;
 
     #[test]
     fn what_is_wrong_is_found() {

@@ -161,6 +161,7 @@ impl ErrorKind {
 pub enum Op {
     Range,
     CreatePool,
+    Collapse,
     CreateObject,
     Allocate,
     PunchHole,
@@ -190,6 +191,7 @@ impl fmt::Display for Op {
         f.write_str(match self {
             Self::Range => "make a range",
             Self::CreatePool => "create a pool",
+            Self::Collapse => "collapse into huge pages",
             Self::CreateObject => "create an object",
             Self::Allocate => "allocate",
             Self::PunchHole => "punch a hole",

@@ -1,4 +1,6 @@
-//! Page and folio sizes, and the limits that every other file may rely on.
+//! Page and folio sizes, NUMA nodes, and the limits that every other file may rely on.
+
+use std::fmt;
 
 use crate::addr::ByteSize;
 
@@ -10,7 +12,7 @@ pub const PAGE_SIZE: ByteSize = ByteSize::from_bytes(1 << PAGE_SHIFT);
 pub(crate) const HUGE_ORDER: u8 = 9;
 /// Pages in a huge folio.
 pub(crate) const HUGE_PAGES: u64 = 1 << HUGE_ORDER;
-/// log2 of the pages in the largest folio.
+/// log2 of the pages in a folio of 1 GiB.
 pub(crate) const GIANT_ORDER: u8 = 18;
 /// [`PAGE_SIZE`] where an index is wanted.
 pub(crate) const PAGE_BYTES: usize = 1 << PAGE_SHIFT;
@@ -39,7 +41,7 @@ pub enum FolioSize {
     /// 2 MiB. What is left of an object behind its last whole 2 MiB is made of 4 KiB folios.
     #[default]
     Huge2M,
-    /// 1 GiB. What is left of an object behind its last whole 1 GiB is made of smaller folios.
+    /// 1 GiB.
     Huge1G,
 }
 
@@ -59,5 +61,27 @@ impl FolioSize {
     /// The size of one folio.
     pub const fn bytes(self) -> ByteSize {
         ByteSize::from_bytes(self.nr_pages() << PAGE_SHIFT)
+    }
+}
+
+/// A NUMA node of the host, by the number that the kernel gives it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NumaNode(u32);
+
+impl NumaNode {
+    /// Wraps the number. Nothing is checked: the host may have no such node.
+    pub const fn new(raw: u32) -> Self {
+        Self(raw)
+    }
+
+    /// The number itself.
+    pub const fn get(self) -> u32 {
+        self.0
+    }
+}
+
+impl fmt::Display for NumaNode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
     }
 }

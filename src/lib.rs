@@ -36,6 +36,7 @@
 
 pub mod addr;
 pub mod audit;
+#[cfg_attr(not(test), expect(dead_code, reason = "until the pool uses all of it"))]
 mod backing;
 pub mod error;
 #[cfg(not(feature = "oracle"))]
@@ -62,14 +63,15 @@ pub mod vm_memory;
 #[doc(hidden)]
 pub use crate::state::modelled;
 
+pub use crate::backing::{ArenaBacking, HostOffer, Offer, PartReport, PartSpec};
 pub use crate::folio::{
-    Account, AccountStat, ArenaBacking, Commitment, Compaction, FolioPool, Obstacle, PoolStat,
+    Account, AccountStat, Commitment, Compaction, FolioPool, Obstacle, PoolBuilder, PoolStat,
     PrivatePlacement, Scrubber, Unscrubbed, Zone,
 };
 pub use crate::gmem::{
-    ContentPolicy, Conversion, ConvertOptions, Migration, GuestMemfd, GuestMemfdBuilder, HostFault, HostView,
-    ObjectStat, OwnerTag, PageInfo, PageStatus, PinGuard, PinMode, Residency, Subscriber,
-    Subscription, Touch,
+    ContentPolicy, Conversion, ConvertOptions, GuestMemfd, GuestMemfdBuilder, HostFault, HostView,
+    Migration, ObjectStat, OwnerTag, PageInfo, PageStatus, PinGuard, PinMode, Residency,
+    Subscriber, Subscription, Touch,
 };
 pub use crate::os::sigbus::{FaultCause, SigbusHandler};
 pub use crate::state::{CancelToken, Visibility, Wait};

@@ -66,8 +66,8 @@ fn without_transparent_huge_pages_the_setting_is_named() {
     assert!(error.to_string().contains("shmem_enabled says `never`"), "{error}");
 
     let preference = [ArenaBacking::MemfdThp, ArenaBacking::Memfd];
-    let (pool, passed_over) =
-        FolioPool::with_preference(&preference, ByteSize::from_mib(2)).unwrap();
+    let pool = FolioPool::with_preference(&preference, ByteSize::from_mib(2)).unwrap();
+    let passed_over = &pool.parts()[0].passed_over;
     assert_eq!(pool.backing(), ArenaBacking::Memfd);
     assert_eq!(passed_over.len(), 1);
     assert_eq!(passed_over[0].0, ArenaBacking::MemfdThp);

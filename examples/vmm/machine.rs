@@ -107,7 +107,7 @@ pub(crate) fn run(
         serving,
         findings,
         left_behind,
-        leaked_frames: stat.capacity.whole_pages() - stat.free.whole_pages(),
+        leaked_frames: stat.used.whole_pages(),
         scrubbed_bytes,
     };
     Ok((outcome, snapshot))
@@ -115,8 +115,8 @@ pub(crate) fn run(
 
 fn make_pool(backing: Backing, console: &Console) -> Fallible<FolioPool> {
     let size = ByteSize::from_bytes(RAM_BYTES);
-    let (pool, passed_over) = FolioPool::with_preference(&backing.order(), size)?;
-    for (backing, why) in passed_over {
+    let pool = FolioPool::with_preference(&backing.order(), size)?;
+    for (backing, why) in pool.parts().iter().flat_map(|part| &part.passed_over) {
         console.say("vmm", &format!("no {backing}: {why}"));
     }
     let stat = pool.stat();

@@ -45,7 +45,7 @@ const MOST_TRIES: usize = 4;
 
 /// A block to be made free.
 struct Candidate {
-    arena: usize,
+    part: usize,
     start: u64,
     nr_used: u64,
 }
@@ -53,15 +53,15 @@ struct Candidate {
 /// The free frames of a block, out of everybody's reach until this is dropped.
 struct Isolated<'a> {
     pool: &'a FolioPool,
-    arena: usize,
+    part: usize,
     runs: Vec<(u64, u64)>,
 }
 
 impl Drop for Isolated<'_> {
     fn drop(&mut self) {
         let mut state = self.pool.state();
-        if let Some(arena) = state.arenas.get_mut(self.arena) {
-            self.runs.iter().for_each(|&(start, nr)| arena.frames.free_run(start, nr));
+        if let Some(part) = state.parts.get_mut(self.part) {
+            self.runs.iter().for_each(|&(start, nr)| part.frames.free_run(start, nr));
         }
     }
 }
@@ -101,9 +101,9 @@ impl FolioPool {
     fn vacate(&self, block: &Candidate, size: FolioSize, into: &mut Compaction) {
         let isolated = {
             let mut state = self.state();
-            let Some(arena) = state.arenas.get_mut(block.arena) else { return };
-            let Some(runs) = arena.frames.isolate(block.start, size) else { return };
-            Isolated { pool: self, arena: block.arena, runs }
+            let Some(part) = state.parts.get_mut(block.part) else { return };
+            let Some(runs) = part.frames.isolate(block.start, size) else { return };
+            Isolated { pool: self, part: block.part, runs }
         };
         let folios = self.state().folios_in(block, size);
         let mut is_vacant = true;
@@ -129,10 +129,10 @@ impl FolioPool {
         self.scrub_all();
         if is_vacant {
             let state = self.state();
-            let Some(arena) = state.arenas.get(block.arena) else { return };
-            let order = arena.frames.buddy().order_at(block.start);
+            let Some(part) = state.parts.get(block.part) else { return };
+            let order = part.frames.buddy().order_at(block.start);
             if order.is_some_and(|order| order >= size.order()) {
-                into.made = PfnRange::new(arena.pfn(block.start), size.nr_pages()).ok();
+                into.made = PfnRange::new(part.pfn(block.start), size.nr_pages()).ok();
             }
         }
     }
@@ -143,25 +143,25 @@ type Moveable = (PfnRange, Option<(Arc<dyn Mover>, Pgoff)>);
 
 impl State {
     fn free_block(&self, size: FolioSize, zone: Zone) -> Option<Pfn> {
-        let mut arenas = self.arenas.iter().filter(|arena| arena.zone == zone);
-        arenas.find_map(|arena| {
-            let blocks = arena.frames.buddy().free_blocks();
+        let mut parts = self.parts.iter().filter(|part| part.zone == zone);
+        parts.find_map(|part| {
+            let blocks = part.frames.buddy().free_blocks();
             let mut large = blocks.filter(|&(_, nr_pages)| nr_pages >= size.nr_pages());
-            large.next().map(|(start, _)| arena.pfn(start))
+            large.next().map(|(start, _)| part.pfn(start))
         })
     }
 
     /// Blocks in which something is free and something is in use, without failed frames.
     fn candidates(&self, size: FolioSize, zone: Zone) -> Vec<Candidate> {
         let mut candidates = Vec::new();
-        for (nr, arena) in self.arenas.iter().enumerate().filter(|(_, arena)| arena.zone == zone) {
+        for (nr, part) in self.parts.iter().enumerate().filter(|(_, part)| part.zone == zone) {
             let nr_pages = size.nr_pages();
             let mut start = 0;
-            while start + nr_pages <= arena.frames.nr_pages() {
-                let used = arena.records.within(start, nr_pages).map(|r| r.size.nr_pages()).sum();
-                let is_whole = arena.frames.poisoned_in(start, nr_pages).is_empty();
+            while start + nr_pages <= part.frames.nr_pages() {
+                let used = part.records.within(start, nr_pages).map(|r| r.size.nr_pages()).sum();
+                let is_whole = part.frames.poisoned_in(start, nr_pages).is_empty();
                 if used > 0 && used < nr_pages && is_whole && candidates.try_reserve(1).is_ok() {
-                    candidates.push(Candidate { arena: nr, start, nr_used: used });
+                    candidates.push(Candidate { part: nr, start, nr_used: used });
                 }
                 start += nr_pages;
             }
@@ -170,11 +170,11 @@ impl State {
     }
 
     fn folios_in(&self, block: &Candidate, size: FolioSize) -> Vec<Moveable> {
-        let Some(arena) = self.arenas.get(block.arena) else { return Vec::new() };
+        let Some(part) = self.parts.get(block.part) else { return Vec::new() };
         let folio = |record: &Record| {
-            let frames = PfnRange::new(arena.pfn(record.start), record.size.nr_pages()).ok()?;
+            let frames = PfnRange::new(part.pfn(record.start), record.size.nr_pages()).ok()?;
             Some((frames, self.mover_of(record)))
         };
-        arena.records.within(block.start, size.nr_pages()).filter_map(folio).collect()
+        part.records.within(block.start, size.nr_pages()).filter_map(folio).collect()
     }
 }

@@ -31,11 +31,11 @@ mod scrub;
 mod state;
 
 pub use account::{Account, AccountStat};
-pub use compact::{Compaction, Obstacle};
 pub(crate) use bits::try_bits;
+pub use compact::{Compaction, Obstacle};
 pub(crate) use map::{FolioMap, Shape, Slot};
 pub(crate) use pool::Claim;
-pub use pool::{ArenaBacking, FolioPool, PoolStat, Unscrubbed};
+pub use pool::{FolioPool, PoolBuilder, PoolStat, Unscrubbed};
 pub use reservation::Commitment;
 pub(crate) use reservation::{Reservation, Wanted};
 pub use scrub::Scrubber;

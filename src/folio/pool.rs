@@ -3,45 +3,17 @@
 //! One lock guards all of its state, and no bytes are touched under it. Who scrubs takes what he scrubs
 //! out of the state first, and nobody else reaches it meanwhile.
 
-use std::fmt;
 use std::sync::Arc;
 
-use super::state::{ArenaState, Poisoned, State, Zone};
+use super::state::{PartState, Poisoned, State, Zone};
 use crate::addr::{ByteSize, Pfn};
-use crate::backing::Arena;
-use crate::error::{Error, ErrorKind, Op};
-use crate::geometry::{FolioSize, HUGE_PAGES};
-use crate::os::memfd::PageKind;
+use crate::backing::{Arena, ArenaBacking, HostOffer, PartReport, PartSpec};
+use crate::error::Error;
+#[cfg(any(doc, test))]
+use crate::error::ErrorKind;
+use crate::geometry::FolioSize;
 use crate::range::PfnRange;
 use crate::sync::{Condvar, Mutex, MutexGuard};
-
-/// What the bytes of a pool are made of. All of it is committed when the pool is created.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum ArenaBacking {
-    /// The process's own heap. Has no host views.
-    Heap,
-    /// A memory file on 4 KiB pages.
-    Memfd,
-    /// A memory file for which the kernel is asked to find huge pages. Needs
-    /// `/sys/kernel/mm/transparent_hugepage/shmem_enabled` to say `advise` or more. What was
-    /// really found is in [`PoolStat::huge`].
-    MemfdThp,
-    /// A memory file on hugetlb pages of 2 MiB. Needs as many in `/proc/sys/vm/nr_hugepages`.
-    /// Host views change sides in units of 2 MiB.
-    MemfdHugetlb2M,
-}
-
-impl fmt::Display for ArenaBacking {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Heap => "heap",
-            Self::Memfd => "memfd, 4 KiB pages",
-            Self::MemfdThp => "memfd, transparent huge pages",
-            Self::MemfdHugetlb2M => "memfd, hugetlb pages of 2 MiB",
-        })
-    }
-}
 
 /// The counters of a pool at one moment. Whenever no call is under way,
 /// `free + reserved + used + quarantined + poisoned = capacity`.
@@ -82,8 +54,8 @@ pub struct FolioPool(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    backing: ArenaBacking,
     arena: Arc<Arena>,
+    reports: Vec<PartReport>,
     state: Mutex<State>,
     /// Something is dirty, or a scrubber is to end.
     work: Condvar,
@@ -109,67 +81,83 @@ impl Drop for Claim {
     }
 }
 
-impl FolioPool {
-    /// Creates a pool of `capacity` bytes and commits them.
+/// What a pool is to be made of; from [`FolioPool::builder`].
+#[derive(Clone, Debug, Default)]
+pub struct PoolBuilder {
+    parts: Vec<(PartSpec, Zone)>,
+}
+
+impl PoolBuilder {
+    /// Adds a part. All parts are on files, or all are on the heap.
+    #[must_use]
+    pub fn part(mut self, part: PartSpec, zone: Zone) -> Self {
+        self.parts.push((part, zone));
+        self
+    }
+
+    /// Creates the pool, and commits all of its memory.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidSize`]; [`ErrorKind::Unaligned`] if hugetlb is asked for and the capacity
-    /// is no multiple of 2 MiB; [`ErrorKind::MissingCapability`] if the host does not do such pages;
+    /// [`ErrorKind::InvalidSize`]; [`ErrorKind::Unsupported`] for no part at all, a part that names no backing, or heap
+    /// beside files; [`ErrorKind::Unaligned`] if a size is no multiple of hugetlb's pages;
+    /// [`ErrorKind::MissingCapability`] if the host does not do such pages or has no such NUMA node;
     /// [`ErrorKind::Exhausted`] if it, the control group or a limit of the process does not have that
-    /// much; [`ErrorKind::Os`] for any other system call that fails.
-    pub fn new(backing: ArenaBacking, capacity: ByteSize) -> Result<Self, Error> {
-        if !capacity.is_page_aligned() {
-            return Err(Error::new(Op::CreatePool, ErrorKind::InvalidSize));
-        }
-        let nr_pages = capacity.whole_pages();
-        let arena = match backing {
-            ArenaBacking::Heap => Arena::heap(nr_pages)?,
-            ArenaBacking::Memfd => Arena::file(PageKind::Plain, nr_pages)?,
-            ArenaBacking::MemfdThp => Arena::huge_file(nr_pages)?,
-            ArenaBacking::MemfdHugetlb2M if nr_pages % HUGE_PAGES != 0 => {
-                return Err(Error::new(Op::CreatePool, ErrorKind::Unaligned)
-                    .because("hugetlb wants a multiple of 2 MiB"));
-            }
-            ArenaBacking::MemfdHugetlb2M => Arena::file(PageKind::Hugetlb2M, nr_pages)?,
-        };
-        let frames = PfnRange::new(Pfn::new(0), nr_pages)?;
+    /// much; [`ErrorKind::Os`] for any other system call that fails. Of several backings of a part, what the last
+    /// one was refused with.
+    pub fn create(self) -> Result<FolioPool, Error> {
+        let (specs, zones): (Vec<_>, Vec<_>) = self.parts.into_iter().unzip();
+        let (arena, reports) = Arena::obtain(&specs)?;
         let mut state = State::default();
-        state.arenas.push(ArenaState::new(frames, Zone::Normal)?);
-        Ok(Self(Arc::new(Inner {
-            backing,
+        for (report, zone) in reports.iter().zip(zones) {
+            state.parts.push(PartState::new(report.frames, zone)?);
+        }
+        Ok(FolioPool(Arc::new(Inner {
             arena,
+            reports,
             state: Mutex::new(state),
             work: Condvar::new(),
             returned: Condvar::new(),
             claimed: Mutex::new(Claimed::No),
         })))
     }
+}
 
-    /// Creates a pool on the first of several backings that this host can provide; also says why
-    /// the ones before it were passed over.
-    ///
-    /// # Errors
-    /// What [`FolioPool::new`] said of the last one; [`ErrorKind::Unsupported`] for an empty list.
-    pub fn with_preference(
-        preference: &[ArenaBacking],
-        capacity: ByteSize,
-    ) -> Result<(Self, Vec<(ArenaBacking, Error)>), Error> {
-        let mut passed_over = Vec::new();
-        for &backing in preference {
-            match Self::new(backing, capacity) {
-                Ok(pool) => return Ok((pool, passed_over)),
-                Err(error) => passed_over.push((backing, error)),
-            }
-        }
-        Err(passed_over.pop().map_or_else(
-            || Error::new(Op::CreatePool, ErrorKind::Unsupported).because("no backing was named"),
-            |(_, error)| error,
-        ))
+impl FolioPool {
+    /// Begins the description of a pool of several parts.
+    pub fn builder() -> PoolBuilder {
+        PoolBuilder::default()
     }
 
-    /// What the pool is made of.
+    /// Creates a pool of `capacity` bytes of one backing, and commits them.
+    ///
+    /// # Errors
+    /// As [`PoolBuilder::create`].
+    pub fn new(backing: ArenaBacking, capacity: ByteSize) -> Result<Self, Error> {
+        Self::with_preference(&[backing], capacity)
+    }
+
+    /// Creates a pool on the first of several backings that this host can provide. What that is, and why the
+    /// ones before it were passed over, is in [`parts`](Self::parts).
+    ///
+    /// # Errors
+    /// As [`PoolBuilder::create`].
+    pub fn with_preference(preference: &[ArenaBacking], capacity: ByteSize) -> Result<Self, Error> {
+        Self::builder().part(PartSpec::new(preference, capacity), Zone::Normal).create()
+    }
+
+    /// What this host offers to pools now.
+    pub fn probe() -> HostOffer {
+        crate::backing::probe()
+    }
+
+    /// What the first part is made of.
     pub fn backing(&self) -> ArenaBacking {
-        self.0.backing
+        self.0.reports.first().map_or(ArenaBacking::Heap, |part| part.backing)
+    }
+
+    /// What was obtained of each part, and why nothing better.
+    pub fn parts(&self) -> &[PartReport] {
+        &self.0.reports
     }
 
     /// Whether the other is a handle to the same pool.
@@ -182,13 +170,13 @@ impl FolioPool {
         let pages = ByteSize::from_pages;
         let mut sum = [0; 8];
         let mut largest = 0;
-        for arena in &self.state().arenas {
-            let frames = &arena.frames;
+        for part in &self.state().parts {
+            let frames = &part.frames;
             let (free, bad) = (frames.free().pages(), frames.poisoned().len() as u64);
             let promised = frames.promised().pages().min(free);
             let gone = frames.nr_quarantined() + bad;
             let used = frames.nr_pages().saturating_sub(free + gone);
-            let of_arena = [
+            let of_part = [
                 frames.nr_pages(),
                 free - promised,
                 promised,
@@ -196,9 +184,9 @@ impl FolioPool {
                 frames.nr_quarantined(),
                 bad,
                 frames.nr_dirty(),
-                arena.metadata_bytes(),
+                part.metadata_bytes(),
             ];
-            sum.iter_mut().zip(of_arena).for_each(|(sum, one)| *sum += one);
+            sum.iter_mut().zip(of_part).for_each(|(sum, one)| *sum += one);
             let order = frames.buddy().largest_order();
             largest = largest.max(order.map_or(0, |order| 1 << order));
         }
@@ -212,11 +200,7 @@ impl FolioPool {
             poisoned: pages(poisoned),
             dirty: pages(dirty),
             largest_free: pages(largest),
-            huge: match self.0.backing {
-                ArenaBacking::Heap | ArenaBacking::Memfd => pages(0),
-                ArenaBacking::MemfdThp => crate::os::thp::huge_mapped(self.0.arena.hva()),
-                ArenaBacking::MemfdHugetlb2M => pages(capacity),
-            },
+            huge: self.0.arena.huge_bytes(),
             metadata: ByteSize::from_bytes(metadata),
         }
     }
@@ -229,10 +213,10 @@ impl FolioPool {
     pub fn verify_scrubbed(&self) -> Result<ByteSize, Unscrubbed> {
         let state = self.state();
         let mut nr_pages = 0;
-        for arena in &state.arenas {
-            for (start, nr) in arena.frames.buddy().free_blocks() {
+        for part in &state.parts {
+            for (start, nr) in part.frames.buddy().free_blocks() {
                 for frame in start..start + nr {
-                    let pfn = arena.pfn(frame);
+                    let pfn = part.pfn(frame);
                     let clean = PfnRange::single(pfn).and_then(|frame| self.0.arena.is_zero(frame));
                     if !matches!(clean, Ok(true)) {
                         return Err(Unscrubbed(pfn));
@@ -263,8 +247,8 @@ impl FolioPool {
     /// Whether a frame is free.
     pub(crate) fn is_free(&self, pfn: Pfn) -> bool {
         let state = self.state();
-        let mut arenas = state.arenas.iter().filter(|arena| arena.covers(pfn));
-        arenas.any(|arena| arena.frames.is_free(pfn.get() - arena.start))
+        let mut parts = state.parts.iter().filter(|part| part.covers(pfn));
+        parts.any(|part| part.frames.is_free(pfn.get() - part.start))
     }
 
     /// Makes the caller the one hypervisor of this pool; `None` if there is one already.
@@ -279,10 +263,7 @@ impl FolioPool {
 
     /// The unit in which host views of this pool's memory can change sides.
     pub(crate) fn view_granule(&self) -> FolioSize {
-        match self.0.backing {
-            ArenaBacking::MemfdHugetlb2M => FolioSize::Huge2M,
-            _ => FolioSize::Base,
-        }
+        self.0.arena.view_granule()
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {

@@ -49,7 +49,7 @@ impl FolioPool {
         let mut from = pfn.get();
         for bad in poisoned.iter().map(|bad| bad.get()).chain([end]) {
             if bad > from {
-                self.arena().zero(PfnRange::new(Pfn::new(from), bad - from)?)?;
+                self.arena().scrub(PfnRange::new(Pfn::new(from), bad - from)?)?;
             }
             from = bad + 1;
         }

@@ -1,4 +1,4 @@
-//! All that a pool's lock guards: arenas, owners and accounts. No bytes.
+//! All that a pool's lock guards: parts, owners and accounts. No bytes.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -16,13 +16,13 @@ use crate::error::{Error, ErrorKind, Op};
 use crate::geometry::{FolioSize, HUGE_ORDER};
 use crate::range::PfnRange;
 
-/// What kind of frames an arena has, after the kernel's zones.
+/// What kind of frames an part has, after the kernel's zones.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Zone {
     /// For anything.
     #[default]
     Normal,
-    /// For what can be moved at any time, so that the arena can be emptied (`ZONE_MOVABLE`).
+    /// For what can be moved at any time, so that the part can be emptied (`ZONE_MOVABLE`).
     Movable,
     /// For what can be moved when a device wants one large run (`MIGRATE_CMA`).
     Cma,
@@ -40,7 +40,7 @@ impl fmt::Display for Zone {
 
 /// A run of frames of one zone.
 #[derive(Debug)]
-pub(super) struct ArenaState {
+pub(super) struct PartState {
     pub(super) start: u64,
     pub(super) zone: Zone,
     pub(super) frames: Frames,
@@ -48,7 +48,7 @@ pub(super) struct ArenaState {
     pub(super) homes: Homes,
 }
 
-impl ArenaState {
+impl PartState {
     pub(super) fn new(frames: PfnRange, zone: Zone) -> Result<Self, Error> {
         let nr_pages = frames.nr_pages();
         Ok(Self {
@@ -60,7 +60,7 @@ impl ArenaState {
         })
     }
 
-    /// A frame of the arena as the pool numbers it.
+    /// A frame of the part as the pool numbers it.
     pub(super) fn pfn(&self, frame: u64) -> Pfn {
         Pfn::from_raw(self.start + frame)
     }
@@ -76,7 +76,7 @@ impl ArenaState {
 struct Owner {
     account: Option<usize>,
     promise: Promise,
-    /// The arenas that it may draw from, in its order, and what each still owes it.
+    /// The parts that it may draw from, in its order, and what each still owes it.
     left: Vec<(usize, Blocks)>,
     /// Arenas outside of its promise, where folios that hold shared memory alone are put as long as there
     /// is room. All that is promised is in [`Zone::Normal`] then.
@@ -146,7 +146,7 @@ pub(super) struct Demand<'a> {
 
 #[derive(Debug, Default)]
 pub(super) struct State {
-    pub(super) arenas: Vec<ArenaState>,
+    pub(super) parts: Vec<PartState>,
     owners: Slab<Owner>,
     pub(super) accounts: Slab<Charge>,
     /// The threads that clean dirty folios, and what they are to do.
@@ -163,35 +163,35 @@ impl State {
         let op = Op::CreateObject;
         let floats = demand.private == PrivatePlacement::MoveToNormal
             && demand.zones.iter().any(|&zone| zone != Zone::Normal);
-        let (mut arenas, mut opportune) = (Vec::new(), Vec::new());
-        for (nr, arena) in demand.zones.iter().flat_map(|&zone| self.of_zone(zone)) {
-            match floats && arena.zone != Zone::Normal {
+        let (mut parts, mut opportune) = (Vec::new(), Vec::new());
+        for (nr, part) in demand.zones.iter().flat_map(|&zone| self.of_zone(zone)) {
+            match floats && part.zone != Zone::Normal {
                 true => opportune.push(nr),
-                false => arenas.push((nr, Blocks::default())),
+                false => parts.push((nr, Blocks::default())),
             }
         }
         if floats && !demand.zones.contains(&Zone::Normal) {
-            arenas.extend(self.of_zone(Zone::Normal).map(|(nr, _)| (nr, Blocks::default())));
+            parts.extend(self.of_zone(Zone::Normal).map(|(nr, _)| (nr, Blocks::default())));
         }
         let nr_pages = match demand.promise {
             Promise::None => 0,
             Promise::Kept => {
-                self.promise(&mut arenas, demand.blocks)?;
+                self.promise(&mut parts, demand.blocks)?;
                 demand.blocks.pages()
             }
         };
         if let Err(error) = self.charge(op, demand.account, nr_pages) {
-            self.unpromise(&arenas);
+            self.unpromise(&parts);
             return Err(error);
         }
-        let home = arenas.iter().find_map(|&(nr, _)| {
-            let arena = self.arenas.get_mut(nr)?;
-            Some((nr, arena.homes.find(arena.frames.buddy(), demand.blocks.pages())?))
+        let home = parts.iter().find_map(|&(nr, _)| {
+            let part = self.parts.get_mut(nr)?;
+            Some((nr, part.homes.find(part.frames.buddy(), demand.blocks.pages())?))
         });
         Ok(self.owners.insert(Owner {
             account: demand.account,
             promise: demand.promise,
-            left: arenas,
+            left: parts,
             opportune,
             mover: None,
             home,
@@ -199,17 +199,17 @@ impl State {
         }))
     }
 
-    fn of_zone(&self, zone: Zone) -> impl Iterator<Item = (usize, &ArenaState)> {
-        self.arenas.iter().enumerate().filter(move |(_, arena)| arena.zone == zone)
+    fn of_zone(&self, zone: Zone) -> impl Iterator<Item = (usize, &PartState)> {
+        self.parts.iter().enumerate().filter(move |(_, part)| part.zone == zone)
     }
 
-    /// Has the arenas promise what is wanted, in their order, the largest folios first.
+    /// Has the parts promise what is wanted, in their order, the largest folios first.
     fn promise(&mut self, left: &mut [(usize, Blocks)], wanted: Blocks) -> Result<(), Error> {
         for size in SIZES {
             let mut missing = wanted.of(size);
             for (nr, promised) in left.iter_mut() {
-                let Some(arena) = self.arenas.get_mut(*nr) else { continue };
-                let frames = &mut arena.frames;
+                let Some(part) = self.parts.get_mut(*nr) else { continue };
+                let frames = &mut part.frames;
                 let most = frames.free().promisable(&frames.promised(), size).min(missing);
                 let mut more = Blocks::default();
                 *more.of_mut(size) = most;
@@ -219,9 +219,9 @@ impl State {
                 }
             }
             if missing > 0 {
-                let arenas: Vec<usize> = left.iter().map(|&(nr, _)| nr).collect();
+                let parts: Vec<usize> = left.iter().map(|&(nr, _)| nr).collect();
                 self.unpromise(left);
-                return Err(self.cannot_promise(&arenas, wanted));
+                return Err(self.cannot_promise(&parts, wanted));
             }
         }
         Ok(())
@@ -229,17 +229,17 @@ impl State {
 
     fn unpromise(&mut self, left: &[(usize, Blocks)]) {
         for &(nr, blocks) in left {
-            if let Some(arena) = self.arenas.get_mut(nr) {
-                arena.frames.unpromise(blocks);
+            if let Some(part) = self.parts.get_mut(nr) {
+                part.frames.unpromise(blocks);
             }
         }
     }
 
     /// The error that says how much is missing.
-    fn cannot_promise(&self, arenas: &[usize], wanted: Blocks) -> Error {
+    fn cannot_promise(&self, parts: &[usize], wanted: Blocks) -> Error {
         let can = |size| -> u64 {
-            let arenas = arenas.iter().filter_map(|&nr| self.arenas.get(nr));
-            arenas.map(|a| a.frames.free().promisable(&a.frames.promised(), size)).sum()
+            let parts = parts.iter().filter_map(|&nr| self.parts.get(nr));
+            parts.map(|a| a.frames.free().promisable(&a.frames.promised(), size)).sum()
         };
         let [giant, huge, base] = SIZES.map(can);
         let missing = wanted.pages().saturating_sub(base);
@@ -285,7 +285,7 @@ impl State {
         }
         let got = match self.take_opportune(owner, size, page, side) {
             Some(got) => Ok(got),
-            None => self.take_from_arenas(owner, size, page, side),
+            None => self.take_from_parts(owner, size, page, side),
         };
         let taken = matches!(got, Ok(Got::Clean(_) | Got::Dirty(_)));
         if promise == Promise::None {
@@ -302,7 +302,7 @@ impl State {
     }
 
     #[inline]
-    fn take_from_arenas(
+    fn take_from_parts(
         &mut self,
         key: usize,
         size: FolioSize,
@@ -315,32 +315,34 @@ impl State {
             if owner.promise == Promise::Kept && left.of(size) == 0 {
                 continue;
             }
-            let Some(arena) = self.arenas.get_mut(*nr) else { continue };
-            if side == Side::Any && arena.zone != Zone::Normal {
+            let Some(part) = self.parts.get_mut(*nr) else { continue };
+            if side == Side::Any && part.zone != Zone::Normal {
                 outside = true;
                 continue;
             }
             let home = owner.home.filter(|(home, _)| home == nr);
             let home = home.and_then(|(_, home)| home.start.checked_add(page.get()));
-            let (start, bytes) = match arena.frames.take(size, home, owner.promise) {
+            let (start, bytes) = match part.frames.take(size, home, owner.promise) {
                 Taken::Clean(start) => (start, Bytes::Zero),
                 Taken::Dirty(start) => (start, Bytes::Dirty),
-                Taken::ScrubFirst(start) => return Ok(Got::ScrubFirst(arena.pfn(start))),
+                Taken::ScrubFirst(start) => return Ok(Got::ScrubFirst(part.pfn(start))),
                 Taken::Wait => {
                     waits = true;
                     continue;
                 }
                 Taken::Nothing => continue,
             };
-            arena.note(key, page, size, start, (bytes, owner.promise))?;
+            part.note(key, page, size, start, (bytes, owner.promise))?;
             if owner.promise == Promise::Kept {
                 *left.of_mut(size) -= 1;
             }
-            let pfn = arena.pfn(start);
+            let pfn = part.pfn(start);
             return Ok(if bytes == Bytes::Zero { Got::Clean(pfn) } else { Got::Dirty(pfn) });
         }
         match waits {
             true => Ok(Got::Wait),
+            false if outside => Err(Error::new(Op::Allocate, ErrorKind::Unsupported)
+                .because("private memory is not put outside of zone normal")),
             false => {
                 Err(Error::new(Op::Allocate, ErrorKind::Exhausted).because(match owner.promise {
                     Promise::Kept => {
@@ -361,10 +363,10 @@ impl State {
         side: Side,
     ) -> Option<Got> {
         let owner = self.owners.get(key).filter(|owner| !owner.opportune.is_empty())?;
-        let arenas = owner.opportune.iter().filter(|_| side == Side::SharedOnly);
-        for &nr in arenas {
-            let Some(arena) = self.arenas.get_mut(nr) else { continue };
-            if let Some(got) = arena.take_unpromised(key, size, page) {
+        let parts = owner.opportune.iter().filter(|_| side == Side::SharedOnly);
+        for &nr in parts {
+            let Some(part) = self.parts.get_mut(nr) else { continue };
+            if let Some(got) = part.take_unpromised(key, size, page) {
                 return Some(got);
             }
         }
@@ -382,10 +384,10 @@ impl State {
         let Some(owner) = self.owners.get(key) else { return Err(no_such_owner()) };
         if zone == Zone::Normal && !owner.opportune.is_empty() {
             // What is promised is there for just that.
-            return self.take_from_arenas(key, size, page, Side::Any);
+            return self.take_from_parts(key, size, page, Side::Any);
         }
-        let arenas = self.arenas.iter_mut().filter(|arena| arena.zone == zone);
-        let mut found = arenas.filter_map(|arena| arena.take_unpromised(key, size, page));
+        let parts = self.parts.iter_mut().filter(|part| part.zone == zone);
+        let mut found = parts.filter_map(|part| part.take_unpromised(key, size, page));
         found.next().ok_or_else(|| {
             Error::new(Op::Migrate, ErrorKind::Exhausted)
                 .because(format!("nothing in zone {zone} that nobody was promised"))
@@ -394,23 +396,24 @@ impl State {
 
     /// Takes the folio back that one of the same owner's has moved out of: the promise goes with it.
     pub(super) fn moved_out(&mut self, pfn: Pfn, bytes: Bytes) {
-        let Some((_, arena)) = arena_of(&mut self.arenas, pfn) else { return };
-        let start = pfn.get() - arena.start;
-        let Some(Record { size, state: Use::Owned { owner, .. }, .. }) = arena.records.at(start) else {
+        let Some((_, part)) = part_of(&mut self.parts, pfn) else { return };
+        let start = pfn.get() - part.start;
+        let Some(Record { size, state: Use::Owned { owner, .. }, .. }) = part.records.at(start)
+        else {
             return;
         };
         let (size, owner) = (*size, self.owners.get_mut(*owner));
-        if owner.is_some_and(|owner| !owner.opportune.is_empty() && arena.zone == Zone::Normal) {
+        if owner.is_some_and(|owner| !owner.opportune.is_empty() && part.zone == Zone::Normal) {
             // It stays promised where it was promised.
             self.give_back(pfn, bytes);
             return;
         }
-        arena.records.remove(start);
+        part.records.remove(start);
         match bytes {
             Bytes::Zero => {
-                arena.frames.give_back_clean(start, size, Promise::None);
+                part.frames.give_back_clean(start, size, Promise::None);
             }
-            Bytes::Dirty => arena.frames.give_back_dirty(start, size, Promise::None),
+            Bytes::Dirty => part.frames.give_back_dirty(start, size, Promise::None),
         }
     }
 
@@ -421,7 +424,7 @@ impl State {
         }
     }
 
-    /// Who can move the folio that begins at a frame of an arena, and the first page of it.
+    /// Who can move the folio that begins at a frame of an part, and the first page of it.
     pub(super) fn mover_of(&self, record: &Record) -> Option<(Arc<dyn Mover>, Pgoff)> {
         let Use::Owned { owner, page } = record.state else { return None };
         let mover = self.owners.get(owner)?.mover.as_ref()?.upgrade()?;
@@ -430,29 +433,29 @@ impl State {
 
     /// In which zone a frame is.
     pub(super) fn zone_of(&self, pfn: Pfn) -> Option<Zone> {
-        self.arenas.iter().find(|arena| arena.covers(pfn)).map(|arena| arena.zone)
+        self.parts.iter().find(|part| part.covers(pfn)).map(|part| part.zone)
     }
 
     /// Takes a folio back. A clean one, or one that is scrubbed later.
     #[inline]
     pub(super) fn give_back(&mut self, pfn: Pfn, bytes: Bytes) {
-        let Some((nr, arena)) = arena_of(&mut self.arenas, pfn) else { return };
-        let start = pfn.get() - arena.start;
-        let Some(record) = arena.records.remove(start) else { return };
+        let Some((nr, part)) = part_of(&mut self.parts, pfn) else { return };
+        let start = pfn.get() - part.start;
+        let Some(record) = part.records.remove(start) else { return };
         let Use::Owned { owner: key, .. } = record.state else { return };
         let Some(owner) = self.owners.get_mut(key) else { return };
         // A folio that has moved is promised again where it is now, but for one that was no part of the
         // promise.
-        let is_promised = owner.opportune.is_empty() || arena.zone == Zone::Normal;
+        let is_promised = owner.opportune.is_empty() || part.zone == Zone::Normal;
         let known = owner.left.iter().any(|&(other, _)| other == nr);
         if is_promised && !known && owner.promise == Promise::Kept {
             owner.left.push((nr, Blocks::default()));
         }
         let promise = if is_promised { owner.promise } else { Promise::None };
         let again = match bytes {
-            Bytes::Zero => arena.frames.give_back_clean(start, record.size, promise),
+            Bytes::Zero => part.frames.give_back_clean(start, record.size, promise),
             Bytes::Dirty => {
-                arena.frames.give_back_dirty(start, record.size, promise);
+                part.frames.give_back_dirty(start, record.size, promise);
                 promise
             }
         };
@@ -472,12 +475,12 @@ impl State {
 
     /// Keeps a folio out of use for ever.
     pub(super) fn quarantine(&mut self, pfn: Pfn) {
-        let Some((_, arena)) = arena_of(&mut self.arenas, pfn) else { return };
-        let start = pfn.get() - arena.start;
-        if let Some(record) = arena.records.at_mut(start) {
+        let Some((_, part)) = part_of(&mut self.parts, pfn) else { return };
+        let start = pfn.get() - part.start;
+        if let Some(record) = part.records.at_mut(start) {
             record.state = Use::Quarantined;
             let size = record.size;
-            arena.frames.quarantine(start, size);
+            part.frames.quarantine(start, size);
         }
     }
 
@@ -489,70 +492,70 @@ impl State {
         }
         self.uncharge(owner.account, owner.charged_pages);
         if let Some((nr, home)) = owner.home {
-            if let Some(arena) = self.arenas.get_mut(nr) {
-                arena.homes.leave(home);
+            if let Some(part) = self.parts.get_mut(nr) {
+                part.homes.leave(home);
             }
         }
     }
 
     /// The frames of a folio that are not to be touched, in ascending order.
     pub(super) fn poisoned_in(&self, pfn: Pfn, size: FolioSize) -> Vec<Pfn> {
-        let Some(arena) = self.arenas.iter().find(|arena| arena.covers(pfn)) else {
+        let Some(part) = self.parts.iter().find(|part| part.covers(pfn)) else {
             return Vec::new();
         };
-        let bad = arena.frames.poisoned_in(pfn.get() - arena.start, size.nr_pages());
-        bad.iter().map(|&frame| arena.pfn(frame)).collect()
+        let bad = part.frames.poisoned_in(pfn.get() - part.start, size.nr_pages());
+        bad.iter().map(|&frame| part.pfn(frame)).collect()
     }
 
     /// Keeps a frame out of use. If it was in a dirty block, the caller has that to scrub now.
     pub(super) fn poison(&mut self, pfn: Pfn) -> Result<Poisoned, Error> {
-        let Some((_, arena)) = arena_of(&mut self.arenas, pfn) else {
+        let Some((_, part)) = part_of(&mut self.parts, pfn) else {
             return Err(Error::new(Op::Poison, ErrorKind::OutOfRange));
         };
-        let frame = pfn.get() - arena.start;
-        let record = arena.records.containing(frame);
+        let frame = pfn.get() - part.start;
+        let record = part.records.containing(frame);
         let is_quarantined = match record.map(|record| record.state) {
             Some(Use::Quarantined) => IsQuarantined::Yes,
             _ => IsQuarantined::No,
         };
-        if !arena.frames.poison(frame, is_quarantined)? {
+        if !part.frames.poison(frame, is_quarantined)? {
             return Ok(Poisoned::Already);
         }
-        Ok(match arena.frames.dirty_around(frame) {
-            Some((start, size)) => Poisoned::ScrubAround(arena.pfn(start), size),
+        Ok(match part.frames.dirty_around(frame) {
+            Some((start, size)) => Poisoned::ScrubAround(part.pfn(start), size),
             None => Poisoned::Fenced,
         })
     }
 
     /// A dirty block to scrub, in the caller's hands.
     pub(super) fn next_dirty(&mut self) -> Option<(Pfn, FolioSize)> {
-        self.arenas.iter_mut().find_map(|arena| {
-            let (start, size) = arena.frames.next_dirty()?;
-            Some((arena.pfn(start), size))
+        self.parts.iter_mut().find_map(|part| {
+            let (start, size) = part.frames.next_dirty()?;
+            Some((part.pfn(start), size))
         })
     }
 
     /// Takes a scrubbed block back.
     pub(super) fn scrubbed(&mut self, pfn: Pfn, size: FolioSize) {
-        if let Some((_, arena)) = arena_of(&mut self.arenas, pfn) {
-            arena.frames.scrubbed(pfn.get() - arena.start, size);
+        if let Some((_, part)) = part_of(&mut self.parts, pfn) {
+            part.frames.scrubbed(pfn.get() - part.start, size);
         }
     }
 
     /// Takes a block back that is as dirty as it was.
     pub(super) fn not_scrubbed(&mut self, pfn: Pfn, size: FolioSize) {
-        if let Some((_, arena)) = arena_of(&mut self.arenas, pfn) {
-            arena.frames.not_scrubbed(pfn.get() - arena.start, size);
+        if let Some((_, part)) = part_of(&mut self.parts, pfn) {
+            part.frames.not_scrubbed(pfn.get() - part.start, size);
         }
     }
 
     /// Free memory in whole clean folios of 2 MiB.
     pub(super) fn nr_clean_huge(&self) -> u64 {
-        let clean = |arena: &ArenaState| {
-            let blocks = arena.frames.buddy().blocks();
+        let clean = |part: &PartState| {
+            let blocks = part.frames.buddy().blocks();
             (blocks.giant << (FolioSize::Huge1G.order() - HUGE_ORDER)) + blocks.huge
         };
-        self.arenas.iter().map(clean).sum()
+        self.parts.iter().map(clean).sum()
     }
 }
 
@@ -576,7 +579,7 @@ pub(super) enum Poisoned {
     ScrubAround(Pfn, FolioSize),
 }
 
-impl ArenaState {
+impl PartState {
     /// Writes down whose a folio is that was just taken, or puts it back.
     #[inline]
     fn note(
@@ -619,8 +622,8 @@ impl ArenaState {
 }
 
 #[inline]
-fn arena_of(arenas: &mut [ArenaState], pfn: Pfn) -> Option<(usize, &mut ArenaState)> {
-    arenas.iter_mut().enumerate().find(|(_, arena)| arena.covers(pfn))
+fn part_of(parts: &mut [PartState], pfn: Pfn) -> Option<(usize, &mut PartState)> {
+    parts.iter_mut().enumerate().find(|(_, part)| part.covers(pfn))
 }
 
 fn no_such_owner() -> Error {

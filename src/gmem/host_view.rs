@@ -24,7 +24,7 @@ use crate::geometry::{FolioSize, index};
 use crate::os::mapping::Mapping;
 use crate::os::sigbus::{FaultCause, NotTouched, RawFault, SigbusHandler};
 use crate::os::uffd::Userfault;
-use crate::range::PgoffRange;
+use crate::range::{PfnRange, PgoffRange};
 use crate::state::Visibility;
 
 /// One mapping of an object.
@@ -43,15 +43,15 @@ pub(super) struct ViewMap {
 impl ViewMap {
     pub(super) fn new(object: &Inner) -> Result<Self, Error> {
         let op = Op::MapView;
-        if object.arena.fd().is_none() {
+        if !object.arena.has_files() {
             return Err(Error::new(op, ErrorKind::Unsupported)
                 .because("a pool on the heap has no file that could be mapped"));
         }
         let uffd = Userfault::open()?;
         let size = object.pages.len_bytes();
-        let align = FolioSize::Huge2M.bytes();
-        let map = Mapping::of_nothing(op, object.identity.as_fd(), size, align)?;
         let granule = object.reservation.pool().view_granule();
+        let align = granule.max(FolioSize::Huge2M).bytes();
+        let map = Mapping::of_nothing(op, object.identity.as_fd(), size, align)?;
         let granule_bytes = index(granule.bytes().get());
         let shown = Mutex::new(try_bits(op, object.pages.nr_pages())?);
         Ok(Self { map, uffd, arena: Arc::clone(&object.arena), granule_bytes, shown })
@@ -67,30 +67,50 @@ impl ViewMap {
         pages: PgoffRange,
         pfn: Pfn,
     ) -> Result<(), NotInstalled> {
-        let no_file = || Error::new(Op::MapView, ErrorKind::Unsupported).on(pages);
-        let fd = self.arena.fd().ok_or_else(no_file).map_err(NotInstalled::Undone)?;
+        self.map_frames(object, pages, pfn)?;
         let (at, len) = bytes(pages);
-        self.map.map_over(at, len, fd, pfn.pa().get()).map_err(NotInstalled::Undone)?;
-        let opened = self.register(at, len);
-        opened.map_err(|error| match self.map.map_over(at, len, object.identity.as_fd(), 0) {
+        self.register(at, len).map_err(|error| self.uninstall(object, pages, error))
+    }
+
+    /// Maps what holds the frames, which may follow each other in more than one file.
+    fn map_frames(&self, object: &Inner, pages: PgoffRange, pfn: Pfn) -> Result<(), NotInstalled> {
+        let frames = PfnRange::new(pfn, pages.nr_pages()).map_err(NotInstalled::Undone)?;
+        if !self.arena.backs(frames) {
+            let error = Error::new(Op::MapView, ErrorKind::OutOfRange).on(pages);
+            return Err(NotInstalled::Undone(error));
+        }
+        let (start, _) = bytes(pages);
+        for (piece, file, file_at) in self.arena.in_files(frames) {
+            let skip = index(piece.start().pa().get() - pfn.pa().get());
+            let len = index(piece.len_bytes().get());
+            match self.map.map_over(start + skip, len, file, file_at) {
+                Ok(()) => {}
+                Err(error) if skip == 0 => return Err(NotInstalled::Undone(error)),
+                Err(error) => return Err(self.uninstall(object, pages, error)),
+            }
+        }
+        Ok(())
+    }
+
+    fn uninstall(&self, object: &Inner, pages: PgoffRange, error: Error) -> NotInstalled {
+        let (at, len) = bytes(pages);
+        match self.map.map_over(at, len, object.identity.as_fd(), 0) {
             Ok(()) => NotInstalled::Undone(error),
             Err(_) => NotInstalled::Left(error),
-        })
+        }
     }
 
     /// Puts a folio behind the pages again that was taken away from here, while nothing of it is shown.
     /// Should the kernel have no room for that, the pages go on answering with SIGBUS.
     pub(super) fn put_back(&self, object: &Inner, pages: PgoffRange, pfn: Pfn) {
         let (at, len) = bytes(pages);
-        let outcome = match self.arena.fd() {
-            // Not accessible until it is registered: it holds what nobody may see.
-            Some(fd) => self
-                .map
-                .map_inaccessible(at, len, fd, pfn.pa().get())
-                .and_then(|()| self.register(at, len))
-                .and_then(|()| self.map.make_accessible(at, len)),
-            None => return,
-        };
+        let Some((fd, file_at)) = self.arena.file_of(pfn) else { return };
+        // Not accessible until it is registered: it holds what nobody may see.
+        let outcome = self
+            .map
+            .map_inaccessible(at, len, fd, file_at)
+            .and_then(|()| self.register(at, len))
+            .and_then(|()| self.map.make_accessible(at, len));
         if outcome.is_err() {
             // Inaccessible is as good as hidden, should this fail too.
             let _ = self.map.map_over(at, len, object.identity.as_fd(), 0);

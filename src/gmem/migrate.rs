@@ -30,10 +30,15 @@ impl GuestMemfd {
     /// the guest owns a page and its hypervisor does not move such pages, or if a subscriber refuses.
     ///
     /// # Errors
-    /// [`ErrorKind::OutOfRange`]. What stands in the way of a folio is in [`Migration::refused`].
+    /// [`ErrorKind::OutOfRange`]; [`ErrorKind::Unsupported`] unless the object was created
+    /// [for](crate::GuestMemfdBuilder::zones) that zone, or it is [`Zone::Normal`]. What stands in the way of a folio is in [`Migration::refused`].
     pub fn migrate(&self, range: PgoffRange, to: Zone) -> Result<Migration, Error> {
         let object = &*self.0;
         object.check_range(Op::Migrate, range)?;
+        if to != Zone::Normal && !object.zones.contains(&to) {
+            return Err(Error::new(Op::Migrate, ErrorKind::Unsupported)
+                .because(format!("the object was not created for zone {to}")));
+        }
         let mut migration = Migration::default();
         for slot in object.frames.shape().slots(range) {
             match object.migrate_folio(&slot, Only::Outside(to), to) {
@@ -94,7 +99,9 @@ impl Inner {
         let is_shared = |(_, word): (_, Word)| word.visibility() == Visibility::Shared;
         match self.private {
             PlacedPrivate::Anywhere => Side::SharedOnly,
-            PlacedPrivate::Checked(_) if self.spans(slot.pages()).all(is_shared) => Side::SharedOnly,
+            PlacedPrivate::Checked(_) if self.spans(slot.pages()).all(is_shared) => {
+                Side::SharedOnly
+            }
             PlacedPrivate::Checked(_) => Side::Any,
         }
     }
@@ -147,6 +154,10 @@ impl Inner {
                 .tree
                 .freeze(reader, &[slot.pages()], Wanted::All, &Wait::never())
                 .map_err(|stop| self.stopped(op, Some(slot.pages()), stop))?;
+            if to != Zone::Normal && self.side_of(slot) == Side::Any {
+                frozen.thaw();
+                return Err(misplaced(op).on(slot.pages()));
+            }
             let outcome = self.migrate_frozen(reader, layout, &mut frozen, slot, (old, to));
             // Conversions need the lock to go on, so nothing turns private between the two.
             frozen.thaw();
@@ -194,11 +205,9 @@ impl Inner {
         let mut guard = Replacement { object: self, unknown: Some(pfn) };
         // All views first, as long as it holds nothing: a raw pointer may see it until it is registered.
         let mut views = layout.views.iter().map(|(_, view)| view);
-        let installed = views.try_for_each(|view| {
-            view.install(self, pages, pfn).map_err(NotInstalled::into_error)
-        });
-        let outcome =
-            installed.and_then(|()| self.move_contents(layout, guest, slot, (old, pfn)));
+        let installed = views
+            .try_for_each(|view| view.install(self, pages, pfn).map_err(NotInstalled::into_error));
+        let outcome = installed.and_then(|()| self.move_contents(layout, guest, slot, (old, pfn)));
         guard.unknown = None;
         match outcome {
             Ok(()) => {
@@ -242,7 +251,7 @@ impl Inner {
 
     fn copy_folio(&self, slot: &Slot, old: Pfn, new: Pfn) -> Result<(), Error> {
         let nr_pages = slot.size().nr_pages();
-        self.arena.copy_frames(PfnRange::new(old, nr_pages)?, PfnRange::new(new, nr_pages)?)
+        self.arena.copy_frames(PfnRange::new(old, nr_pages)?, new)
     }
 }
 

@@ -35,6 +35,7 @@ pub struct GuestMemfd(pub(super) Arc<Inner>);
 pub(super) struct Inner {
     pub(super) name: Box<str>,
     pub(super) private: PlacedPrivate,
+    pub(super) zones: Box<[Zone]>,
     pub(super) pages: PgoffRange,
     pub(super) tree: Tree,
     pub(super) frames: FolioMap,
@@ -138,7 +139,11 @@ impl GuestMemfdBuilder {
         let nr_pages = self.size.whole_pages();
         let pages = PgoffRange::new(Pgoff::new(0), nr_pages)
             .map_err(|_| Error::new(op, ErrorKind::InvalidSize))?;
-        if pool.view_granule() == FolioSize::Huge2M
+        if self.folio_size == FolioSize::Huge1G {
+            return Err(Error::new(op, ErrorKind::Unsupported)
+                .because("the pool has no folios of 1 GiB yet"));
+        }
+        if pool.view_granule() != FolioSize::Base
             && (self.folio_size != FolioSize::Huge2M || nr_pages % HUGE_PAGES != 0)
         {
             return Err(Error::new(op, ErrorKind::InvalidSize)
@@ -159,6 +164,7 @@ impl GuestMemfdBuilder {
         };
         let inner = Arc::new(Inner {
             private,
+            zones: self.zones.into_boxed_slice(),
             pages,
             tree: Tree::new(Blocks::of_pages(nr_pages), self.initial, waiters())?,
             frames: FolioMap::new(shape)?,

@@ -4,7 +4,7 @@ use super::answer::{PageFacts, Run, pages_of};
 use super::mistake::Mistake;
 use super::model::Model;
 use super::object::Object;
-use crate::folio::ArenaBacking;
+use crate::backing::ArenaBacking;
 use crate::gmem::PinMode;
 use crate::state::Visibility;
 

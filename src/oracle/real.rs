@@ -10,8 +10,9 @@ use super::answer::{Answer, PageFacts, Refused, run_of};
 use super::facts::{ObjectFacts, PoolFacts};
 use super::step::{How, Owner, STRANGER, Step, pattern};
 use crate::addr::{ByteSize, Offset, Pgoff};
+use crate::backing::ArenaBacking;
 use crate::error::{Errno, Error, ErrorKind};
-use crate::folio::{ArenaBacking, FolioPool};
+use crate::folio::FolioPool;
 use crate::geometry::FolioSize;
 use crate::gmem::{
     ConvertOptions, GuestMemfd, HostView, PageInfo, PageStatus, PinGuard, PinMode, Residency,

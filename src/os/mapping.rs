@@ -15,8 +15,19 @@ use crate::error::{Errno, Error, ErrorKind, Op};
 use crate::os::failed;
 use crate::sync::relax;
 
+/// `MADV_COLLAPSE` of linux/mman.h.
+const MADV_COLLAPSE: libc::c_int = 25;
+
+/// What views and arenas are mapped for.
+const ACCESSIBLE: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
+
 /// How often a call that asks to be repeated is.
 const MOST_ATTEMPTS: u32 = 1_000;
+/// The same for a collapse, which copies 2 MiB each time.
+const MOST_COLLAPSES: u32 = 70;
+
+/// Of a mapping with nothing behind it.
+const EMPTY: MapFlags = MapFlags::PRIVATE.union(MapFlags::NORESERVE);
 
 /// A range of addresses that stays ours, whatever is mapped into it, until it is dropped.
 #[derive(Debug)]
@@ -27,44 +38,35 @@ pub(crate) struct Mapping {
 }
 
 // SAFETY: the pointer is an address range, not a reference; all access goes through system calls
-// here or through the raw copies in backing.rs, which are safe to run from any thread.
+// here or through the raw copies in backing/copies.rs, which are safe to run from any thread.
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps a whole file, shared, readable and writable. Children of a fork do not get it and core
-    /// dumps leave it out: guest memory stays in this process.
-    pub(crate) fn of_file(op: Op, fd: BorrowedFd<'_>, len: ByteSize) -> Result<Self, Error> {
-        let len = to_usize(op, len)?;
-        let prot = ProtFlags::READ | ProtFlags::WRITE;
+    /// Reserves `len` bytes of addresses at a multiple of `align`, which must not be touched.
+    pub(crate) fn reserve(op: Op, len: ByteSize, align: ByteSize) -> Result<Self, Error> {
+        let (len, align) = (to_usize(op, len)?, to_usize(op, align)?);
+        let total = len.checked_add(align).ok_or_else(|| Error::new(op, ErrorKind::Overflow))?;
         // SAFETY: no address is asked for, so nothing that exists is replaced.
-        let base = unsafe { mmap(ptr::null_mut(), len, prot, MapFlags::SHARED, fd, 0) }
+        let base = unsafe { mmap_anonymous(ptr::null_mut(), total, ProtFlags::empty(), EMPTY) }
             .map_err(|e| failed(op, "mmap", e))?;
-        let mapping = Self::adopt(op, base.cast(), len)?;
-        mapping.keep_private(0, len)?;
-        Ok(mapping)
+        let whole = Self::adopt(op, base.cast(), total)?;
+        let start = whole.base.as_ptr().align_offset(align);
+        Ok(whole.keep_only(start, len))
     }
 
-    /// Reserves `len` bytes of addresses at a multiple of `align` with nothing behind them, then
-    /// covers them with `empty`, a file of no bytes: every touch is a `SIGBUS`.
+    /// Reserves `len` bytes of addresses at a multiple of `align`, then covers them with `empty`, a
+    /// file of no bytes: every touch is a `SIGBUS`.
     pub(crate) fn of_nothing(
         op: Op,
         empty: BorrowedFd<'_>,
         len: ByteSize,
         align: ByteSize,
     ) -> Result<Self, Error> {
-        let (len, align) = (to_usize(op, len)?, to_usize(op, align)?);
-        let total = len.checked_add(align).ok_or_else(|| Error::new(op, ErrorKind::Overflow))?;
-        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-        // SAFETY: no address is asked for, so nothing that exists is replaced.
-        let base = unsafe { mmap_anonymous(ptr::null_mut(), total, ProtFlags::empty(), flags) }
-            .map_err(|e| failed(op, "mmap", e))?;
-        let whole = Self::adopt(op, base.cast(), total)?;
-        let start = whole.base.as_ptr().align_offset(align);
-        let mapping = whole.keep_only(start, len);
-        mapping.map_over(0, len, empty, 0)?;
-        mapping.keep_private(0, len)?;
+        let mapping = Self::reserve(op, len, align)?;
+        mapping.map_over(0, mapping.len, empty, 0)?;
+        mapping.keep_private(0, mapping.len)?;
         Ok(mapping)
     }
 
@@ -120,7 +122,7 @@ impl Mapping {
         fd: BorrowedFd<'_>,
         file_at: u64,
     ) -> Result<(), Error> {
-        self.map_at(at, len, ProtFlags::READ | ProtFlags::WRITE, fd, file_at)
+        self.map_shared(at, len, fd, file_at, ACCESSIBLE, MapFlags::empty())
     }
 
     /// The same, but every touch of it is a `SIGSEGV` until [`make_accessible`](Self::make_accessible).
@@ -131,19 +133,31 @@ impl Mapping {
         fd: BorrowedFd<'_>,
         file_at: u64,
     ) -> Result<(), Error> {
-        self.map_at(at, len, ProtFlags::empty(), fd, file_at)
+        self.map_shared(at, len, fd, file_at, ProtFlags::empty(), MapFlags::empty())
     }
 
-    fn map_at(
+    /// Replaces what is mapped at `at..at + len` by the first bytes of a file that is about to get
+    /// its memory: on hugetlb the mapping would otherwise claim pages a second time.
+    pub(crate) fn map_uncommitted(
         &self,
         at: usize,
         len: usize,
-        prot: ProtFlags,
+        fd: BorrowedFd<'_>,
+    ) -> Result<(), Error> {
+        self.map_shared(at, len, fd, 0, ACCESSIBLE, MapFlags::NORESERVE)
+    }
+
+    fn map_shared(
+        &self,
+        at: usize,
+        len: usize,
         fd: BorrowedFd<'_>,
         file_at: u64,
+        prot: ProtFlags,
+        flags: MapFlags,
     ) -> Result<(), Error> {
         let target = self.at(at, len)?;
-        let flags = MapFlags::SHARED | MapFlags::FIXED;
+        let flags = flags | MapFlags::SHARED | MapFlags::FIXED;
         // SAFETY: `at` has checked that the target lies in our own reservation, to which nobody has
         // a reference (bytes are only copied through raw pointers).
         unsafe { mmap(target.cast(), len, prot, flags, fd, file_at) }
@@ -160,6 +174,16 @@ impl Mapping {
         unsafe { mprotect(target.cast(), len, flags) }.map_err(|e| failed(self.op, "mprotect", e))
     }
 
+    /// Takes away what is mapped at `at..at + len`; the addresses stay reserved.
+    pub(crate) fn unmap(&self, at: usize, len: usize) -> Result<(), Error> {
+        let target = self.at(at, len)?;
+        let flags = EMPTY.union(MapFlags::FIXED);
+        // SAFETY: as in map_shared.
+        unsafe { mmap_anonymous(target.cast(), len, ProtFlags::empty(), flags) }
+            .map_err(|e| failed(self.op, "mmap", e))?;
+        Ok(())
+    }
+
     /// Makes the pages of a mapping vanish from it: what a file holds stays there, zeroes are zeroes
     /// again.
     pub(crate) fn discard(&self, at: usize, len: usize) -> Result<(), Error> {
@@ -167,14 +191,54 @@ impl Mapping {
         self.advise(at, len, Advice::LinuxDontneedLocked, "madvise(MADV_DONTNEED_LOCKED)")
     }
 
-    /// Asks for huge pages in all of the mapping.
-    pub(crate) fn want_huge(&self) -> Result<(), Error> {
-        self.advise(0, self.len, Advice::LinuxHugepage, "madvise(MADV_HUGEPAGE)")
+    /// Asks for huge pages.
+    pub(crate) fn want_huge(&self, at: usize, len: usize) -> Result<(), Error> {
+        self.advise(at, len, Advice::LinuxHugepage, "madvise(MADV_HUGEPAGE)")
     }
 
-    /// Makes every page of the mapping present and writable now.
-    pub(crate) fn populate(&self) -> Result<(), Error> {
-        self.advise(0, self.len, Advice::LinuxPopulateWrite, "madvise(MADV_POPULATE_WRITE)")
+    /// Makes every page present and writable now.
+    pub(crate) fn populate(&self, at: usize, len: usize) -> Result<(), Error> {
+        self.advise(at, len, Advice::LinuxPopulateWrite, "madvise(MADV_POPULATE_WRITE)")
+    }
+
+    /// Makes huge pages of what is there, now, where collapsing is forbidden otherwise. Whole blocks
+    /// of 2 MiB. If one cannot be made, others may have been.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exhausted`] if the host has no huge page left; [`ErrorKind::Busy`] if somebody
+    /// holds one of the small ones; [`ErrorKind::MissingCapability`] before Linux 6.1.
+    pub(crate) fn collapse(&self, at: usize, len: usize) -> Result<(), Error> {
+        let collapsed = self.want_huge(at, len).and_then(|()| self.collapse_allowed(at, len));
+        // Whatever came of it: a collapse that nobody asked for would empty views.
+        self.forbid_collapse(at, len)?;
+        collapsed
+    }
+
+    fn collapse_allowed(&self, at: usize, len: usize) -> Result<(), Error> {
+        use rustix::io::Errno as Raw;
+
+        let target = self.at(at, len)?;
+        let mut last = Raw::AGAIN;
+        for attempt in 0..MOST_COLLAPSES {
+            // SAFETY: 1. the range lies in our own mapping. 2. the call changes which pages hold the
+            // bytes, and no byte.
+            if unsafe { libc::madvise(target.cast(), len, MADV_COLLAPSE) } == 0 {
+                return Ok(());
+            }
+            let os_error = std::io::Error::last_os_error();
+            last = Raw::from_io_error(&os_error).unwrap_or(Raw::IO);
+            match last {
+                Raw::INTR | Raw::AGAIN | Raw::BUSY => relax(attempt),
+                _ => break,
+            }
+        }
+        let kind = match last {
+            Raw::INTR | Raw::AGAIN | Raw::BUSY => ErrorKind::Busy,
+            Raw::NOMEM => ErrorKind::Exhausted,
+            Raw::INVAL => ErrorKind::MissingCapability,
+            _ => ErrorKind::Os,
+        };
+        Err(Error::new(self.op, kind).errno_is(last.into()).because("madvise(MADV_COLLAPSE)"))
     }
 
     /// Keeps the kernel from collapsing pages of the mapping into a huge one: that takes entries out
@@ -215,7 +279,7 @@ impl Mapping {
         Err(Error::new(self.op, ErrorKind::Exhausted).errno_is(Errno::EAGAIN).because(call))
     }
 
-    fn at(&self, at: usize, len: usize) -> Result<*mut u8, Error> {
+    pub(super) fn at(&self, at: usize, len: usize) -> Result<*mut u8, Error> {
         match at.checked_add(len) {
             Some(end) if end <= self.len => Ok(self.base.as_ptr().wrapping_add(at)),
             _ => Err(Error::new(self.op, ErrorKind::OutOfRange)),

@@ -14,11 +14,28 @@ use crate::error::{Error, ErrorKind, Op};
 
 /// Refuses a file that the process may not make that large: the kernel would send `SIGXFSZ`.
 pub(crate) fn require_file_size(size: ByteSize) -> Result<(), Error> {
-    match getrlimit(Resource::Fsize).current {
-        Some(limit) if size.get() > limit => Err(Error::new(Op::CreatePool, ErrorKind::Exhausted)
-            .because(format!("{} bytes wanted, RLIMIT_FSIZE is {limit}", size.get()))),
+    match most_file_size() {
+        Some(limit) if size > limit => Err(Error::new(Op::CreatePool, ErrorKind::Exhausted)
+            .because(format!("{} bytes wanted, RLIMIT_FSIZE is {}", size.get(), limit.get()))),
         _ => Ok(()),
     }
+}
+
+/// How large a file of this process may be; `None` without a limit.
+pub(crate) fn most_file_size() -> Option<ByteSize> {
+    getrlimit(Resource::Fsize).current.map(ByteSize::from_bytes)
+}
+
+/// How much the host and the control groups that we run in can provide now.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`] where the kernel does not say.
+pub(crate) fn plain_available() -> Result<ByteSize, Error> {
+    let (available, _) = available(Path::new("/")).ok_or_else(|| {
+        Error::new(Op::CreatePool, ErrorKind::Unsupported)
+            .because("/proc/meminfo does not say what is available")
+    })?;
+    Ok(available)
 }
 
 /// Refuses a size that the host, or a control group that we run in, cannot provide now.

@@ -2,10 +2,13 @@
 //! `unsafe` code, but for the slices of the vm-memory adapter. What it offers upwards is safe.
 
 pub(crate) mod barrier;
+pub(crate) mod hugetlb;
 pub(crate) mod mapping;
 pub(crate) mod memfd;
 pub(crate) mod memory;
+pub(crate) mod numa;
 pub(crate) mod pagemap;
+pub(crate) mod smaps;
 pub(crate) mod thp;
 pub(crate) mod uffd;
 pub(crate) mod words;

@@ -4,11 +4,11 @@ use super::Breach;
 use super::lex::Source;
 
 /// Files that may hold `unsafe`: those that reach memory or the kernel.
-const UNSAFE: &[&str] = &["os/", "backing.rs", "vm_memory.rs"];
+const UNSAFE: &[&str] = &["os/", "backing/copies.rs", "backing/heap.rs", "vm_memory.rs"];
 
 /// Files that own an atomic.
 const ORDERINGS: &[&str] = &[
-    "backing.rs",
+    "backing/copies.rs",
     "os/",
     "sync/modelled.rs",
     "state/barrier.rs",

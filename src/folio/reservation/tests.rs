@@ -1,7 +1,8 @@
 use super::*;
 use crate::addr::ByteSize;
 use crate::failpoint::{FailPoint, arm};
-use crate::folio::{ArenaBacking, PoolStat};
+use crate::backing::ArenaBacking;
+use crate::folio::PoolStat;
 
 const HUGE: Blocks = Blocks { giant: 0, huge: 1, base: 0 };
 
@@ -46,7 +47,10 @@ fn a_promise_is_kept_whatever_others_take() {
     for nr in 0..512 {
         base.take(FolioSize::Base, page(nr), Side::Any).unwrap();
     }
-    assert_eq!(base.take(FolioSize::Base, page(0), Side::Any).unwrap_err().kind(), ErrorKind::Exhausted);
+    assert_eq!(
+        base.take(FolioSize::Base, page(0), Side::Any).unwrap_err().kind(),
+        ErrorKind::Exhausted
+    );
     huge.take(FolioSize::Huge2M, page(0), Side::Any).unwrap();
     huge.take(FolioSize::Huge2M, page(512), Side::Any).unwrap();
     assert_eq!(stat(&pool), [0, 0, 3 * 512, 0, 0]);
@@ -114,7 +118,10 @@ fn who_overcommits_gets_what_nobody_was_promised() {
     let pfn = greedy.take(FolioSize::Huge2M, page(0), Side::Any).unwrap();
     let error = greedy.take(FolioSize::Huge2M, page(512), Side::Any).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Exhausted);
-    assert_eq!(greedy.take(FolioSize::Base, page(512), Side::Any).unwrap_err().kind(), ErrorKind::Exhausted);
+    assert_eq!(
+        greedy.take(FolioSize::Base, page(512), Side::Any).unwrap_err().kind(),
+        ErrorKind::Exhausted
+    );
     careful.take(FolioSize::Huge2M, page(0), Side::Any).unwrap();
     greedy.give_back(pfn, FolioSize::Huge2M);
     assert_eq!(stat(&pool), [512, 0, 512, 0, 0]);
@@ -163,7 +170,10 @@ fn a_failed_frame_never_comes_again() {
     pool.arena().write(Pfn::new(8).pa(), b"secret").unwrap();
     one.give_back(pfn, FolioSize::Huge2M);
     assert_eq!(stat(&pool), [1022 - 500, 500, 0, 0, 2]);
-    assert_eq!(one.take(FolioSize::Huge2M, page(0), Side::Any).unwrap_err().kind(), ErrorKind::Exhausted);
+    assert_eq!(
+        one.take(FolioSize::Huge2M, page(0), Side::Any).unwrap_err().kind(),
+        ErrorKind::Exhausted
+    );
     assert_eq!(pool.verify_scrubbed(), Ok(ByteSize::from_pages(1022)));
     drop(one);
     let rest = pool.reserve(wanted(0, 1022)).unwrap();

@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex};
 use super::*;
 use crate::addr::{ByteSize, Gfn, Offset, Pgoff};
 use crate::backing::Arena;
+use crate::backing::ArenaBacking;
 use crate::error::Found;
-use crate::folio::{ArenaBacking, FolioPool};
+use crate::folio::FolioPool;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Mood {

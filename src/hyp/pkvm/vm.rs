@@ -13,7 +13,7 @@ use crate::error::{Errno, Error, ErrorKind, Op};
 use crate::gmem::{BindingId, GuestMemfd};
 use crate::hyp::Vcpu;
 use crate::range::{GfnRange, PgoffRange};
-use crate::stage2::{Entry, GuestRun, PageState, Stage2, Table, TableError, TableShape};
+use crate::stage2::{Entry, GuestMove, GuestRun, PageState, Stage2, Table, TableError, TableShape};
 use crate::state::Visibility;
 use crate::sync::RwLock;
 

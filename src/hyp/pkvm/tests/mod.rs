@@ -2,7 +2,7 @@ mod random;
 
 use super::*;
 use crate::addr::{Access, Gfn, Ipa, Offset, Pgoff};
-use crate::folio::ArenaBacking;
+use crate::backing::ArenaBacking;
 use crate::gmem::{ContentPolicy, GuestMemfd, PinMode};
 use crate::hyp::{ConversionRequest, Exit, HvcResult, Hypercall, MmioAccess, Vcpu};
 use crate::range::PgoffRange;

@@ -1,104 +1,32 @@
-//! The bytes of a pool: one arena, addressed by [`Pa`], copied in and out and never borrowed.
+//! Bytes in and out of an arena, never borrowed.
 //!
 //! Guests, devices and other threads change these bytes at any time, so nobody gets a reference.
 //! Every copy is made of relaxed atomic accesses to aligned words of eight bytes, and of no other size:
 //! a race between two writers of shared memory is the guest's affair, and tears, but it is not
 //! undefined behaviour here (`std::sync::atomic`: races of different sizes would be). What orders a
-//! copy with a conversion is the subpage's word, not the copy.
+//! copy with a conversion is the subpage's word, not the copy. Frames that belong to nobody need none
+//! of this: they are scrubbed and moved as fast as the machine can.
 
 // UNSAFETY: raw pointers into the arena. Offsets are checked against its size right here.
 #![expect(unsafe_code, reason = "guest memory can only be reached through raw pointers")]
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::ptr::NonNull;
 // Not from the facade: guest bytes are no part of any model, and loom's atomics cannot live there.
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::addr::{ByteSize, Hva, Pa};
+use super::Arena;
+use crate::addr::{ByteSize, Pa, Pfn};
 use crate::error::{Error, ErrorKind, Op};
-use crate::geometry::{FolioSize, MAX_PAGES, PAGE_BYTES, index};
-use crate::os::mapping::Mapping;
-use crate::os::memfd::{PageKind, create_arena};
-use crate::os::memory::require_available;
+use crate::geometry::{PAGE_BYTES, index};
 use crate::range::PfnRange;
 
 const WORD: usize = size_of::<u64>();
 
-/// The memory of one pool, committed for as long as it lives.
-#[derive(Debug)]
-pub(crate) struct Arena {
-    memory: Memory,
-    nr_pages: u64,
-}
-
-#[derive(Debug)]
-enum Memory {
-    Heap(HeapMemory),
-    File { map: Mapping, fd: OwnedFd },
-}
-
 impl Arena {
-    /// An arena that needs no operating system.
-    pub(crate) fn heap(nr_pages: u64) -> Result<Arc<Self>, Error> {
-        let memory = Memory::Heap(HeapMemory::new(len_bytes(nr_pages)?)?);
-        Ok(Arc::new(Self { memory, nr_pages }))
-    }
-
-    /// An arena on a memory file of the given pages.
-    pub(crate) fn file(kind: PageKind, nr_pages: u64) -> Result<Arc<Self>, Error> {
-        len_bytes(nr_pages)?;
-        let size = ByteSize::from_pages(nr_pages);
-        let fd = create_arena(kind, size)?;
-        let map = Mapping::of_file(Op::CreatePool, fd.as_fd(), size)?;
-        map.forbid_collapse(0, map.len())?;
-        Ok(Arc::new(Self { memory: Memory::File { map, fd }, nr_pages }))
-    }
-
-    /// An arena on a memory file for which the kernel was asked to find huge pages.
-    pub(crate) fn huge_file(nr_pages: u64) -> Result<Arc<Self>, Error> {
-        crate::os::thp::require_shmem()?;
-        len_bytes(nr_pages)?;
-        let size = ByteSize::from_pages(nr_pages);
-        let fd = crate::os::memfd::create_sparse_arena(size)?;
-        let map = Mapping::of_file(Op::CreatePool, fd.as_fd(), size)?;
-        // Before the pages exist, and through the mapping: fallocate would not see the advice.
-        map.want_huge()?;
-        map.populate()?;
-        map.forbid_collapse(0, map.len())?;
-        Ok(Arc::new(Self { memory: Memory::File { map, fd }, nr_pages }))
-    }
-
-    pub(crate) fn nr_pages(&self) -> u64 {
-        self.nr_pages
-    }
-
-    /// The file behind the arena, where there is one.
-    pub(crate) fn fd(&self) -> Option<BorrowedFd<'_>> {
-        match &self.memory {
-            Memory::Heap(_) => None,
-            Memory::File { fd, .. } => Some(fd.as_fd()),
-        }
-    }
-
-    /// Where the arena's own alias is mapped.
-    pub(crate) fn hva(&self) -> Hva {
-        Hva::new(self.base().addr().get())
-    }
-
-    #[inline]
-    fn base(&self) -> NonNull<u8> {
-        match &self.memory {
-            Memory::Heap(heap) => heap.base,
-            Memory::File { map, .. } => map.base(),
-        }
-    }
-
     /// The aligned word that holds the byte at `at`, and which of its bytes that is, after checking
     /// that `len` bytes from there on are the arena's. So are the words that hold them: the arena is
-    /// made of whole pages.
+    /// made of whole pages. That they lie in no gap between two parts is not checked: no frame of a gap
+    /// is ever given to anybody.
     #[inline]
     fn at(&self, op: Op, at: Pa, len: usize) -> Result<(*mut u8, usize), Error> {
         let size = ByteSize::from_pages(self.nr_pages).get();
@@ -144,24 +72,45 @@ impl Arena {
         Ok(())
     }
 
-    /// Copies whole frames that nobody else reaches, to frames that nobody else reaches.
-    pub(crate) fn copy_frames(&self, from: PfnRange, to: PfnRange) -> Result<(), Error> {
-        let (from, words) = self.words_of(Op::Read, from)?;
-        let (to, room) = self.words_of(Op::Write, to)?;
-        for word in words.take(room.len()) {
-            store_word(to, word, load_word(from, word));
-        }
-        Ok(())
-    }
-
     /// Whether whole frames are all zeroes.
     pub(crate) fn is_zero(&self, frames: PfnRange) -> Result<bool, Error> {
         let (from, mut words) = self.words_of(Op::Read, frames)?;
         Ok(words.all(|word| load_word(from, word) == 0))
     }
 
+    /// Fills whole frames with zeroes, as fast as the machine can. They are the caller's alone: no
+    /// access section, view, guest or subscriber reaches them, and whoever did before has left them in
+    /// a way that orders what it did with what the caller does. Others need [`Arena::zero`].
+    pub(crate) fn scrub(&self, frames: PfnRange) -> Result<(), Error> {
+        let (to, words) = self.words_of(Op::Write, frames)?;
+        // SAFETY: 1. valid for writes: `words_of` has checked that all of the frames are backed, and
+        // the arena is borrowed. 2. aligned for bytes. 3. no race: the frames are the caller's alone.
+        unsafe { to.write_bytes(0, words.len() * WORD) };
+        Ok(())
+    }
+
+    /// Copies whole frames to others, as fast as the machine can. Both are the caller's alone, as for
+    /// [`Arena::scrub`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`]; [`ErrorKind::Unsupported`] if they overlap.
+    pub(crate) fn copy_frames(&self, from: PfnRange, to: Pfn) -> Result<(), Error> {
+        let target = PfnRange::new(to, from.nr_pages()).map_err(|error| error.of(Op::Write))?;
+        if from.intersection(&target).is_some() {
+            return Err(Error::new(Op::Write, ErrorKind::Unsupported)
+                .because("frames are copied to others, not onto themselves"));
+        }
+        let (source, words) = self.words_of(Op::Read, from)?;
+        let (target, _) = self.words_of(Op::Write, target)?;
+        // SAFETY: 1. valid for reads and writes: `words_of` has checked that all of both are backed,
+        // and the arena is borrowed. 2. they do not overlap: checked above, and a frame has one place.
+        // 3. aligned for bytes. 4. no race: the frames are the caller's alone.
+        unsafe { target.copy_from_nonoverlapping(source, words.len() * WORD) };
+        Ok(())
+    }
+
     fn words_of(&self, op: Op, frames: PfnRange) -> Result<(*mut u8, Range<usize>), Error> {
-        if frames.end().get() > self.nr_pages {
+        if !self.backs(frames) {
             return Err(Error::new(op, ErrorKind::OutOfRange));
         }
         let len = index(frames.nr_pages()) * PAGE_BYTES;
@@ -200,13 +149,6 @@ impl Arena {
             _ => Err(Error::new(Op::Atomic, ErrorKind::Unaligned)),
         }
     }
-}
-
-fn len_bytes(nr_pages: u64) -> Result<usize, Error> {
-    if nr_pages == 0 || nr_pages > MAX_PAGES {
-        return Err(Error::new(Op::CreatePool, ErrorKind::InvalidSize));
-    }
-    Ok(index(nr_pages) * PAGE_BYTES)
 }
 
 /// How a copy of `len` bytes that begins `skip` bytes into a word falls on words: how many bytes are
@@ -254,7 +196,7 @@ fn write_parts(to: *mut u8, skip: usize, buf: &[u8]) {
 #[inline]
 fn word_at<'a>(base: *mut u8, word: usize) -> &'a AtomicU64 {
     // SAFETY: 1. every caller has `base` from `Arena::at`, which aligned it, and `word` from the
-    // length that was checked there. 2. the arena outlives the borrow of `self` under which callers
+    // length that was checked there; the frames were given out, so they lie in no gap. 2. the arena outlives the borrow of `self` under which callers
     // use the result. 3. the memory is only accessed in atomic words, or outside of Rust.
     unsafe { AtomicU64::from_ptr(base.cast::<u64>().wrapping_add(word)) }
 }
@@ -280,42 +222,6 @@ fn store_part(base: *mut u8, word: usize, skip: usize, part: &[u8]) {
     };
     // Relaxed: as in load_word. `replace` never declines, so there is no failure to look at.
     let _ = word_at(base, word).fetch_update(Ordering::Relaxed, Ordering::Relaxed, replace);
-}
-
-/// Page-aligned zeroed memory from the allocator.
-#[derive(Debug)]
-struct HeapMemory {
-    base: NonNull<u8>,
-    layout: Layout,
-}
-
-// SAFETY: the memory is only reached by the atomic accesses above.
-unsafe impl Send for HeapMemory {}
-// SAFETY: as above.
-unsafe impl Sync for HeapMemory {}
-
-impl HeapMemory {
-    fn new(len: usize) -> Result<Self, Error> {
-        let exhausted = || Error::new(Op::CreatePool, ErrorKind::Exhausted);
-        // An allocation of this alignment is zeroed by hand, and so committed at once.
-        if cfg!(not(miri)) {
-            require_available(ByteSize::from_bytes(len as u64))?;
-        }
-        // As on a memory file: a huge folio starts at a multiple of its size.
-        let huge = index(FolioSize::Huge2M.bytes().get());
-        let align = if len % huge == 0 { huge } else { PAGE_BYTES };
-        let layout = Layout::from_size_align(len, align).map_err(|_| exhausted())?;
-        // SAFETY: the layout is not empty: a pool has at least a page.
-        let base = unsafe { alloc_zeroed(layout) };
-        Ok(Self { base: NonNull::new(base).ok_or_else(exhausted)?, layout })
-    }
-}
-
-impl Drop for HeapMemory {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this layout, and nobody keeps a pointer beyond the arena.
-        unsafe { dealloc(self.base.as_ptr(), self.layout) };
-    }
 }
 
 #[cfg(test)]
@@ -384,19 +290,37 @@ mod tests {
     }
 
     #[test]
-    #[cfg_attr(miri, ignore = "Miri stops where an allocator fails")]
-    fn more_than_there_can_be_is_refused() {
-        let error = Arena::heap(MAX_PAGES).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Exhausted);
-        assert!(error.to_string().contains("available"), "{error}: not even asked");
-    }
-
-    #[test]
     fn atomics_must_be_aligned() {
         let arena = Arena::heap(1).unwrap();
         assert_eq!(arena.load_u64(Pa::new(4)).unwrap_err().kind(), ErrorKind::Unaligned);
         arena.store_u64(Pa::new(8), 7).unwrap();
         assert_eq!(arena.compare_exchange_u64(Pa::new(8), 7, 9).unwrap(), Ok(7));
         assert_eq!(arena.compare_exchange_u64(Pa::new(8), 7, 9).unwrap(), Err(9));
+    }
+
+    #[test]
+    fn what_is_nobody_elses_is_scrubbed_and_copied() {
+        let arena = Arena::heap(6).unwrap();
+        let frames = |start, nr_pages| PfnRange::new(Pfn::new(start), nr_pages).unwrap();
+        for page in 0..6 {
+            arena.write(Pfn::new(page).pa(), &[0x10 + page as u8; PAGE_BYTES]).unwrap();
+        }
+        arena.copy_frames(frames(0, 2), Pfn::new(3)).unwrap();
+        arena.scrub(frames(1, 1)).unwrap();
+        let first = |page| {
+            let mut bytes = [0; PAGE_BYTES];
+            arena.read(Pfn::new(page).pa(), &mut bytes).unwrap();
+            assert!(bytes.iter().all(|byte| *byte == bytes[0]), "page {page}");
+            bytes[0]
+        };
+        assert_eq!((0..6).map(first).collect::<Vec<_>>(), [0x10, 0, 0x12, 0x10, 0x11, 0x15]);
+        assert!(arena.is_zero(frames(1, 1)).unwrap() && !arena.is_zero(frames(1, 2)).unwrap());
+
+        let kind = |result: Result<(), Error>| result.unwrap_err().kind();
+        assert_eq!(kind(arena.copy_frames(frames(0, 2), Pfn::new(1))), ErrorKind::Unsupported);
+        assert_eq!(kind(arena.copy_frames(frames(0, 2), Pfn::new(5))), ErrorKind::OutOfRange);
+        assert_eq!(kind(arena.copy_frames(frames(5, 2), Pfn::new(0))), ErrorKind::OutOfRange);
+        assert_eq!(kind(arena.copy_frames(frames(0, 2), Pfn::new(u64::MAX))), ErrorKind::Overflow);
+        assert_eq!(kind(arena.scrub(frames(5, 2))), ErrorKind::OutOfRange);
     }
 }

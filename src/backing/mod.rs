@@ -1,0 +1,129 @@
+//! The bytes of a pool: one arena, addressed by [`Pa`](crate::addr::Pa), copied in and out and never
+//! borrowed.
+//!
+//! It consists of parts, each a run of frames on a backing of its own. All are mapped into one range
+//! of addresses, so that a frame number is all it takes to find its bytes. Between two parts may lie a
+//! gap of frame numbers that stand for nothing and are given to nobody.
+//!
+//! | file | holds |
+//! |---|---|
+//! | `kind` | what a part can be made of |
+//! | `part` | what is wanted of a part, where parts lie, what they were obtained as |
+//! | `obtain` | getting the memory |
+//! | `heap` | memory from the allocator |
+//! | `copies` | bytes in and out |
+//! | `coverage` | how much is there, and in huge pages, by the kernel's account; making it so |
+//! | `probe` | what the host could provide now |
+
+mod copies;
+mod coverage;
+mod heap;
+mod kind;
+mod obtain;
+mod part;
+mod probe;
+#[cfg(test)]
+mod tests;
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::ptr::NonNull;
+
+pub use kind::ArenaBacking;
+pub(crate) use part::Part;
+pub use part::{PartReport, PartSpec};
+pub(crate) use probe::probe;
+pub use probe::{HostOffer, Offer};
+
+use crate::addr::{ByteSize, Pfn};
+use crate::geometry::FolioSize;
+use crate::os::mapping::Mapping;
+use crate::range::PfnRange;
+use heap::HeapMemory;
+
+/// The memory of one pool, committed for as long as it lives.
+#[derive(Debug)]
+pub(crate) struct Arena {
+    memory: Memory,
+    /// In ascending order.
+    parts: Box<[Part]>,
+    nr_pages: u64,
+}
+
+#[derive(Debug)]
+enum Memory {
+    Heap(HeapMemory),
+    Files(Mapping),
+}
+
+/// Frames that follow each other in a file: which, of which file, and from which byte of it on.
+pub(crate) type InFile<'a> = (PfnRange, BorrowedFd<'a>, u64);
+
+impl Arena {
+    /// One past the last frame number, gaps included.
+    pub(crate) fn nr_pages(&self) -> u64 {
+        self.nr_pages
+    }
+
+    /// How much memory there is.
+    pub(crate) fn capacity(&self) -> ByteSize {
+        ByteSize::from_pages(self.parts.iter().map(|part| part.frames.nr_pages()).sum())
+    }
+
+    /// The parts, in ascending order of frames.
+    pub(crate) fn parts(&self) -> &[Part] {
+        &self.parts
+    }
+
+    /// The part that a frame is of; `None` in a gap and past the end.
+    pub(crate) fn part_of(&self, pfn: Pfn) -> Option<&Part> {
+        let at = self.parts.partition_point(|part| part.frames.end() <= pfn);
+        self.parts.get(at).filter(|part| part.frames.contains(pfn))
+    }
+
+    /// Whether all of these frames are of some part.
+    pub(crate) fn backs(&self, frames: PfnRange) -> bool {
+        let nr_backed = self.pieces(frames).map(|(_, piece)| piece.nr_pages()).sum::<u64>();
+        nr_backed == frames.nr_pages()
+    }
+
+    /// The frames, part by part.
+    fn pieces(&self, frames: PfnRange) -> impl Iterator<Item = (&Part, PfnRange)> {
+        let first = self.parts.partition_point(move |part| part.frames.end() <= frames.start());
+        let parts = self.parts.get(first..).unwrap_or_default().iter();
+        parts.map_while(move |part| Some((part, part.frames.intersection(&frames)?)))
+    }
+
+    /// Whether there are files behind the arena, which views can map.
+    pub(crate) fn has_files(&self) -> bool {
+        matches!(self.memory, Memory::Files(_))
+    }
+
+    /// The file that holds a frame, and from which byte on.
+    pub(crate) fn file_of(&self, pfn: Pfn) -> Option<(BorrowedFd<'_>, u64)> {
+        let frame = PfnRange::single(pfn).ok()?;
+        self.in_files(frame).next().map(|(_, file, at)| (file, at))
+    }
+
+    /// The frames, file by file. Those that no file holds are left out.
+    pub(crate) fn in_files(&self, frames: PfnRange) -> impl Iterator<Item = InFile<'_>> {
+        self.pieces(frames).filter_map(|(part, piece)| {
+            let skip = piece.start().get() - part.frames.start().get();
+            let file = part.file.as_ref()?;
+            Some((piece, file.as_fd(), ByteSize::from_pages(skip).get()))
+        })
+    }
+
+    /// The unit in which host views can change sides: the largest of any part.
+    pub(crate) fn view_granule(&self) -> FolioSize {
+        let granules = self.parts.iter().map(|part| part.backing.view_granule());
+        granules.max().unwrap_or(FolioSize::Base)
+    }
+
+    #[inline]
+    fn base(&self) -> NonNull<u8> {
+        match &self.memory {
+            Memory::Heap(heap) => heap.base(),
+            Memory::Files(map) => map.base(),
+        }
+    }
+}

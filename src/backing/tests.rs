@@ -1,0 +1,1 @@
+//! Arenas of several parts, on the heap and on the real host.
