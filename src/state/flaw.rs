@@ -5,13 +5,21 @@
     expect(unreachable_pub, reason = "public for the models, and only in their build")
 )]
 
-/// A mistake in the protocol of the tree. Each was made in earnest by some variant of it.
+/// A mistake in the protocol of the tree. Most were made in earnest by some variant of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flaw {
     /// A block that is held by a conversion is split all the same.
     SplitsFrozenBlocks,
     /// A part is written for the first time without a look at what it has become.
     WritesPartsBlindly,
+    /// Any word is written without a look at what it has become.
+    WritesBlindly,
+    /// Who splits a block writes all of its parts, and so over what others have written there since.
+    FillsTables,
+    /// A part that is ahead of the word of its block, which was read too early, passes for one that inherits.
+    TakesLaterPartsForOlder,
+    /// A merge gives back the parts that it silences: they speak to whoever comes late.
+    MergeFreesItsParts,
     /// A merge does not number the split that it ends: old parts pass for parts that inherit.
     MergeForgetsItsSplit,
     /// A merge does not ask for all of its parts.
@@ -30,6 +38,8 @@ pub enum Flaw {
     PinsUnwrittenPages,
     /// A conversion does not look again at what it left alone.
     LooksOnce,
+    /// A conversion looks again outside of a section.
+    TouchesWithoutSection,
     /// Neither side of a grace period runs a fence. With membarrier readers run none; models seed this
     /// where the words alone have to order what happens.
     SectionsWithoutFences,

@@ -250,10 +250,23 @@ impl<'t> Frozen<'t> {
         };
         self.each_block(merging, |block, level| match block.level == level {
             true => self.tree.end_block(block, |word| word.publish(to)),
-            false => self.tree.merge(block, Word::new(to)),
+            false => {
+                if seeded(Flaw::MergeFreesItsParts) {
+                    self.free_parts(block);
+                }
+                self.tree.merge(block, Word::new(to));
+            }
         });
         self.held = Holdings::default();
         self.tree.waiters().wake();
+    }
+
+    /// Only seeded: ends the freeze of the parts of a block.
+    fn free_parts(&self, block: Block) {
+        let Some(pages) = self.tree.shape().pages_of(block) else { return };
+        for &held in self.held.iter().filter(|held| pages.covers(&held.pages)) {
+            self.tree.end_each(&Holdings::one(held), Word::thaw);
+        }
     }
 
     /// Ends the freeze: the subpages are as before.

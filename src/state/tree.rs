@@ -176,6 +176,9 @@ impl Tree {
                 word = match found.standing(word, self.shape.nr_splits()) {
                     Standing::Speaks => found,
                     Standing::Inherits => Word::inherit(word, found),
+                    Standing::Stale if seeded(Flaw::TakesLaterPartsForOlder) => {
+                        Word::inherit(word, found)
+                    }
                     // The block above was merged and split again since it was read.
                     Standing::Stale => continue 'from_the_root,
                 };
@@ -272,17 +275,31 @@ impl Tree {
                 if self.write(&spot, next).is_ok() {
                     return Ok(Some(Step { block, pages, written: Some(next) }));
                 }
-            } else if self.write(&spot, word.split(self.shape.nr_splits())).is_ok()
-                && word.splits() == 0
-            {
-                self.nr_tables.add(1);
+            } else if self.write(&spot, word.split(self.shape.nr_splits())).is_ok() {
+                if seeded(Flaw::FillsTables) {
+                    self.fill(&spot);
+                }
+                if word.splits() == 0 {
+                    self.nr_tables.add(1);
+                }
+            }
+        }
+    }
+
+    /// Only seeded: writes into all parts of a block that has just been split what they inherit.
+    fn fill(&self, above: &Spot<'_>) {
+        let split = above.word.split(self.shape.nr_splits());
+        for part in self.shape.blocks(above.block.level - 1, above.pages) {
+            if let Some(cell) = self.cell(part) {
+                cell.set(Word::inherit(split, cell.load()));
             }
         }
     }
 
     /// Replaces the word of a spot.
     pub(super) fn write(&self, spot: &Spot<'_>, next: Word) -> Result<(), Changed> {
-        if seeded(Flaw::WritesPartsBlindly) && spot.found.stamp() != spot.word.stamp() {
+        let is_first = spot.found.stamp() != spot.word.stamp();
+        if seeded(Flaw::WritesBlindly) || seeded(Flaw::WritesPartsBlindly) && is_first {
             spot.cell.set(next);
             return Ok(());
         }
@@ -299,7 +316,8 @@ impl Tree {
     ) -> Result<Option<PgoffRange>, Refused> {
         let mut folding = 0;
         loop {
-            let section = reader.enter();
+            // As in `step`, for what was found is written back.
+            let section = (!seeded(Flaw::TouchesWithoutSection)).then(|| reader.enter());
             let Some(spot) = self.locate(page) else { return Ok(None) };
             match rule(spot.word) {
                 Ok(()) if self.write(&spot, spot.word).is_ok() => return Ok(Some(spot.pages)),

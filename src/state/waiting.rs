@@ -196,6 +196,7 @@ mod tests {
         let waiters = Arc::new(Waiters::new());
         let ready = std::sync::atomic::AtomicBool::new(false);
         let token = CancelToken::of(&waiters);
+        assert!(!token.is_cancelled());
         std::thread::scope(|scope| {
             let sleeper = scope.spawn(|| {
                 let wait = Wait::at_most(Duration::MAX);
@@ -214,6 +215,10 @@ mod tests {
         let soon = Wait::at_most(Duration::from_millis(5));
         assert_eq!(waiters.sleep_while(&soon, || true), Waited::TimedOut);
         assert_eq!(waiters.sleep_while(&soon.or_cancelled(&token), || true), Waited::Cancelled);
+        let (now, hour) = (Instant::now(), Duration::from_secs(3600));
+        assert_eq!(Wait::until(now).is_over(), Waited::TimedOut);
+        assert_eq!(Wait::until(now + hour).is_over(), Waited::Over);
+        assert!(Wait::never().is_never() && !Wait::until(now + hour).is_never());
         assert_eq!(waiters.sleep_while(&Wait::never(), || true), Waited::TimedOut);
         assert_eq!(waiters.sleep_while(&Wait::never(), || false), Waited::Over);
     }

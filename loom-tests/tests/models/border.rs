@@ -4,29 +4,39 @@
 use gmem::modelled::{Flaw, Refusal, Stop, Visibility};
 use loom_tests::{World, explore_on, explore_words_on, must_notice, page, pages, together};
 
+use crate::MISTAKEN;
+
 use Visibility::{Private, Shared};
 
 /// Proves: of two conversions in one direction each gets all or nothing, one at least gets all, and the
 /// other leaves no word behind but splits.
 #[test]
 fn same_direction() {
-    explore_words_on(&[2, 3], |levels| {
-        let world = World::of_pages(4, levels, Shared);
-        let (upper, lower) = together(
-            &world,
-            |world, reader| world.convert_without_readers(reader, pages(1..4), Private),
-            |world, reader| world.convert_without_readers(reader, pages(0..3), Private),
-        );
-        assert!(lower.is_ok() || upper.is_ok(), "both refused");
-        for stop in [lower, upper].into_iter().filter_map(Result::err) {
-            assert!(matches!(stop, Stop::At(_, Refusal::Converting)), "{stop:?}");
-        }
-        let is_private = |at| lower.is_ok() && at < 3 || upper.is_ok() && at > 0;
-        for at in 0..4 {
-            world.expect_idle(pages(at..at + 1), if is_private(at) { Private } else { Shared });
-        }
-        world.expect_whole();
-    });
+    explore_words_on(&[2, 3], same);
+}
+
+fn same(levels: u32) {
+    let world = World::of_pages(4, levels, Shared);
+    let (upper, lower) = together(
+        &world,
+        |world, reader| world.convert_without_readers(reader, pages(1..4), Private),
+        |world, reader| world.convert_without_readers(reader, pages(0..3), Private),
+    );
+    assert!(lower.is_ok() || upper.is_ok(), "both refused");
+    for stop in [lower, upper].into_iter().filter_map(Result::err) {
+        assert!(matches!(stop, Stop::At(_, Refusal::Converting)), "{stop:?}");
+    }
+    let is_private = |at| lower.is_ok() && at < 3 || upper.is_ok() && at > 0;
+    for at in 0..4 {
+        world.expect_idle(pages(at..at + 1), if is_private(at) { Private } else { Shared });
+    }
+    world.expect_whole();
+}
+
+/// Seed: who has split a block writes its part without a look at what the other has made of it.
+#[test]
+fn canary_parts_written_blindly() {
+    must_notice(Flaw::WritesPartsBlindly, MISTAKEN, &[2, 3], same);
 }
 
 /// Two conversions in opposite directions of blocks of which one is shared and one is private.
@@ -61,6 +71,7 @@ fn opposite_directions() {
 /// Seed: a conversion does not look again at what it left alone.
 #[test]
 fn canary_looks_once() {
+    must_notice(Flaw::LooksOnce, "no order of the two", &[2, 3], opposite);
     must_notice(Flaw::LooksOnce, "no order of the two", &[2, 3], mixed);
 }
 

@@ -38,3 +38,7 @@ mod trim;
 
 /// What loom says when the judge is reached by two threads at once.
 const RACE: &str = "Causality violation";
+
+/// What becomes of one who has got a page by mistake: the judge sees two at its bytes, or its word does
+/// not know him when he leaves.
+const MISTAKEN: &str = "Causality violation|is not held|NotHeld";

@@ -9,9 +9,7 @@ use loom::thread;
 use loom_tests::{World, explore, explore_on, must_be_caught, must_notice, page, pages, together};
 use std::sync::Arc;
 
-/// What becomes of one who has got a page by mistake: the judge sees two at its bytes, or its word does
-/// not know him when he leaves.
-const MISTAKEN: &str = "Causality violation|is not held";
+use crate::{MISTAKEN, RACE};
 
 use Visibility::{Private, Shared};
 
@@ -29,19 +27,29 @@ fn split_world(levels: u32) -> Arc<World> {
 /// that comes late holds nothing.
 #[test]
 fn pin() {
-    explore_on(&[2, 3], |levels| {
-        let world = split_world(levels);
-        let (owned, converted) = together(
-            &world,
-            |world, reader| world.write_owned(reader, pages(1..2), OWNED),
-            |world, reader| world.convert(reader, world.all(), Private),
-        );
-        assert!(owned.is_ok() || converted.is_ok());
-        if converted.is_ok() {
-            assert_eq!(world.tree.spans(world.all()).count(), 1, "not merged");
-        }
-        world.expect_whole();
-    });
+    explore_on(&[2, 3], against_pin);
+}
+
+fn against_pin(levels: u32) {
+    let world = split_world(levels);
+    let (owned, converted) = together(
+        &world,
+        |world, reader| world.write_owned(reader, pages(1..2), OWNED),
+        |world, reader| world.convert(reader, world.all(), Private),
+    );
+    assert!(owned.is_ok() || converted.is_ok());
+    if converted.is_ok() {
+        assert_eq!(world.tree.spans(world.all()).count(), 1, "not merged");
+    }
+    world.expect_whole();
+}
+
+/// Seed: parts that a merge has silenced speak to whoever comes late.
+#[test]
+fn canary_parts_speak_after_a_merge() {
+    let late_pin = "is not held|not what its word says";
+    must_notice(Flaw::MergeFreesItsParts, late_pin, &[2, 3], against_pin);
+    must_notice(Flaw::MergeFreesItsParts, "Causality violation|Some(2)", &[2, 3], read_late);
 }
 
 /// Proves: the same of two pins, one after the other, of a part that has no word yet and of a block that
@@ -69,41 +77,51 @@ fn two_pins() {
 /// words it meets; and one that comes after a second merge sees what that prepared.
 #[test]
 fn late_reader() {
-    explore_on(&[2, 3], |levels| {
-        let world = split_world(levels);
-        let (seen, ()) = together(
-            &world,
-            |world, reader| world.read_in_section(reader, pages(1..2)),
-            |world, reader| {
-                world.convert(reader, world.all(), Private).unwrap();
-                world.convert(reader, world.all(), Shared).unwrap();
-            },
-        );
-        assert!(matches!(seen, None | Some(World::HOST | World::PREPARED)), "{seen:?}");
-        world.expect_whole();
-    });
+    explore_on(&[2, 3], read_late);
+}
+
+fn read_late(levels: u32) {
+    let world = split_world(levels);
+    let (seen, ()) = together(
+        &world,
+        |world, reader| world.read_in_section(reader, pages(1..2)),
+        |world, reader| {
+            world.convert(reader, world.all(), Private).unwrap();
+            world.convert(reader, world.all(), Shared).unwrap();
+        },
+    );
+    assert!(matches!(seen, None | Some(World::HOST | World::PREPARED)), "{seen:?}");
+    world.expect_whole();
 }
 
 /// Proves: an access that is late by a merge and another split sees no byte of the guest's, and sees of
 /// the other part what was prepared.
 #[test]
 fn late_reader_after_a_split() {
-    explore_on(&[2, 3], |levels| {
-        let world = split_world(levels);
-        let ([private, shared], ()) = together(
-            &world,
-            |world, reader| {
-                [pages(1..2), pages(0..1)].map(|range| world.read_in_section(reader, range))
-            },
-            |world, reader| {
-                world.convert(reader, world.all(), Private).unwrap();
-                world.convert(reader, pages(0..1), Shared).unwrap();
-            },
-        );
-        assert!(matches!(private, None | Some(World::HOST)), "{private:?}");
-        assert!(matches!(shared, None | Some(World::HOST | World::PREPARED)), "{shared:?}");
-        world.expect_whole();
-    });
+    explore_on(&[2, 3], read_late_after_a_split);
+}
+
+fn read_late_after_a_split(levels: u32) {
+    let world = split_world(levels);
+    let ([private, shared], ()) = together(
+        &world,
+        |world, reader| {
+            [pages(1..2), pages(0..1)].map(|range| world.read_in_section(reader, range))
+        },
+        |world, reader| {
+            world.convert(reader, world.all(), Private).unwrap();
+            world.convert(reader, pages(0..1), Shared).unwrap();
+        },
+    );
+    assert!(matches!(private, None | Some(World::HOST)), "{private:?}");
+    assert!(matches!(shared, None | Some(World::HOST | World::PREPARED)), "{shared:?}");
+    world.expect_whole();
+}
+
+/// Seed: what the next split has written passes for what was never written.
+#[test]
+fn canary_later_parts_pass_for_older() {
+    must_notice(Flaw::TakesLaterPartsForOlder, RACE, &[2, 3], read_late_after_a_split);
 }
 
 /// Merges and splits a block so many times; the page that the late one wants is private then.

@@ -1,46 +1,49 @@
 //! A pin against a conversion to private: one of the two has the memory, whole.
 
-use gmem::modelled::{LoneWord, Refusal, Stop, Visibility, Word};
+use gmem::modelled::{Flaw, LoneWord, Refusal, Stop, Visibility, Word};
 use loom::thread;
 use loom_tests::{
-    Memory, World, explore, explore_words, must_be_caught, page, pages, three_together, together,
+    Memory, World, explore, explore_words, must_be_caught, must_notice, page, pages,
+    three_together, together,
 };
 use std::sync::Arc;
 
-use crate::RACE;
+use crate::{MISTAKEN, RACE};
 
 /// Proves: of a pin and a conversion of the same two pages at least one gets both pages; they are
 /// never in them together; and the one that is refused says why and leaves nothing behind.
 #[test]
 fn same_range() {
-    explore_words(|| {
-        let world = World::flat(2, Visibility::Shared);
-        let (pinned, converted) = together(
-            &world,
-            |world, reader| world.read_pinned(reader, pages(0..2)),
-            |world, reader| world.convert_without_readers(reader, pages(0..2), Visibility::Private),
-        );
+    explore_words(of_same_range);
+}
 
-        match (pinned, converted) {
-            (Err(pin), Err(convert)) => panic!("both refused: {pin:?}, {convert:?}"),
-            (Ok(_), Err(stop)) => {
-                // Page 1, if the pin was being dropped and had given back page 0 already.
-                assert!(matches!(stop, Stop::At(_, Refusal::Pinned(1))), "{stop:?}");
-                world.expect_idle(pages(0..2), Visibility::Shared);
-                assert_eq!(world.memory.read_all(pages(0..2)), World::HOST);
-            }
-            (pinned, Ok(())) => {
-                if let Err(stop) = pinned {
-                    let Stop::At(at, Refusal::Converting | Refusal::Private) = stop else {
-                        panic!("{stop:?}");
-                    };
-                    assert_eq!(at, page(0));
-                }
-                world.expect_idle(pages(0..2), Visibility::Private);
-                assert_eq!(world.memory.read_all(pages(0..2)), World::SECRET);
-            }
+fn of_same_range() {
+    let world = World::flat(2, Visibility::Shared);
+    let (pinned, converted) = together(
+        &world,
+        |world, reader| world.read_pinned(reader, pages(0..2)),
+        |world, reader| world.convert_without_readers(reader, pages(0..2), Visibility::Private),
+    );
+
+    match (pinned, converted) {
+        (Err(pin), Err(convert)) => panic!("both refused: {pin:?}, {convert:?}"),
+        (Ok(_), Err(stop)) => {
+            // Page 1, if the pin was being dropped and had given back page 0 already.
+            assert!(matches!(stop, Stop::At(_, Refusal::Pinned(1))), "{stop:?}");
+            world.expect_idle(pages(0..2), Visibility::Shared);
+            assert_eq!(world.memory.read_all(pages(0..2)), World::HOST);
         }
-    });
+        (pinned, Ok(())) => {
+            if let Err(stop) = pinned {
+                let Stop::At(at, Refusal::Converting | Refusal::Private) = stop else {
+                    panic!("{stop:?}");
+                };
+                assert_eq!(at, page(0));
+            }
+            world.expect_idle(pages(0..2), Visibility::Private);
+            assert_eq!(world.memory.read_all(pages(0..2)), World::SECRET);
+        }
+    }
 }
 
 /// Proves: a pin that gets its first page and is refused the second gives the first one back.
@@ -122,6 +125,12 @@ fn pin_across_a_round_trip() {
 
 fn visibility_after(to_private: Result<(), Stop>) -> Visibility {
     to_private.map_or(Visibility::Shared, |()| Visibility::Private)
+}
+
+/// Seed: the words of a tree are written without a look at what they have become.
+#[test]
+fn canary_written_blindly() {
+    must_notice(Flaw::WritesBlindly, MISTAKEN, &[2], |_| of_same_range());
 }
 
 type Step = fn(&LoneWord, fn(Word) -> Result<Word, Refusal>) -> Result<Word, Refusal>;

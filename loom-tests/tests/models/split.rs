@@ -4,6 +4,7 @@ use gmem::modelled::{Flaw, Refusal, Stop, Visibility};
 use loom_tests::{
     World, explore_on, explore_words_on, must_notice, pages, three_together, together,
 };
+use std::ops::Range;
 
 /// What the holder of a pin leaves.
 const DEVICE: u64 = 12;
@@ -12,16 +13,24 @@ const DEVICE: u64 = 12;
 /// what the other has written into the tables that neither had before.
 #[test]
 fn pins_of_two_parts() {
-    explore_words_on(&[2, 3], |levels| {
-        let world = World::uniform(levels, Visibility::Shared);
-        let (one, other) = together(
-            &world,
-            |world, reader| world.write_pinned(reader, pages(0..1), DEVICE),
-            |world, reader| world.write_pinned(reader, pages(1..2), DEVICE),
-        );
-        assert_eq!((one, other), (Ok(()), Ok(())));
-        world.expect_whole();
-    });
+    explore_words_on(&[2, 3], pins_of_two);
+}
+
+fn pins_of_two(levels: u32) {
+    let world = World::uniform(levels, Visibility::Shared);
+    let (one, other) = together(
+        &world,
+        |world, reader| world.write_pinned(reader, pages(0..1), DEVICE),
+        |world, reader| world.write_pinned(reader, pages(1..2), DEVICE),
+    );
+    assert_eq!((one, other), (Ok(()), Ok(())));
+    world.expect_whole();
+}
+
+/// Seed: who splits the block fills the new table with what the parts inherit.
+#[test]
+fn canary_tables_filled_late() {
+    must_notice(Flaw::FillsTables, "is not held", &[2, 3], pins_of_two);
 }
 
 /// Proves: two pins of one part are both counted, whichever of them writes its word first.
@@ -51,54 +60,82 @@ fn canary_parts_written_blindly() {
 /// get what they want, if the page is in that block and if it is not.
 #[test]
 fn pins_on_two_levels() {
-    for block in [0..2, 2..4] {
-        let block = pages(block);
-        explore_words_on(&[3], move |levels| {
-            let world = World::uniform(levels, Visibility::Shared);
-            let (page, two) = together(
-                &world,
-                |world, reader| world.read_pinned(reader, pages(0..1)),
-                |world, reader| world.read_pinned(reader, block),
-            );
-            assert_eq!((page, two), (Ok(World::HOST), Ok(World::HOST)));
-            world.expect_whole();
-        });
-    }
+    explore_words_on(&[3], |levels| page_and_block(levels, 0..2));
+    explore_words_on(&[3], |levels| page_and_block(levels, 2..4));
+}
+
+fn page_and_block(levels: u32, block: Range<u64>) {
+    let world = World::uniform(levels, Visibility::Shared);
+    let (page, two) = together(
+        &world,
+        |world, reader| world.read_pinned(reader, pages(0..1)),
+        |world, reader| world.read_pinned(reader, pages(block)),
+    );
+    assert_eq!((page, two), (Ok(World::HOST), Ok(World::HOST)));
+    world.expect_whole();
+}
+
+/// Seeds: the page is not in the block, and the root's new table is filled late; it is, and who writes the
+/// word between root and page does not look what it has become.
+#[test]
+fn canary_splits_on_two_levels() {
+    must_notice(Flaw::FillsTables, "is not held", &[3], |levels| page_and_block(levels, 2..4));
+    must_notice(Flaw::WritesPartsBlindly, "is not held", &[3], |levels| {
+        page_and_block(levels, 0..2)
+    });
 }
 
 /// Proves: a pin of a whole block is dropped from whatever words there are for it, while somebody
 /// else's pin of a part splits the block.
 #[test]
 fn unpin_of_the_whole() {
-    explore_words_on(&[2, 3], |levels| {
-        let world = World::uniform(levels, Visibility::Shared);
-        let pin = world.pin(&world.reader(), world.all()).unwrap();
-        let ((), seen) = together(
-            &world,
-            |world, reader| world.unpin(reader, pin),
-            |world, reader| world.read_pinned(reader, pages(0..1)),
-        );
-        assert_eq!(seen, Ok(World::HOST));
-        world.expect_whole();
-    });
+    explore_words_on(&[2, 3], unpin_of_all);
+}
+
+fn unpin_of_all(levels: u32) {
+    let world = World::uniform(levels, Visibility::Shared);
+    let pin = world.pin(&world.reader(), world.all()).unwrap();
+    let ((), seen) = together(
+        &world,
+        |world, reader| world.unpin(reader, pin),
+        |world, reader| world.read_pinned(reader, pages(0..1)),
+    );
+    assert_eq!(seen, Ok(World::HOST));
+    world.expect_whole();
 }
 
 /// Proves: the same with a conversion of the whole block between the two, which gets all of it or
 /// nothing. Both may be refused: the pin by a freeze that then meets what is left of the first pin.
 #[test]
 fn unpin_of_the_whole_and_conversion() {
-    explore_words_on(&[2, 3], |levels| {
-        let world = World::uniform(levels, Visibility::Shared);
-        let pin = world.pin(&world.reader(), world.all()).unwrap();
-        let ((), _, converted) = three_together(
-            &world,
-            |world, reader| world.unpin(reader, pin),
-            |world, reader| world.read_pinned(reader, pages(1..2)),
-            |world, reader| world.convert_without_readers(reader, world.all(), Visibility::Private),
-        );
-        world.expect_idle(world.all(), visibility_after(converted));
-        world.expect_whole();
-    });
+    explore_words_on(&[2, 3], unpin_of_all_and_conversion);
+}
+
+fn unpin_of_all_and_conversion(levels: u32) {
+    let world = World::uniform(levels, Visibility::Shared);
+    let pin = world.pin(&world.reader(), world.all()).unwrap();
+    let ((), _, converted) = three_together(
+        &world,
+        |world, reader| world.unpin(reader, pin),
+        |world, reader| world.read_pinned(reader, pages(1..2)),
+        |world, reader| world.convert_without_readers(reader, world.all(), Visibility::Private),
+    );
+    world.expect_idle(world.all(), visibility_after(converted));
+    world.expect_whole();
+}
+
+/// Seed: what either leaves in a part is written without a look at what it has become.
+#[test]
+fn canary_unpin_written_blindly() {
+    let symptom = "is not held|is not idle";
+    must_notice(Flaw::WritesPartsBlindly, symptom, &[2, 3], unpin_of_all);
+    must_notice(Flaw::WritesPartsBlindly, symptom, &[2, 3], unpin_of_all_and_conversion);
+}
+
+/// Seed: who splits the block brings back the pins that were dropped from its parts meanwhile.
+#[test]
+fn canary_unpin_overwritten() {
+    must_notice(Flaw::FillsTables, "is not idle", &[2, 3], unpin_of_all);
 }
 
 /// Proves: of a pin of a part and a conversion of the block one gets what it wants, and they are never

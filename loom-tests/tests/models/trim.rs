@@ -1,6 +1,6 @@
 //! Parts become one and their tables are zeroed, while somebody is on the way to them.
 
-use gmem::modelled::{Flaw, Reader, Visibility, Word};
+use gmem::modelled::{Flaw, Reader, Refusal, Stop, Visibility, Word};
 use loom_tests::{World, explore_on, must_be_caught, must_notice, page, pages, together};
 use std::sync::Arc;
 
@@ -181,6 +181,7 @@ fn unfolded(word: Word) -> Word {
     word.unfold().unwrap_or(word)
 }
 
+/// Seed: who looks is in no section.
 #[test]
 fn canary_look_outside_of_a_section() {
     must_be_caught("a private page looks like another", || {
@@ -204,4 +205,40 @@ fn conversion_of_another_block() {
         assert_eq!(converted, Ok(()));
         world.expect_idle(pages(0..4), Shared);
     });
+}
+
+/// A conversion that leaves page 2 alone, and looks at it again while its block is trimmed, taken as a
+/// whole and split again.
+fn look_again(levels: u32) {
+    let world = World::of_pages(4, levels, Shared);
+    let reader = world.reader();
+    world.convert_without_readers(&reader, pages(0..2), Private).unwrap();
+    world.split(pages(3..4));
+    let (opened, ()) = together(
+        &world,
+        |world, reader| world.convert_without_readers(reader, pages(0..3), Shared),
+        |world, reader| {
+            world.tree.trim(reader).unwrap();
+            world.convert_without_readers(reader, pages(2..4), Private).unwrap();
+            world.convert_without_readers(reader, pages(3..4), Shared).unwrap();
+        },
+    );
+    let refused = Err(Stop::At(page(2), Refusal::Converting));
+    assert!(opened == Ok(()) || opened == refused, "{opened:?}");
+    world.expect_idle(pages(0..2), if opened.is_ok() { Shared } else { Private });
+    world.expect_idle(pages(3..4), Shared);
+    world.expect_whole();
+}
+
+/// Proves: who looks again at what he has left alone never writes back what a block was before a trim and
+/// another split, which has the number of the first.
+#[test]
+fn late_look_after_a_split() {
+    explore_on(&[2], look_again);
+}
+
+/// Seed: that look is outside of a section, so the trim does not wait for it.
+#[test]
+fn canary_looks_again_outside_of_a_section() {
+    must_notice(Flaw::TouchesWithoutSection, "not what its word says", &[2], look_again);
 }

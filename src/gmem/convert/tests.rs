@@ -9,6 +9,7 @@ use crate::backing::Arena;
 use crate::backing::ArenaBacking;
 use crate::error::Found;
 use crate::folio::FolioPool;
+use crate::gmem::PinMode;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Mood {
@@ -141,6 +142,14 @@ fn a_panic_of_the_hypervisor_quarantines_what_it_was_asked_for() {
         assert_eq!(refused.kind(), ErrorKind::Quarantined);
         assert_eq!(refused.culprit().unwrap().found, Found::Quarantined);
     }
+    // A pin is in nobody's way where a page is on the right side already.
+    let owner = memfd.register_owner("device").unwrap();
+    let pinned = memfd.pin(range(0, 1), owner, PinMode::Counted).unwrap();
+    let all = ConvertOptions::default().most_culprits(NonZeroU32::MAX);
+    let error = memfd.convert_ranges(&[memfd.pages()], Visibility::Shared, &all).unwrap_err();
+    let culprits: Vec<_> = error.culprits().iter().map(|culprit| culprit.offset.pgoff()).collect();
+    assert_eq!(culprits, [Pgoff::new(3), Pgoff::new(4)]);
+    drop(pinned);
     drop(memfd);
     // Eight folios of one page: two are lost, and nothing else.
     assert_eq!(pool.stat().quarantined, ByteSize::from_pages(2));

@@ -158,6 +158,7 @@ fn a_refused_freeze_leaves_no_trace() {
     let before = world.words();
     let stop = world.freeze(range(0, 8), Visibility::Private).unwrap_err();
     assert_eq!(stop, at(7, Refusal::Pinned(2)));
+    assert_eq!((stop.page(), Stop::OutOfMemory.page()), (Some(Pgoff::new(7)), None));
     assert_eq!(world.words(), before);
 }
 
@@ -346,6 +347,7 @@ fn a_wait_ends_when_the_last_pin_goes_and_lets_no_new_one_in() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "the words of 1 GiB, one by one, take minutes when interpreted")]
 fn trimming_gives_back_what_is_alike_and_nothing_else() {
     let world = World::new(Shape::of_pages((2 << 18) + 600), Visibility::Private);
     let uniform = ByteSize::from_bytes(3 * 8);
