@@ -85,7 +85,7 @@ impl FolioPool {
     ///
     /// # Errors
     /// [`ErrorKind::InvalidSize`]; [`ErrorKind::Unaligned`] if hugetlb is asked for and the capacity
-    /// is no multiple of 2 MiB; [`ErrorKind::MissingCapability`] if the host does not do such pages;
+    /// is no multiple of its pages; [`ErrorKind::MissingCapability`] if the host does not do such pages;
     /// [`ErrorKind::Exhausted`] if it, the control group or a limit of the process does not have that
     /// much; [`ErrorKind::Os`] for any other system call that fails.
     pub fn new(backing: ArenaBacking, capacity: ByteSize) -> Result<Self, Error> {
@@ -145,7 +145,10 @@ impl FolioPool {
             reserved: pages(frames.reserved_huge * HUGE_PAGES + frames.reserved_base),
             used: pages(capacity - free - frames.quarantined),
             quarantined: pages(frames.quarantined),
-            huge: self.0.arena.huge_bytes(),
+            huge: match self.0.backing {
+                ArenaBacking::Heap | ArenaBacking::Memfd => pages(0),
+                _ => self.0.arena.huge_bytes(),
+            },
         }
     }
 
