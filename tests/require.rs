@@ -82,6 +82,16 @@ mod host {
     }
 
     #[test]
+    fn hugetlb1g() {
+        let _: bool = common::require(Capability::Hugetlb1G);
+    }
+
+    #[test]
+    fn numa() {
+        let _: bool = common::require(Capability::Numa);
+    }
+
+    #[test]
     fn thp() {
         let _: bool = common::require(Capability::Thp);
     }

@@ -16,14 +16,22 @@ impl Arena {
     /// How much the kernel backs by huge pages. On hugetlb that is what the files have; elsewhere it is
     /// what is mapped by huge entries here, and of the heap at least so much.
     pub(crate) fn huge_bytes(&self) -> ByteSize {
-        let smaps = Smaps::read();
+        let smaps = Self::smaps_for(&self.parts);
         let sizes = self.parts.iter().map(|part| self.huge_by(part, &smaps).get());
         ByteSize::from_bytes(sizes.sum())
     }
 
     /// The same for one part.
     pub(crate) fn huge_bytes_of(&self, part: &Part) -> ByteSize {
-        self.huge_by(part, &Smaps::read())
+        self.huge_by(part, &Self::smaps_for(std::slice::from_ref(part)))
+    }
+
+    /// Reading them takes the longer the more the process has mapped, so not without need.
+    fn smaps_for(parts: &[Part]) -> Smaps {
+        match parts.iter().all(|part| part.backing.is_hugetlb()) {
+            true => Smaps::default(),
+            false => Smaps::read(),
+        }
     }
 
     fn huge_by(&self, part: &Part, smaps: &Smaps) -> ByteSize {
@@ -48,14 +56,15 @@ impl Arena {
         start as u64..(start + len) as u64
     }
 
-    /// Makes huge pages of the frames, whole blocks of 2 MiB. The kernel takes entries out of other
-    /// mappings for it: the caller has hidden the frames from views. If it fails, some may be huge.
+    /// Makes huge pages of the frames, whole blocks of 2 MiB, and memory of what is a hole. The kernel
+    /// takes entries out of other mappings for it: the caller has hidden the frames from views. If it
+    /// fails, some may be huge.
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] but for [`ArenaBacking::MemfdThp`]; [`ErrorKind::Unaligned`];
     /// [`ErrorKind::OutOfRange`] if they are not all of one part; [`ErrorKind::Exhausted`] if the host
     /// has no huge page left; [`ErrorKind::Busy`] if somebody holds one of the small ones;
-    /// [`ErrorKind::MissingCapability`] before Linux 6.1.
+    /// [`ErrorKind::MissingCapability`] before Linux 6.1, and where the host denies it.
     pub(crate) fn collapse(&self, frames: PfnRange) -> Result<(), Error> {
         let refused = |kind| Error::new(Op::Collapse, kind);
         let part = self.part_of(frames.start()).filter(|part| part.frames.covers(&frames));

@@ -2,8 +2,8 @@
 //! borrowed.
 //!
 //! It consists of parts, each a run of frames on a backing of its own. All are mapped into one range
-//! of addresses, so that a frame number is all it takes to find its bytes. Between two parts may lie a
-//! gap of frame numbers that stand for nothing and are given to nobody.
+//! of addresses, so that a frame number is all it takes to find its bytes. Between two parts on files
+//! lies a gap of frame numbers that stand for nothing and are given to nobody.
 //!
 //! | file | holds |
 //! |---|---|
@@ -55,9 +55,6 @@ enum Memory {
     Files(Mapping),
 }
 
-/// Frames that follow each other in a file: which, of which file, and from which byte of it on.
-pub(crate) type InFile<'a> = (PfnRange, BorrowedFd<'a>, u64);
-
 impl Arena {
     /// One past the last frame number, gaps included.
     pub(crate) fn nr_pages(&self) -> u64 {
@@ -82,15 +79,10 @@ impl Arena {
 
     /// Whether all of these frames are of some part.
     pub(crate) fn backs(&self, frames: PfnRange) -> bool {
-        let nr_backed = self.pieces(frames).map(|(_, piece)| piece.nr_pages()).sum::<u64>();
-        nr_backed == frames.nr_pages()
-    }
-
-    /// The frames, part by part.
-    fn pieces(&self, frames: PfnRange) -> impl Iterator<Item = (&Part, PfnRange)> {
-        let first = self.parts.partition_point(move |part| part.frames.end() <= frames.start());
+        let first = self.parts.partition_point(|part| part.frames.end() <= frames.start());
         let parts = self.parts.get(first..).unwrap_or_default().iter();
-        parts.map_while(move |part| Some((part, part.frames.intersection(&frames)?)))
+        let backed = parts.map_while(|part| part.frames.intersection(&frames));
+        backed.map(|backed| backed.nr_pages()).sum::<u64>() == frames.nr_pages()
     }
 
     /// Whether there are files behind the arena, which views can map.
@@ -98,19 +90,12 @@ impl Arena {
         matches!(self.memory, Memory::Files(_))
     }
 
-    /// The file that holds a frame, and from which byte on.
-    pub(crate) fn file_of(&self, pfn: Pfn) -> Option<(BorrowedFd<'_>, u64)> {
-        let frame = PfnRange::single(pfn).ok()?;
-        self.in_files(frame).next().map(|(_, file, at)| (file, at))
-    }
-
-    /// The frames, file by file. Those that no file holds are left out.
-    pub(crate) fn in_files(&self, frames: PfnRange) -> impl Iterator<Item = InFile<'_>> {
-        self.pieces(frames).filter_map(|(part, piece)| {
-            let skip = piece.start().get() - part.frames.start().get();
-            let file = part.file.as_ref()?;
-            Some((piece, file.as_fd(), ByteSize::from_pages(skip).get()))
-        })
+    /// The file that holds the frames, and from which byte on. `None` on the heap, and if they are not
+    /// all of one part.
+    pub(crate) fn file_of(&self, frames: PfnRange) -> Option<(BorrowedFd<'_>, u64)> {
+        let part = self.part_of(frames.start()).filter(|part| part.frames.covers(&frames))?;
+        let skip = frames.start().get() - part.frames.start().get();
+        Some((part.file.as_ref()?.as_fd(), ByteSize::from_pages(skip).get()))
     }
 
     /// The unit in which host views can change sides: the largest of any part.

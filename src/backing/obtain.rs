@@ -4,11 +4,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use super::heap::HeapMemory;
-use super::part::{common_alignment, place};
+use super::part::{Spacing, address_alignment, place};
 use super::{Arena, ArenaBacking, Memory, Part, PartReport, PartSpec};
 use crate::addr::ByteSize;
 use crate::error::{Error, ErrorKind, Op};
-use crate::geometry::{FolioSize, NumaNode, index};
+use crate::geometry::{NumaNode, index};
 use crate::os::mapping::Mapping;
 use crate::os::memory::require_available;
 use crate::os::{memfd, numa, thp};
@@ -25,16 +25,15 @@ impl Arena {
     /// [`ErrorKind::Unaligned`], [`ErrorKind::MissingCapability`], [`ErrorKind::Exhausted`] or
     /// [`ErrorKind::Os`].
     pub(crate) fn obtain(parts: &[PartSpec]) -> Result<Obtained, Error> {
-        let frames = place(parts)?;
         if parts.iter().any(|part| part.preference.is_empty()) {
             return Err(none_named());
         }
         let mut backings = parts.iter().flat_map(|part| &part.preference);
         if backings.clone().all(|&backing| backing == ArenaBacking::Heap) {
-            return on_heap(parts, &frames);
+            return on_heap(parts);
         }
         match parts {
-            _ if backings.all(|&backing| backing != ArenaBacking::Heap) => on_files(parts, &frames),
+            _ if backings.all(|&backing| backing != ArenaBacking::Heap) => on_files(parts),
             [part] => by_turns(part),
             _ => Err(Error::new(Op::CreatePool, ErrorKind::Unsupported)
                 .because("a pool is on the heap as a whole or not at all")),
@@ -73,14 +72,14 @@ fn last(mut passed_over: Vec<(ArenaBacking, Error)>) -> Error {
     passed_over.pop().map_or_else(none_named, |(_, error)| error)
 }
 
-fn on_heap(parts: &[PartSpec], frames: &[PfnRange]) -> Result<Obtained, Error> {
+fn on_heap(parts: &[PartSpec]) -> Result<Obtained, Error> {
+    let frames = place(parts, Spacing::Close)?;
     if parts.iter().any(|part| part.node.is_some()) {
         return Err(Error::new(Op::CreatePool, ErrorKind::Unsupported)
             .because("the heap is of no NUMA node"));
     }
-    // No view maps it, so nothing larger than the processor's huge pages matters.
-    let align = common_alignment(frames).min(FolioSize::Huge2M.bytes());
-    let nr_pages = end(frames);
+    let align = address_alignment(parts, &frames);
+    let nr_pages = end(&frames);
     let memory = Memory::Heap(HeapMemory::new(ByteSize::from_pages(nr_pages), align)?);
     let part = |&frames| Part { frames, backing: ArenaBacking::Heap, node: None, file: None };
     let parts: Box<[_]> = frames.iter().map(part).collect();
@@ -88,13 +87,14 @@ fn on_heap(parts: &[PartSpec], frames: &[PfnRange]) -> Result<Obtained, Error> {
     Ok((Arc::new(Arena { memory, parts, nr_pages }), reports))
 }
 
-fn on_files(specs: &[PartSpec], frames: &[PfnRange]) -> Result<Obtained, Error> {
-    let nr_pages = end(frames);
-    let align = common_alignment(frames);
+fn on_files(specs: &[PartSpec]) -> Result<Obtained, Error> {
+    let frames = place(specs, Spacing::Apart)?;
+    let nr_pages = end(&frames);
+    let align = address_alignment(specs, &frames);
     let map = Mapping::reserve(Op::CreatePool, ByteSize::from_pages(nr_pages), align)?;
     let mut parts = Vec::new();
     let mut reports = Vec::new();
-    for (spec, &frames) in specs.iter().zip(frames) {
+    for (spec, &frames) in specs.iter().zip(&frames) {
         let (part, passed_over) = first_to_be_had(&map, spec, frames)?;
         reports.push(report(&part, passed_over));
         parts.push(part);

@@ -85,7 +85,7 @@ pub(crate) fn probe() -> HostOffer {
 }
 
 fn available(backing: ArenaBacking) -> Result<ByteSize, Error> {
-    let Some(kind) = backing.pages() else { return some(plain_available()?) };
+    let Some(kind) = backing.pages() else { return some(plain_available()?, "no memory is left") };
     if backing == ArenaBacking::MemfdThp {
         thp::require_shmem()?;
     }
@@ -96,12 +96,12 @@ fn available(backing: ArenaBacking) -> Result<ByteSize, Error> {
     } else {
         plain_available()?
     };
-    some(most_file_size().map_or(free, |most| free.min(most)))
+    some(most_file_size().map_or(free, |most| free.min(most)), kind.too_few())
 }
 
-fn some(size: ByteSize) -> Result<ByteSize, Error> {
+fn some(size: ByteSize, lacking: &'static str) -> Result<ByteSize, Error> {
     if size == ByteSize::default() {
-        return Err(Error::new(Op::CreatePool, ErrorKind::Exhausted).because("nothing is free"));
+        return Err(Error::new(Op::CreatePool, ErrorKind::Exhausted).because(lacking));
     }
     Ok(size)
 }

@@ -67,44 +67,27 @@ impl ViewMap {
         pages: PgoffRange,
         pfn: Pfn,
     ) -> Result<(), NotInstalled> {
-        self.map_frames(object, pages, pfn)?;
+        let no_file = |error: Error| NotInstalled::Undone(error.on(pages));
+        let frames = PfnRange::new(pfn, pages.nr_pages()).map_err(no_file)?;
+        let (fd, file_at) = self
+            .arena
+            .file_of(frames)
+            .ok_or_else(|| no_file(Error::new(Op::MapView, ErrorKind::Unsupported)))?;
         let (at, len) = bytes(pages);
-        self.register(at, len).map_err(|error| self.uninstall(object, pages, error))
-    }
-
-    /// Maps what holds the frames, which may follow each other in more than one file.
-    fn map_frames(&self, object: &Inner, pages: PgoffRange, pfn: Pfn) -> Result<(), NotInstalled> {
-        let frames = PfnRange::new(pfn, pages.nr_pages()).map_err(NotInstalled::Undone)?;
-        if !self.arena.backs(frames) {
-            let error = Error::new(Op::MapView, ErrorKind::OutOfRange).on(pages);
-            return Err(NotInstalled::Undone(error));
-        }
-        let (start, _) = bytes(pages);
-        for (piece, file, file_at) in self.arena.in_files(frames) {
-            let skip = index(piece.start().pa().get() - pfn.pa().get());
-            let len = index(piece.len_bytes().get());
-            match self.map.map_over(start + skip, len, file, file_at) {
-                Ok(()) => {}
-                Err(error) if skip == 0 => return Err(NotInstalled::Undone(error)),
-                Err(error) => return Err(self.uninstall(object, pages, error)),
-            }
-        }
-        Ok(())
-    }
-
-    fn uninstall(&self, object: &Inner, pages: PgoffRange, error: Error) -> NotInstalled {
-        let (at, len) = bytes(pages);
-        match self.map.map_over(at, len, object.identity.as_fd(), 0) {
+        self.map.map_over(at, len, fd, file_at).map_err(NotInstalled::Undone)?;
+        let opened = self.register(at, len);
+        opened.map_err(|error| match self.map.map_over(at, len, object.identity.as_fd(), 0) {
             Ok(()) => NotInstalled::Undone(error),
             Err(_) => NotInstalled::Left(error),
-        }
+        })
     }
 
     /// Puts a folio behind the pages again that was taken away from here, while nothing of it is shown.
     /// Should the kernel have no room for that, the pages go on answering with SIGBUS.
     pub(super) fn put_back(&self, object: &Inner, pages: PgoffRange, pfn: Pfn) {
         let (at, len) = bytes(pages);
-        let Some((fd, file_at)) = self.arena.file_of(pfn) else { return };
+        let Ok(frames) = PfnRange::new(pfn, pages.nr_pages()) else { return };
+        let Some((fd, file_at)) = self.arena.file_of(frames) else { return };
         // Not accessible until it is registered: it holds what nobody may see.
         let outcome = self
             .map

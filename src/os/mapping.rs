@@ -201,14 +201,19 @@ impl Mapping {
         self.advise(at, len, Advice::LinuxPopulateWrite, "madvise(MADV_POPULATE_WRITE)")
     }
 
-    /// Makes huge pages of what is there, now, where collapsing is forbidden otherwise. Whole blocks
-    /// of 2 MiB. If one cannot be made, others may have been.
+    /// Makes huge pages of what is there, and of holes, now, where collapsing is forbidden otherwise.
+    /// Whole blocks of 2 MiB. If one cannot be made, others may have been.
     ///
     /// # Errors
     /// [`ErrorKind::Exhausted`] if the host has no huge page left; [`ErrorKind::Busy`] if somebody
-    /// holds one of the small ones; [`ErrorKind::MissingCapability`] before Linux 6.1.
+    /// holds one of the small ones; [`ErrorKind::MissingCapability`] before Linux 6.1, and where the host
+    /// denies it.
     pub(crate) fn collapse(&self, at: usize, len: usize) -> Result<(), Error> {
-        let collapsed = self.want_huge(at, len).and_then(|()| self.collapse_allowed(at, len));
+        let collapsed = self
+            .want_huge(at, len)
+            // The kernel does not fill a hole for which a userfaultfd of another mapping waits.
+            .and_then(|()| self.populate(at, len))
+            .and_then(|()| self.collapse_allowed(at, len));
         // Whatever came of it: a collapse that nobody asked for would empty views.
         self.forbid_collapse(at, len)?;
         collapsed

@@ -39,7 +39,8 @@ impl PageKind {
         }
     }
 
-    fn too_few(self) -> &'static str {
+    /// What it means that there is not enough.
+    pub(crate) fn too_few(self) -> &'static str {
         match self {
             Self::Plain => "the host has not that much memory",
             Self::Hugetlb2M => {

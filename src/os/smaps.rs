@@ -16,7 +16,7 @@ struct Area {
 }
 
 /// All mappings at one moment; none where they cannot be read.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Smaps(Vec<Area>);
 
 impl Smaps {

@@ -32,15 +32,19 @@ pub(crate) enum Capability {
     Kvm,
     /// Huge pages of 2 MiB: the reserved pool may be enlarged and made smaller.
     Hugetlb,
+    /// Huge pages of 1 GiB: one can be had. Whether it can is found out by trying.
+    Hugetlb1G,
     /// Transparent huge pages in shared memory files: may be switched on and off.
     Thp,
+    /// The kernel knows of NUMA nodes, be it one.
+    Numa,
     /// Some GiB of addresses may be locked.
     Mlock,
 }
 
 impl Capability {
-    pub(crate) const ALL: [Self; 5] =
-        [Self::Uffd, Self::Kvm, Self::Hugetlb, Self::Thp, Self::Mlock];
+    pub(crate) const ALL: [Self; 7] =
+        [Self::Uffd, Self::Kvm, Self::Hugetlb, Self::Hugetlb1G, Self::Thp, Self::Numa, Self::Mlock];
 
     /// As in `GMEM_REQUIRE`.
     pub(crate) fn name(self) -> &'static str {
@@ -48,7 +52,9 @@ impl Capability {
             Self::Uffd => "uffd",
             Self::Kvm => "kvm",
             Self::Hugetlb => "hugetlb",
+            Self::Hugetlb1G => "hugetlb1g",
             Self::Thp => "thp",
+            Self::Numa => "numa",
             Self::Mlock => "mlock",
         }
     }

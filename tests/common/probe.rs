@@ -4,13 +4,15 @@
 // with the descriptor. Nothing is done with it.
 #![expect(unsafe_code, reason = "asks the kernel for a userfaultfd and its features")]
 
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
+use std::io;
 
 use linux_raw_sys::general::{
     UFFD_FEATURE_MINOR_SHMEM, UFFD_FEATURE_MISSING_SHMEM, UFFD_FEATURE_SIGBUS, UFFD_USER_MODE_ONLY,
     uffdio_api,
 };
 use linux_raw_sys::ioctl::UFFDIO_API;
+use rustix::fs::{FlockOperation, flock};
 use rustix::ioctl::{Opcode, Updater, ioctl};
 use rustix::mm::{UserfaultfdFlags, userfaultfd};
 use rustix::process::{Resource, geteuid, getrlimit};
@@ -24,10 +26,15 @@ pub(crate) fn probe(capability: Capability) -> Result<(), String> {
         Capability::Kvm => writable("/dev/kvm"),
         // The tests set how many they need, and put it back.
         Capability::Hugetlb => writable("/proc/sys/vm/nr_hugepages"),
+        Capability::Hugetlb1G => giant_page(),
+        Capability::Numa => exists("/proc/self/numa_maps"),
         Capability::Thp => writable("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
         Capability::Mlock => mlock(),
     }
 }
+
+/// Writable like `setting::NR_HUGEPAGES`, and locked like it.
+pub(crate) const NR_GIANT_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages";
 
 /// `UFFD_API` of linux/userfaultfd.h.
 const UFFD_API: u64 = 0xAA;
@@ -51,6 +58,29 @@ fn writable(path: &str) -> Result<(), String> {
         Ok(_) => Ok(()),
         Err(error) => Err(format!("{path}: {error}")),
     }
+}
+
+/// Whether a page of 1 GiB is to be had, by taking one and giving it back.
+fn giant_page() -> Result<(), String> {
+    let failed = |error: io::Error| format!("{NR_GIANT_PAGES}: {error}");
+    let lock = OpenOptions::new().read(true).write(true).open(NR_GIANT_PAGES).map_err(failed)?;
+    flock(&lock, FlockOperation::LockExclusive).map_err(|error| failed(error.into()))?;
+    let number = || -> io::Result<u64> {
+        let text = fs::read_to_string(NR_GIANT_PAGES)?;
+        text.trim().parse().map_err(io::Error::other)
+    };
+    let before = number().map_err(failed)?;
+    fs::write(NR_GIANT_PAGES, (before + 1).to_string()).map_err(failed)?;
+    let after = number().map_err(failed)?;
+    fs::write(NR_GIANT_PAGES, before.to_string()).map_err(failed)?;
+    match after {
+        after if after > before => Ok(()),
+        _ => Err("the host has no consecutive GiB of memory to spare".into()),
+    }
+}
+
+fn exists(path: &str) -> Result<(), String> {
+    fs::metadata(path).map(drop).map_err(|error| format!("{path}: {error}"))
 }
 
 /// Enough address space that can be locked for what the tests map.

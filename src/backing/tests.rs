@@ -1,1 +1,0 @@
-//! Arenas of several parts, on the heap and on the real host.
