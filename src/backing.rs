@@ -25,6 +25,10 @@ use crate::os::memfd::{PageKind, create_arena};
 use crate::os::memory::require_available;
 use crate::range::PfnRange;
 
+mod holes;
+
+pub use holes::WhyKept;
+
 const WORD: usize = size_of::<u64>();
 
 /// The memory of one pool, committed for as long as it lives.
@@ -32,6 +36,7 @@ const WORD: usize = size_of::<u64>();
 pub(crate) struct Arena {
     memory: Memory,
     nr_pages: u64,
+    sparse: holes::Sparse,
 }
 
 #[derive(Debug)]
@@ -44,7 +49,8 @@ impl Arena {
     /// An arena that needs no operating system.
     pub(crate) fn heap(nr_pages: u64) -> Result<Arc<Self>, Error> {
         let memory = Memory::Heap(HeapMemory::new(len_bytes(nr_pages)?)?);
-        Ok(Arc::new(Self { memory, nr_pages }))
+        let sparse = holes::Sparse::new(Some(WhyKept::Heap));
+        Ok(Arc::new(Self { memory, nr_pages, sparse }))
     }
 
     /// An arena on a memory file of the given pages.
@@ -54,7 +60,11 @@ impl Arena {
         let fd = create_arena(kind, size)?;
         let map = Mapping::of_file(Op::CreatePool, fd.as_fd(), size)?;
         map.forbid_collapse(0, map.len())?;
-        Ok(Arc::new(Self { memory: Memory::File { map, fd }, nr_pages }))
+        let sparse = holes::Sparse::new(match kind {
+            PageKind::Plain => None,
+            PageKind::Hugetlb2M => Some(WhyKept::Hugetlb),
+        });
+        Ok(Arc::new(Self { memory: Memory::File { map, fd }, nr_pages, sparse }))
     }
 
     /// An arena on a memory file for which the kernel was asked to find huge pages.
@@ -68,7 +78,8 @@ impl Arena {
         map.want_huge()?;
         map.populate()?;
         map.forbid_collapse(0, map.len())?;
-        Ok(Arc::new(Self { memory: Memory::File { map, fd }, nr_pages }))
+        let sparse = holes::Sparse::new(Some(WhyKept::TransparentHuge));
+        Ok(Arc::new(Self { memory: Memory::File { map, fd }, nr_pages, sparse }))
     }
 
     pub(crate) fn nr_pages(&self) -> u64 {

@@ -62,10 +62,11 @@ pub mod vm_memory;
 #[doc(hidden)]
 pub use crate::state::modelled;
 
+pub use crate::backing::WhyKept;
 pub use crate::folio::{ArenaBacking, FolioPool, PoolStat, Unscrubbed};
 pub use crate::gmem::{
     ContentPolicy, Conversion, ConvertOptions, GuestMemfd, GuestMemfdBuilder, HostFault, HostView,
-    ObjectStat, OwnerTag, PageInfo, PageStatus, PinGuard, PinMode, Residency, Subscriber,
+    ObjectStat, OwnerTag, PageInfo, PageStatus, PinGuard, PinMode, Punched, Residency, Subscriber,
     Subscription, Touch,
 };
 pub use crate::os::sigbus::{FaultCause, SigbusHandler};

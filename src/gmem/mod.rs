@@ -3,7 +3,8 @@
 //! | file | holds |
 //! |---|---|
 //! | `object` | the object: creating it, its size and counters, what it looks like now |
-//! | `allocate` | where folios come and go: allocate, populate, punch a hole |
+//! | `allocate` | where folios come by the VMM's wish |
+//! | `punch` | where memory goes back: hole punching |
 //! | `convert` | where a conversion is ordered, step by step |
 //! | `pin` | where a pin is taken, and by whom |
 //! | `access` | checked reads, writes and atomics of the host |
@@ -22,6 +23,7 @@ mod invariants;
 mod layout;
 mod object;
 mod pin;
+mod punch;
 mod subscriber;
 
 pub use convert::{ContentPolicy, Conversion, ConvertOptions};
@@ -29,4 +31,5 @@ pub(crate) use guest_fault::BindingId;
 pub use host_view::{HostFault, HostView, Touch};
 pub use object::{GuestMemfd, GuestMemfdBuilder, ObjectStat, PageInfo, PageStatus, Residency};
 pub use pin::{OwnerTag, PinGuard, PinMode};
+pub use punch::Punched;
 pub use subscriber::{Subscriber, Subscription};

@@ -4,6 +4,7 @@ use super::answer::{PageFacts, Run, pages_of};
 use super::mistake::Mistake;
 use super::model::Model;
 use super::object::Object;
+use crate::backing::WhyKept;
 use crate::folio::ArenaBacking;
 use crate::gmem::PinMode;
 use crate::state::Visibility;
@@ -13,6 +14,8 @@ use crate::state::Visibility;
 pub(super) struct ObjectFacts {
     pub(super) size: u64,
     pub(super) resident: u64,
+    pub(super) holes: u64,
+    pub(super) released: u64,
     pub(super) shared: u64,
     pub(super) private: u64,
     pub(super) pinned: u64,
@@ -109,9 +112,12 @@ impl Model {
         let count = |wanted: &dyn Fn(u64) -> bool| {
             (0..object.nr_pages()).filter(|&page| wanted(page)).count() as u64
         };
+        let released = |page| object.is_hole(page) && self.why_kept().is_none();
         ObjectFacts {
             size: object.nr_pages(),
-            resident: count(&|page| object.is_resident(page)),
+            resident: count(&|page| object.has_folio(page) && !released(page)),
+            holes: count(&|page| object.is_hole(page)),
+            released: count(&released),
             shared: count(&|page| object.is(page, Visibility::Shared)),
             private: count(&|page| object.is(page, Visibility::Private)),
             pinned: count(&|page| self.pins_on(at, (page, 1)).next().is_some()),
@@ -120,6 +126,16 @@ impl Model {
                 _ => count(&|page| self.is_touchable(at, page)),
             },
             quarantined: 0,
+        }
+    }
+
+    /// Why punched memory stays with the pool, if it does.
+    pub(super) fn why_kept(&self) -> Option<WhyKept> {
+        match self.backing {
+            ArenaBacking::Heap => Some(WhyKept::Heap),
+            ArenaBacking::Memfd => None,
+            ArenaBacking::MemfdThp => Some(WhyKept::TransparentHuge),
+            ArenaBacking::MemfdHugetlb2M => Some(WhyKept::Hugetlb),
         }
     }
 
@@ -132,7 +148,8 @@ impl Model {
             _ => (page, 1),
         };
         let shared = pages_of(together).all(|page| object.is(page, Visibility::Shared));
-        object.is_resident(page) && (shared || self.errs(Mistake::ViewsMapPrivatePages))
+        let resident = pages_of(together).all(|page| object.is_resident(page));
+        resident && (shared || self.errs(Mistake::ViewsMapPrivatePages))
     }
 
     pub(super) fn pool_facts(&self) -> PoolFacts {

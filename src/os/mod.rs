@@ -6,6 +6,7 @@ pub(crate) mod mapping;
 pub(crate) mod memfd;
 pub(crate) mod memory;
 pub(crate) mod pagemap;
+pub(crate) mod sparse;
 pub(crate) mod thp;
 pub(crate) mod uffd;
 pub(crate) mod words;
