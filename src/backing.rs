@@ -31,7 +31,8 @@ pub use holes::WhyKept;
 
 const WORD: usize = size_of::<u64>();
 
-/// The memory of one pool, committed for as long as it lives.
+/// The memory of one pool, committed for as long as it lives but for what is
+/// [released](Self::release).
 #[derive(Debug)]
 pub(crate) struct Arena {
     memory: Memory,

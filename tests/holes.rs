@@ -448,6 +448,44 @@ fn without_memory_for_a_hole_nothing_has_happened() {
     }
 }
 
+#[test]
+fn a_punch_that_fails_has_changed_nothing() {
+    for backing in BACKINGS {
+        if backing == ArenaBacking::Memfd && !common::require(Capability::Uffd) {
+            continue;
+        }
+        let (pool, memfd) = object(backing, 3 * FOLIO);
+        write_all(&memfd);
+        let nr_views = if backing == ArenaBacking::Heap { 0 } else { 2 };
+        let views: Vec<_> = (0..nr_views).map(|_| memfd.map_view().unwrap()).collect();
+        memfd.punch_hole(range(0, 100)).unwrap();
+        let seen = || {
+            let mut stat = memfd.stat();
+            // Blocks that were split on the way may stay so.
+            stat.metadata = ByteSize::default();
+            let shown = |view| [0, 99, 100, 512, 1029, 1030].map(|page| touch(view, page));
+            let shown: Vec<_> = views.iter().map(shown).collect();
+            (stat, pool.stat(), memfd.bytes_behind(), shown)
+        };
+        let before = seen();
+        let points = [(FailPoint::Memory, 1), (FailPoint::Barrier, 1), (FailPoint::View, nr_views)];
+        for (point, nr_times) in points {
+            for spared in 0..nr_times as u32 {
+                let armed = arm(point, spared);
+                // The rest of a folio with holes, a whole one, and a part.
+                let outcome = memfd.punch_hole(range(100, 930));
+                assert!(armed.has_fired(), "{point:?}");
+                assert_eq!(outcome.unwrap_err().range(), Some(range(100, 930)));
+                assert!(seen() == before, "{point:?} {spared} on {backing}");
+                assert_clean(&pool, &memfd);
+            }
+        }
+        let punched = memfd.punch_hole(range(100, 930)).unwrap();
+        assert_eq!(punched.returned(), pages(2 * FOLIO));
+        assert_clean(&pool, &memfd);
+    }
+}
+
 const CHILD: &str = "GMEM_TEST_HOLES_CHILD";
 const DONE: &str = "the child has measured what it should";
 

@@ -309,6 +309,19 @@ impl FolioMap {
         self.parts(range).all(|(_, behind)| matches!(behind, Behind::Holes(_)))
     }
 
+    /// A page that is written down as a hole though its folio has none, or whose folio has holes that are
+    /// not written down: for the audit.
+    pub(crate) fn contradiction(&self) -> Option<Pgoff> {
+        let holes = self.holes.get()?;
+        let all = PgoffRange::new(Pgoff::new(0), self.shape.nr_pages).ok()?;
+        let contradicts = |slot: &Slot| {
+            let (start, end) = (slot.pages.start(), slot.pages.end());
+            let has_holes = holes.run(start, end) != (false, end);
+            self.entry(slot.index).has_holes() != has_holes
+        };
+        self.shape.slots(all).find(contradicts).map(|slot| slot.pages.start())
+    }
+
     /// The parts of the range that have bytes: pages, and the frames that hold them. Runs that follow each
     /// other in both are one.
     pub(crate) fn resident(
@@ -425,8 +438,12 @@ mod tests {
         assert_eq!(runs(&mut map.holes(range(0, 512))), [(range(102, 3), 614)]);
         map.fill(range(0, 512));
         assert_eq!(map.frame(Pgoff::new(104)), Some(Pfn::new(616)));
+        assert_eq!(map.contradiction(), None);
+        map.set_entry(1, Entry::of(Pfn::new(1024)));
+        assert_eq!(map.contradiction(), Some(Pgoff::new(512)), "holes that nobody sees");
+        map.set_entry(1, Entry::of(Pfn::new(1024)).marked(true));
         map.set(&slots[1], None);
-        assert_eq!(map.holes(all).count(), 0);
+        assert_eq!((map.holes(all).count(), map.contradiction()), (0, None));
         map.set(&slots[1], Some(Pfn::new(1024)));
         assert!(map.is_resident(all), "nothing is left of the holes of the folio before");
     }

@@ -34,6 +34,12 @@ impl GuestMemfd {
                 say(page, format!("not settled: {word:?}"));
             }
         }
+        if let Some(page) = object.frames.contradiction() {
+            say(
+                page,
+                String::from("its folio has holes that are not written down, or the reverse"),
+            );
+        }
         for (pages, frames) in object.frames.holes(object.pages) {
             let is_free = |pfn: &Pfn| object.reservation.pool().is_free(*pfn);
             if let Some(pfn) = frames.iter().find(is_free) {

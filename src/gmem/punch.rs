@@ -165,7 +165,7 @@ impl Inner {
     ) -> Result<Punched, Error> {
         let op = Op::PunchHole;
         let guest = self.guest_runs(op, layout, &[range])?;
-        if !frozen.wait_for_sections(reader) {
+        if fails(FailPoint::Barrier) || !frozen.wait_for_sections(reader) {
             return Err(Error::new(op, ErrorKind::MissingCapability).because("membarrier(2)"));
         }
         let shared = match layout.subscribers.is_empty() {
