@@ -254,6 +254,25 @@ fn a_folio_that_stayed_for_a_pin_goes_with_the_next_punch_of_any_page() {
 }
 
 #[test]
+fn a_pin_at_one_end_of_a_punch_keeps_the_folio_there_alone() {
+    for held in [3, 2 * FOLIO - 3] {
+        let (pool, memfd) = object(ArenaBacking::Heap, 2 * FOLIO);
+        write_all(&memfd);
+        memfd.punch_hole(range(0, 10)).unwrap();
+        memfd.punch_hole(range(2 * FOLIO - 10, 10)).unwrap();
+        let owner = memfd.register_owner("vfio").unwrap();
+        let pin = memfd.pin(range(held, 1), owner, PinMode::Counted).unwrap();
+        let punched = memfd.punch_hole(range(10, 2 * FOLIO - 20)).unwrap();
+        assert_eq!((punched.returned(), punched.kept()), (pages(FOLIO), pages(FOLIO - 10)));
+        assert!(!is_resident(&memfd, held));
+        assert_clean(&pool, &memfd);
+        drop(pin);
+        assert_eq!(memfd.punch_hole(range(held, 1)).unwrap().returned(), pages(FOLIO));
+        assert_eq!(pool.stat().used, pages(0));
+    }
+}
+
+#[test]
 fn views_do_not_show_holes_and_pins_keep_their_pointers() {
     if !common::require(Capability::Uffd) {
         return;
@@ -401,11 +420,13 @@ fn the_host_has_exactly_what_was_released() {
 #[test]
 fn without_memory_for_a_hole_nothing_has_happened() {
     for backing in BACKINGS {
+        // A size that no other test has.
         let (pool, memfd) = object(backing, 3 * FOLIO);
         memfd.allocate(range(0, FOLIO)).unwrap();
         memfd.punch_hole(range(10, 5)).unwrap();
         memfd.punch_hole(range(20, 5)).unwrap();
-        let seen = || (memfd.stat(), pool.stat(), memfd.bytes_behind());
+        let on_host = || on_host(pages(3 * FOLIO));
+        let seen = || (memfd.stat(), pool.stat(), memfd.bytes_behind(), on_host());
         let before = seen();
         // The second run fails after the first was had, and a folio was taken for what lies behind.
         for spared in 0..2 {
@@ -454,7 +475,7 @@ fn a_punch_that_fails_has_changed_nothing() {
         if backing == ArenaBacking::Memfd && !common::require(Capability::Uffd) {
             continue;
         }
-        let (pool, memfd) = object(backing, 3 * FOLIO);
+        let (pool, memfd) = object(backing, 3 * FOLIO + 9);
         write_all(&memfd);
         let nr_views = if backing == ArenaBacking::Heap { 0 } else { 2 };
         let views: Vec<_> = (0..nr_views).map(|_| memfd.map_view().unwrap()).collect();

@@ -78,8 +78,8 @@ impl Sparse {
 }
 
 impl Arena {
-    /// Why single frames do not go back to the host, if they do not.
-    pub(crate) fn why_kept(&self) -> Option<WhyKept> {
+    /// Why these frames, which are all of one folio, do not go back to the host one by one, if they do not.
+    pub(crate) fn why_kept(&self, _frames: PfnRange) -> Option<WhyKept> {
         self.sparse.kept
     }
 
@@ -89,7 +89,7 @@ impl Arena {
     /// # Errors
     /// Why it was kept. The frames are as before.
     pub(crate) fn release(&self, frames: PfnRange) -> Result<(), WhyKept> {
-        if let Some(why) = self.why_kept() {
+        if let Some(why) = self.why_kept(frames) {
             return Err(why);
         }
         let is_inside = frames.end().get() <= self.nr_pages;
@@ -107,8 +107,9 @@ impl Arena {
         op: Op,
         runs: impl Iterator<Item = PfnRange> + Clone,
     ) -> Result<(), Error> {
-        let bytes: u64 = runs.clone().map(|run| run.len_bytes().get()).sum();
-        if bytes > 0 && self.why_kept().is_none() {
+        let released = runs.clone().filter(|&run| self.why_kept(run).is_none());
+        let bytes: u64 = released.map(|run| run.len_bytes().get()).sum();
+        if bytes > 0 {
             self.sparse.ask(bytes).map_err(|error| error.of(op))?;
         }
         let mut done = 0;
@@ -130,7 +131,7 @@ impl Arena {
         if fails(FailPoint::Commit) {
             return Err(Error::new(op, ErrorKind::Exhausted));
         }
-        match self.fd().filter(|_| self.why_kept().is_none()) {
+        match self.fd().filter(|_| self.why_kept(run).is_none()) {
             Some(fd) => sparse::commit(op, fd, run.start().pa(), run.len_bytes()),
             None => Ok(()),
         }

@@ -46,7 +46,7 @@ impl GuestMemfd {
                 say(pages.start(), format!("a hole in a folio, and its frame {pfn} is free"));
             }
             // Memory that went back to the host would be had again by a look.
-            let is_kept = object.arena.why_kept().is_some();
+            let is_kept = object.arena.why_kept(frames).is_some();
             if is_kept && !matches!(object.arena.is_zero(frames), Ok(true)) {
                 say(pages.start(), format!("a hole of {} pages is not zero", pages.nr_pages()));
             }

@@ -230,15 +230,19 @@ impl GuestMemfd {
             }
         }
         stat.mapped = ByteSize::from_pages(layout.nr_mapped());
-        let (mut filled, mut holes) = (0, 0);
+        let (mut filled, mut holes, mut released) = (0, 0, 0);
         for (pages, behind) in self.0.frames.parts(self.0.pages) {
             match behind {
                 Behind::Nothing => {}
                 Behind::Frames(_) => filled += pages.nr_pages(),
-                Behind::Holes(_) => holes += pages.nr_pages(),
+                Behind::Holes(frames) => {
+                    holes += pages.nr_pages();
+                    if self.0.arena.why_kept(frames).is_none() {
+                        released += pages.nr_pages();
+                    }
+                }
             }
         }
-        let released = if self.0.arena.why_kept().is_none() { holes } else { 0 };
         stat.resident = ByteSize::from_pages(filled + holes - released);
         stat.holes = ByteSize::from_pages(holes);
         stat.released = ByteSize::from_pages(released);
