@@ -10,6 +10,8 @@ pub enum FailPoint {
     Memory,
     /// A folio for a page that a view is to show.
     Folio,
+    /// Memory for a hole that is filled again.
+    Commit,
     /// membarrier(2).
     Barrier,
     /// Taking pages out of a view.

@@ -63,14 +63,14 @@ pub mod vm_memory;
 #[doc(hidden)]
 pub use crate::state::modelled;
 
-pub use crate::backing::{ArenaBacking, HostOffer, Offer, PartReport, PartSpec};
+pub use crate::backing::{ArenaBacking, HostOffer, Offer, PartReport, PartSpec, WhyKept};
 pub use crate::folio::{
     Account, AccountStat, Commitment, Compaction, FolioPool, Obstacle, PoolBuilder, PoolStat,
     PrivatePlacement, Scrubber, Unscrubbed, Zone,
 };
 pub use crate::gmem::{
     ContentPolicy, Conversion, ConvertOptions, GuestMemfd, GuestMemfdBuilder, HostFault, HostView,
-    Migration, ObjectStat, OwnerTag, PageInfo, PageStatus, PinGuard, PinMode, Residency,
+    Migration, ObjectStat, OwnerTag, PageInfo, PageStatus, PinGuard, PinMode, Punched, Residency,
     Subscriber, Subscription, Touch,
 };
 pub use crate::os::sigbus::{FaultCause, SigbusHandler};

@@ -32,9 +32,9 @@ fn range(start: u64, nr_pages: u64) -> PgoffRange {
     PgoffRange::new(Pgoff::new(start), nr_pages).unwrap()
 }
 
-/// In no order, with an overlap, in three folios of which one is there from the start.
-fn scattered() -> [PgoffRange; 4] {
-    [range(1030, 2), range(GUESTS, 3), range(602, 4), range(600, 4)]
+/// In no order, with an overlap, in three folios of which one is there from the start, with holes in it.
+fn scattered() -> [PgoffRange; 6] {
+    [range(1030, 2), range(GUESTS, 3), range(602, 4), range(42, 1), range(600, 4), range(40, 1)]
 }
 
 fn scattered_pages() -> BTreeSet<u64> {
@@ -144,6 +144,11 @@ impl World {
         let _ = memfd.convert(range(6, 20), Visibility::Shared, ContentPolicy::Preserve).unwrap();
         memfd.write(Offset::new(6 << 12), &[7; 20 << 12]).unwrap();
         let _ = memfd.convert(range(6, 10), Visibility::Private, ContentPolicy::Preserve).unwrap();
+        if to == Visibility::Shared {
+            for page in [40, 42] {
+                memfd.punch_hole(range(page, 1)).unwrap();
+            }
+        }
         let nr_views = if backing == ArenaBacking::Heap { 0 } else { 2 };
         let views = (0..nr_views).map(|_| memfd.map_view().unwrap()).collect();
         let recorders = [(); 2].map(|()| Arc::new(Recorder::default()));
@@ -201,7 +206,7 @@ impl World {
         let mut pages: Vec<_> = memfd.snapshot(memfd.pages()).unwrap().collect();
         if self.to == Visibility::Shared && !self.views.is_empty() {
             // What views are to show gets folios early, and keeps them.
-            stat.resident = ByteSize::default();
+            (stat.resident, stat.holes, stat.released) = Default::default();
             pages.iter_mut().for_each(|(_, info)| info.residency = Residency::Resident);
             pages.dedup_by(|(next, info), (last, before)| {
                 let joins = info == before;
@@ -259,6 +264,7 @@ fn every_step_fails(backing: ArenaBacking) {
     let points = [
         (FailPoint::Memory, &BOTH[..]),
         (FailPoint::Folio, if backing == ArenaBacking::Heap { &[] } else { &BOTH[1..] }),
+        (FailPoint::Commit, if backing == ArenaBacking::Heap { &[] } else { &BOTH[1..] }),
         (FailPoint::Barrier, &BOTH[..1]),
         (FailPoint::View, if backing == ArenaBacking::Heap { &[] } else { &BOTH[..1] }),
         (FailPoint::Hypervisor, &BOTH[..]),

@@ -13,11 +13,13 @@
 //! | `heap` | memory from the allocator |
 //! | `copies` | bytes in and out |
 //! | `coverage` | how much is there, and in huge pages, by the kernel's account; making it so |
+//! | `holes` | memory that goes back to the host and is had again |
 //! | `probe` | what the host could provide now |
 
 mod copies;
 mod coverage;
 mod heap;
+mod holes;
 mod kind;
 mod obtain;
 mod part;
@@ -28,6 +30,7 @@ mod tests;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::NonNull;
 
+pub use holes::WhyKept;
 pub use kind::ArenaBacking;
 pub(crate) use part::Part;
 pub use part::{PartReport, PartSpec};
@@ -40,13 +43,14 @@ use crate::os::mapping::Mapping;
 use crate::range::PfnRange;
 use heap::HeapMemory;
 
-/// The memory of one pool, committed for as long as it lives.
+/// The memory of one pool, committed for as long as it lives but for what is [released](Self::release).
 #[derive(Debug)]
 pub(crate) struct Arena {
     memory: Memory,
     /// In ascending order.
     parts: Box<[Part]>,
     nr_pages: u64,
+    credit: holes::Credit,
 }
 
 #[derive(Debug)]

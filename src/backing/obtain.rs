@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use super::heap::HeapMemory;
+use super::holes::Credit;
 use super::part::{Spacing, address_alignment, place};
 use super::{Arena, ArenaBacking, Memory, Part, PartReport, PartSpec};
 use crate::addr::ByteSize;
@@ -84,7 +85,7 @@ fn on_heap(parts: &[PartSpec]) -> Result<Obtained, Error> {
     let part = |&frames| Part { frames, backing: ArenaBacking::Heap, node: None, file: None };
     let parts: Box<[_]> = frames.iter().map(part).collect();
     let reports = parts.iter().map(|part| report(part, Vec::new())).collect();
-    Ok((Arc::new(Arena { memory, parts, nr_pages }), reports))
+    Ok((Arc::new(Arena { memory, parts, nr_pages, credit: Credit::default() }), reports))
 }
 
 fn on_files(specs: &[PartSpec]) -> Result<Obtained, Error> {
@@ -100,7 +101,8 @@ fn on_files(specs: &[PartSpec]) -> Result<Obtained, Error> {
         parts.push(part);
     }
     let memory = Memory::Files(map);
-    Ok((Arc::new(Arena { memory, parts: parts.into_boxed_slice(), nr_pages }), reports))
+    let parts = parts.into_boxed_slice();
+    Ok((Arc::new(Arena { memory, parts, nr_pages, credit: Credit::default() }), reports))
 }
 
 fn first_to_be_had(

@@ -1,11 +1,13 @@
 //! Which frames hold an object: one entry for each of its folios.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::holes::Holes;
 use super::ledger::Blocks;
 use crate::addr::{Pfn, Pgoff};
 use crate::error::{Error, ErrorKind, Op};
-use crate::geometry::{FolioSize, GIANT_ORDER, HUGE_ORDER, HUGE_PAGES, index};
+use crate::geometry::{FolioSize, GIANT_ORDER, HUGE_ORDER, HUGE_PAGES, MAX_PAGES, index};
 use crate::range::{PfnRange, PgoffRange};
 
 /// How an object is cut into folios: as many of the wanted size from the start on as there can be, then
@@ -100,12 +102,71 @@ impl Shape {
     }
 }
 
-/// The frame of each folio. Written under the object's layout lock, read by anybody.
+/// The frame of each folio, and which of its pages are holes. Written under the object's layout lock, read
+/// by anybody.
 #[derive(Debug)]
 pub(crate) struct FolioMap {
     shape: Shape,
-    /// Frame number plus one; zero where nothing is.
     slots: Box<[AtomicU64]>,
+    /// Made before the first hole is.
+    holes: OnceLock<Holes>,
+}
+
+/// What is said of a folio: its frame number plus one, and whether some of its pages are holes. Zero where
+/// nothing is.
+#[derive(Clone, Copy, Debug)]
+struct Entry(u64);
+
+impl Entry {
+    /// No frame has a number as large.
+    const HAS_HOLES: u64 = 1 << 63;
+    const NOTHING: Self = Self(0);
+
+    fn of(first: Pfn) -> Self {
+        Self(first.get() + 1)
+    }
+
+    fn marked(self, has_holes: bool) -> Self {
+        match has_holes {
+            true => Self(self.0 | Self::HAS_HOLES),
+            false => Self(self.0 & !Self::HAS_HOLES),
+        }
+    }
+
+    fn has_holes(self) -> bool {
+        self.0 & Self::HAS_HOLES != 0
+    }
+
+    fn first_frame(self) -> Option<Pfn> {
+        self.marked(false).0.checked_sub(1).map(Pfn::new)
+    }
+
+    /// The first frame of a folio without holes; `None` for one with holes as well.
+    #[inline]
+    fn whole(self) -> Option<Pfn> {
+        // One comparison for both: nothing becomes the largest number there is.
+        let frame = self.0.wrapping_sub(1);
+        (frame < Self::HAS_HOLES).then_some(Pfn::new(frame))
+    }
+}
+
+const _: () = assert!(MAX_PAGES < Entry::HAS_HOLES);
+
+/// What is behind pages that follow each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Behind {
+    /// No folio.
+    Nothing,
+    /// A folio, whose pages these were until they were punched.
+    Holes(PfnRange),
+    /// Bytes.
+    Frames(PfnRange),
+}
+
+impl Behind {
+    pub(crate) fn is_resident(self) -> bool {
+        matches!(self, Self::Frames(_))
+    }
 }
 
 impl FolioMap {
@@ -115,69 +176,211 @@ impl FolioMap {
         let mut slots = Vec::new();
         slots.try_reserve_exact(len).map_err(exhausted)?;
         slots.resize_with(len, || AtomicU64::new(0));
-        Ok(Self { shape, slots: slots.into_boxed_slice() })
+        Ok(Self { shape, slots: slots.into_boxed_slice(), holes: OnceLock::new() })
     }
 
     pub(crate) fn shape(&self) -> Shape {
         self.shape
     }
 
-    /// The folio's first frame.
-    pub(crate) fn get(&self, slot: &Slot) -> Option<Pfn> {
-        self.first_frame(slot.index)
-    }
-
     #[inline]
-    fn first_frame(&self, place: usize) -> Option<Pfn> {
-        // Acquire: pairs with the Release in `set`: who finds a frame finds it scrubbed.
-        let entry = self.slots.get(place)?.load(Ordering::Acquire);
-        entry.checked_sub(1).map(Pfn::new)
+    fn entry(&self, place: usize) -> Entry {
+        // Acquire: pairs with the Release in `set_entry`: who finds a frame finds it scrubbed, and who
+        // finds that there are holes finds which.
+        self.slots.get(place).map_or(Entry::NOTHING, |entry| Entry(entry.load(Ordering::Acquire)))
     }
 
-    /// The frame of a page.
-    #[inline]
-    pub(crate) fn frame(&self, page: Pgoff) -> Option<Pfn> {
-        let (place, _, skip) = self.shape.place(page)?;
-        self.first_frame(index(place))?.checked_add(skip)
-    }
-
-    pub(crate) fn set(&self, slot: &Slot, folio: Option<Pfn>) {
-        if let Some(entry) = self.slots.get(slot.index) {
-            // Release: pairs with the Acquire in `get`.
-            entry.store(folio.map_or(0, |pfn| pfn.get() + 1), Ordering::Release);
+    fn set_entry(&self, place: usize, to: Entry) {
+        if let Some(entry) = self.slots.get(place) {
+            // Release: pairs with the Acquire in `entry`.
+            entry.store(to.0, Ordering::Release);
         }
     }
 
-    /// The parts of the range that have frames: pages, and the frames that hold them. Runs that
-    /// follow each other in both are one.
+    /// The folio's first frame, whatever of it is holes.
+    pub(crate) fn get(&self, slot: &Slot) -> Option<Pfn> {
+        self.entry(slot.index).first_frame()
+    }
+
+    /// The frame of a page; `None` for a hole.
+    #[inline]
+    pub(crate) fn frame(&self, page: Pgoff) -> Option<Pfn> {
+        let (place, _, skip) = self.shape.place(page)?;
+        let entry = self.entry(index(place));
+        match entry.whole() {
+            Some(first) => first.checked_add(skip),
+            None => self.frame_beside_holes(entry, page, skip),
+        }
+    }
+
+    #[cold]
+    fn frame_beside_holes(&self, entry: Entry, page: Pgoff, skip: u64) -> Option<Pfn> {
+        let is_hole = entry.has_holes() && self.holes.get()?.has(page);
+        entry.first_frame().filter(|_| !is_hole)?.checked_add(skip)
+    }
+
+    /// Puts a folio into its place, or takes away what is there, holes and all. Nobody else is at any page
+    /// of it.
+    pub(crate) fn set(&self, slot: &Slot, folio: Option<Pfn>) {
+        let had_holes = self.entry(slot.index).has_holes();
+        self.set_entry(slot.index, folio.map_or(Entry::NOTHING, Entry::of));
+        if had_holes {
+            self.forget_holes(slot, slot.pages);
+        }
+    }
+
+    /// Puts a folio in the place of another, of which it holds whatever that one has. What is a hole stays one.
+    pub(crate) fn replace(&self, slot: &Slot, folio: Pfn) {
+        let has_holes = self.entry(slot.index).has_holes();
+        self.set_entry(slot.index, Entry::of(folio).marked(has_holes));
+    }
+
+    /// Makes sure that [`punch`](Self::punch) can write down what it does.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exhausted`].
+    pub(crate) fn make_room_for_holes(&self) -> Result<(), Error> {
+        if self.holes.get().is_none() {
+            // Should somebody else have been faster, his is as good.
+            let _ = self.holes.set(Holes::new(self.shape.nr_pages)?);
+        }
+        Ok(())
+    }
+
+    /// Makes pages of one folio holes. Nobody is at these pages, and there is
+    /// [room](Self::make_room_for_holes).
+    pub(crate) fn punch(&self, slot: &Slot, pages: PgoffRange) {
+        if let Some(holes) = self.holes.get() {
+            holes.set(pages, true);
+            self.set_entry(slot.index, self.entry(slot.index).marked(true));
+        }
+    }
+
+    /// Makes holes pages again. They are committed, and zero.
+    pub(crate) fn fill(&self, range: PgoffRange) {
+        for slot in self.shape.slots(range).filter(|slot| self.entry(slot.index).has_holes()) {
+            let Some(pages) = slot.pages.intersection(&range) else { continue };
+            let Some(holes) = self.holes.get() else { continue };
+            holes.set(pages, false);
+            if holes.run(slot.pages.start(), slot.pages.end()) == (false, slot.pages.end()) {
+                self.set_entry(slot.index, self.entry(slot.index).marked(false));
+                self.forget_holes(&slot, pages);
+            }
+        }
+    }
+
+    /// Clears the bits of a folio whose entry does not speak of them any more, and gives their memory back
+    /// if no other folio needs it.
+    fn forget_holes(&self, slot: &Slot, pages: PgoffRange) {
+        let Some(holes) = self.holes.get() else { return };
+        holes.set(pages, false);
+        let mut next = Holes::group(slot.pages.start());
+        while let Some(group) = next.filter(|group| group.start() < slot.pages.end()) {
+            let is_needed = |slot: Slot| self.entry(slot.index).has_holes();
+            if !self.shape.slots(group).any(is_needed) {
+                holes.give_back(group);
+            }
+            next = Holes::group(group.end());
+        }
+    }
+
+    /// Everything that the range consists of, in ascending order, and no part in two folios.
+    pub(crate) fn parts(
+        &self,
+        range: PgoffRange,
+    ) -> impl Iterator<Item = (PgoffRange, Behind)> + Clone {
+        let mut next = range.start();
+        std::iter::from_fn(move || {
+            let slot = self.shape.slot(next).filter(|_| next < range.end())?;
+            let end = slot.pages.end().min(range.end());
+            let entry = self.entry(slot.index);
+            let (are_holes, end) = match self.holes.get().filter(|_| entry.has_holes()) {
+                Some(holes) => holes.run(next, end),
+                None => (false, end),
+            };
+            let nr_pages = end.get() - next.get();
+            let pages = PgoffRange::new(next, nr_pages).ok()?;
+            let behind = match entry.first_frame() {
+                None => Behind::Nothing,
+                Some(first) => {
+                    let first = first.checked_add(next.get() - slot.pages.start().get())?;
+                    let frames = PfnRange::new(first, nr_pages).ok()?;
+                    if are_holes { Behind::Holes(frames) } else { Behind::Frames(frames) }
+                }
+            };
+            next = end;
+            Some((pages, behind))
+        })
+    }
+
+    /// Whether all of the range has bytes.
+    pub(crate) fn is_resident(&self, range: PgoffRange) -> bool {
+        self.parts(range).all(|(_, behind)| behind.is_resident())
+    }
+
+    /// Whether all of the range is holes.
+    pub(crate) fn is_hollow(&self, range: PgoffRange) -> bool {
+        self.parts(range).all(|(_, behind)| matches!(behind, Behind::Holes(_)))
+    }
+
+    /// A page that is written down as a hole though its folio has none, or whose folio has holes that are
+    /// not written down: for the audit.
+    pub(crate) fn contradiction(&self) -> Option<Pgoff> {
+        let holes = self.holes.get()?;
+        let all = PgoffRange::new(Pgoff::new(0), self.shape.nr_pages).ok()?;
+        let contradicts = |slot: &Slot| {
+            let (start, end) = (slot.pages.start(), slot.pages.end());
+            let has_holes = holes.run(start, end) != (false, end);
+            self.entry(slot.index).has_holes() != has_holes
+        };
+        self.shape.slots(all).find(contradicts).map(|slot| slot.pages.start())
+    }
+
+    /// The parts of the range that have bytes: pages, and the frames that hold them. Runs that follow each
+    /// other in both are one.
     pub(crate) fn resident(
         &self,
         range: PgoffRange,
     ) -> impl Iterator<Item = (PgoffRange, PfnRange)> {
-        let mut slots = self.shape.slots(range).peekable();
-        std::iter::from_fn(move || {
-            let (pages, frames) = loop {
-                let slot = slots.next()?;
-                if let Some(part) = self.part(&slot, range) {
-                    break part;
-                }
-            };
-            let mut run = (pages, frames);
-            while let Some(part) = slots.peek().and_then(|slot| self.part(slot, range)) {
-                let Some(joined) = join(run, part) else { break };
-                run = joined;
-                slots.next();
-            }
-            Some(run)
+        joined(self.parts(range).filter_map(|(pages, behind)| match behind {
+            Behind::Frames(frames) => Some((pages, frames)),
+            Behind::Nothing | Behind::Holes(_) => None,
+        }))
+    }
+
+    /// The holes of the range, and the frames that they have in their folios.
+    pub(crate) fn holes(
+        &self,
+        range: PgoffRange,
+    ) -> impl Iterator<Item = (PgoffRange, PfnRange)> + Clone {
+        self.parts(range).filter_map(|(pages, behind)| match behind {
+            Behind::Holes(frames) => Some((pages, frames)),
+            Behind::Nothing | Behind::Frames(_) => None,
         })
     }
 
-    fn part(&self, slot: &Slot, range: PgoffRange) -> Option<(PgoffRange, PfnRange)> {
-        let pages = slot.pages.intersection(&range)?;
-        let skip = pages.start().get() - slot.pages.start().get();
-        let first = self.get(slot)?.checked_add(skip)?;
-        Some((pages, PfnRange::new(first, pages.nr_pages()).ok()?))
+    /// The parts of the range that have folios, holes or not; else as [`resident`](Self::resident).
+    pub(crate) fn folios(&self, range: PgoffRange) -> impl Iterator<Item = (PgoffRange, PfnRange)> {
+        joined(self.parts(range).filter_map(|(pages, behind)| match behind {
+            Behind::Frames(frames) | Behind::Holes(frames) => Some((pages, frames)),
+            Behind::Nothing => None,
+        }))
     }
+}
+
+/// Joins runs that follow each other in both.
+fn joined(
+    parts: impl Iterator<Item = (PgoffRange, PfnRange)>,
+) -> impl Iterator<Item = (PgoffRange, PfnRange)> {
+    let mut parts = parts.peekable();
+    std::iter::from_fn(move || {
+        let mut run = parts.next()?;
+        while let Some(both) = parts.peek().and_then(|&part| join(run, part)) {
+            run = both;
+            parts.next();
+        }
+        Some(run)
+    })
 }
 
 fn join(a: (PgoffRange, PfnRange), b: (PgoffRange, PfnRange)) -> Option<(PgoffRange, PfnRange)> {
@@ -220,5 +423,42 @@ mod tests {
         assert_eq!(runs, [(range(10, 1014), 1034), (range(1536, 1), 7)]);
         assert_eq!(map.frame(Pgoff::new(513)), Some(Pfn::new(1537)));
         assert_eq!(map.frame(Pgoff::new(1024)), None);
+    }
+
+    #[test]
+    fn holes_have_no_frame_until_they_are_filled() {
+        let map = FolioMap::new(Shape::new(2 * 512, FolioSize::Huge2M)).unwrap();
+        let slots: Vec<_> = map.shape().slots(range(0, 1024)).collect();
+        map.set(&slots[0], Some(Pfn::new(512)));
+        map.set(&slots[1], Some(Pfn::new(1024)));
+        map.make_room_for_holes().unwrap();
+        map.punch(&slots[0], range(100, 5));
+        map.punch(&slots[1], range(512, 512));
+        let frames: Vec<_> =
+            [99, 100, 104, 105, 512, 1023].map(|at| map.frame(Pgoff::new(at))).into();
+        let wanted = [Some(611), None, None, Some(617), None, None];
+        assert_eq!(frames, wanted.map(|at: Option<u64>| at.map(Pfn::new)));
+        assert!(map.is_hollow(range(512, 512)) && !map.is_hollow(range(511, 2)));
+        assert!(map.is_resident(range(105, 407)) && !map.is_resident(range(104, 1)));
+        let runs = |it: &mut dyn Iterator<Item = (PgoffRange, PfnRange)>| -> Vec<_> {
+            it.map(|(pages, frames)| (pages, frames.start().get())).collect()
+        };
+        let all = range(0, 1024);
+        assert_eq!(runs(&mut map.resident(all)), [(range(0, 100), 512), (range(105, 407), 617)]);
+        assert_eq!(runs(&mut map.holes(all)), [(range(100, 5), 612), (range(512, 512), 1024)]);
+        assert_eq!(runs(&mut map.folios(all)), [(all, 512)]);
+
+        map.fill(range(98, 4));
+        assert_eq!(runs(&mut map.holes(range(0, 512))), [(range(102, 3), 614)]);
+        map.fill(range(0, 512));
+        assert_eq!(map.frame(Pgoff::new(104)), Some(Pfn::new(616)));
+        assert_eq!(map.contradiction(), None);
+        map.set_entry(1, Entry::of(Pfn::new(1024)));
+        assert_eq!(map.contradiction(), Some(Pgoff::new(512)), "holes that nobody sees");
+        map.set_entry(1, Entry::of(Pfn::new(1024)).marked(true));
+        map.set(&slots[1], None);
+        assert_eq!((map.holes(all).count(), map.contradiction()), (0, None));
+        map.set(&slots[1], Some(Pfn::new(1024)));
+        assert!(map.is_resident(all), "nothing is left of the holes of the folio before");
     }
 }

@@ -15,12 +15,14 @@
 //! | `compact` | making room for a large folio |
 //! | `pool` | the pool: backing and counters |
 //! | `map` | which frame holds which folio of an object |
+//! | `holes` | which pages of those folios are holes |
 
 mod account;
 mod bits;
 mod buddy;
 mod compact;
 mod frames;
+mod holes;
 mod home;
 mod ledger;
 mod map;
@@ -33,7 +35,7 @@ mod state;
 pub use account::{Account, AccountStat};
 pub(crate) use bits::try_bits;
 pub use compact::{Compaction, Obstacle};
-pub(crate) use map::{FolioMap, Shape, Slot};
+pub(crate) use map::{Behind, FolioMap, Shape, Slot};
 pub(crate) use pool::Claim;
 pub use pool::{FolioPool, PoolBuilder, PoolStat, Unscrubbed};
 pub use reservation::Commitment;

@@ -231,7 +231,7 @@ impl GuestMemfd {
         let mut layout = object.layout.write();
         let map = Arc::new(ViewMap::new(object)?);
         object.populate_shared(Op::MapView, &mut layout, object.pages)?;
-        for (pages, frames) in object.frames.resident(object.pages) {
+        for (pages, frames) in object.frames.folios(object.pages) {
             // Nobody knows its address yet, and if it fails it goes again.
             map.install(object, pages, frames.start()).map_err(NotInstalled::into_error)?;
         }

@@ -34,6 +34,23 @@ impl GuestMemfd {
                 say(page, format!("not settled: {word:?}"));
             }
         }
+        if let Some(page) = object.frames.contradiction() {
+            say(
+                page,
+                String::from("its folio has holes that are not written down, or the reverse"),
+            );
+        }
+        for (pages, frames) in object.frames.holes(object.pages) {
+            let is_free = |pfn: &Pfn| object.reservation.pool().is_free(*pfn);
+            if let Some(pfn) = frames.iter().find(is_free) {
+                say(pages.start(), format!("a hole in a folio, and its frame {pfn} is free"));
+            }
+            // Memory that went back to the host would be had again by a look.
+            let is_kept = object.arena.why_kept(frames).is_some();
+            if is_kept && !matches!(object.arena.is_zero(frames), Ok(true)) {
+                say(pages.start(), format!("a hole of {} pages is not zero", pages.nr_pages()));
+            }
+        }
         for (_, view) in &layout.views {
             let shown = view.shown();
             let present = match view.present(words.len()) {
@@ -51,7 +68,7 @@ impl GuestMemfd {
                     say(page, format!("mapped in a view: we say {shown}, the kernel {present}"));
                 }
                 if *shown && object.frames.frame(page).is_none() {
-                    say(page, String::from("mapped in a view without a folio"));
+                    say(page, String::from("mapped in a view with nothing behind"));
                 }
             }
         }

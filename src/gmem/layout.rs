@@ -82,7 +82,8 @@ impl Inner {
         Ok(runs)
     }
 
-    /// Makes sure that every page of the range has a folio: all of them, or none more than before.
+    /// Makes sure that every page of the range has a folio and is no hole: all of them, or none more than
+    /// before.
     pub(super) fn populate(
         &self,
         op: Op,
@@ -90,6 +91,15 @@ impl Inner {
         range: PgoffRange,
     ) -> Result<(), Error> {
         let mut taken: Vec<(Slot, Pfn)> = Vec::new();
+        let is_viewed = !layout.views.is_empty();
+        let undo = |taken: Vec<(Slot, Pfn)>| {
+            for (slot, pfn) in taken {
+                match is_viewed {
+                    true => self.reservation.give_back(pfn, slot.size()),
+                    false => self.reservation.give_back_clean(pfn),
+                }
+            }
+        };
         let absent = |slot: &Slot| self.frames.get(slot).is_none();
         for slot in self.frames.shape().slots(range).filter(absent) {
             let outcome = match fails(FailPoint::Memory) || taken.try_reserve(1).is_err() {
@@ -99,19 +109,23 @@ impl Inner {
             match outcome {
                 Ok(pfn) => taken.push((slot, pfn)),
                 Err(error) => {
-                    for (slot, pfn) in taken {
-                        match layout.views.is_empty() {
-                            true => self.reservation.give_back_clean(pfn),
-                            false => self.reservation.give_back(pfn, slot.size()),
-                        }
-                    }
+                    undo(taken);
                     return Err(error.of(op).on(range));
                 }
             }
         }
+        if let Err(error) = self.commit_holes(op, range) {
+            undo(taken);
+            return Err(error.on(range));
+        }
         for (slot, pfn) in taken {
             self.frames.set(&slot, Some(pfn));
             self.show_shared(layout, slot.pages());
+        }
+        for (holes, _) in self.frames.holes(range) {
+            // Before it can be reached: the map first, then the views.
+            self.frames.fill(holes);
+            self.show_shared(layout, holes);
         }
         Ok(())
     }
@@ -165,8 +179,8 @@ impl Inner {
 
     /// Maps the pages into the views, as far as they have folios, whatever their words say.
     ///
-    /// Where views only take whole huge folios, one is mapped if the rest of it is shared, or is among
-    /// `becoming_shared`, which the caller holds. The layout is then locked for writing.
+    /// Where views only take whole huge folios, one is mapped if it has no hole and the rest of it is shared,
+    /// or is among `becoming_shared`, which the caller holds. The layout is then locked for writing.
     pub(super) fn show(&self, layout: &Layout, pages: PgoffRange, becoming_shared: &[PgoffRange]) {
         if layout.views.is_empty() {
             return;
@@ -187,7 +201,7 @@ impl Inner {
                         shared && word.phase() != Phase::Quarantined || becomes(pages)
                     })
                 };
-                let resident = |slot: &Slot| self.frames.get(slot).is_some();
+                let resident = |slot: &Slot| self.is_resident(slot.pages());
                 for slot in self.frames.shape().slots(pages).filter(resident).filter(is_shared) {
                     layout.views.iter().for_each(|(_, view)| view.show(slot.pages()));
                 }

@@ -7,7 +7,7 @@ use crate::addr::{ByteSize, Pfn, Pgoff};
 use crate::error::{Errno, Error, ErrorKind, Op};
 use crate::failpoint::{FailPoint, fails};
 use crate::folio::{Mover, PrivatePlacement, Side, Slot, Zone};
-use crate::range::{PfnRange, PgoffRange};
+use crate::range::PgoffRange;
 use crate::stage2::{GuestMove, GuestRun};
 use crate::state::{Frozen, Reader, Visibility, Wait, Wanted, Word, with_reader};
 
@@ -195,10 +195,25 @@ impl Inner {
         layout: &Layout,
         guest: &[GuestRun],
         slot: &Slot,
+        way: (Pfn, Zone),
+    ) -> Result<(), Error> {
+        // What goes back to the pool is committed, holes and all.
+        self.commit_holes(Op::Migrate, slot.pages())?;
+        let outcome = self.replace_committed(layout, guest, slot, way);
+        self.release_holes(slot.pages());
+        outcome
+    }
+
+    fn replace_committed(
+        &self,
+        layout: &Layout,
+        guest: &[GuestRun],
+        slot: &Slot,
         (old, to): (Pfn, Zone),
     ) -> Result<(), Error> {
+        let op = Op::Migrate;
         if fails(FailPoint::Folio) {
-            return Err(Error::new(Op::Migrate, ErrorKind::Exhausted));
+            return Err(Error::new(op, ErrorKind::Exhausted));
         }
         let pages = slot.pages();
         let pfn = self.reservation.take_to(slot.size(), pages.start(), to)?;
@@ -211,7 +226,7 @@ impl Inner {
         guard.unknown = None;
         match outcome {
             Ok(()) => {
-                self.frames.set(slot, Some(pfn));
+                self.frames.replace(slot, pfn);
                 self.reservation.moved_out(old, slot.size());
             }
             Err(_) => {
@@ -250,8 +265,13 @@ impl Inner {
     }
 
     fn copy_folio(&self, slot: &Slot, old: Pfn, new: Pfn) -> Result<(), Error> {
-        let nr_pages = slot.size().nr_pages();
-        self.arena.copy_frames(PfnRange::new(old, nr_pages)?, new)
+        self.frames.resident(slot.pages()).try_for_each(|(_, frames)| {
+            let skip = frames.start().get() - old.get();
+            let to = new
+                .checked_add(skip)
+                .ok_or_else(|| Error::new(Op::Migrate, ErrorKind::Overflow))?;
+            self.arena.copy_frames(frames, to)
+        })
     }
 }
 

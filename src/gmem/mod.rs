@@ -3,7 +3,8 @@
 //! | file | holds |
 //! |---|---|
 //! | `object` | the object: creating it, its size and counters, what it looks like now |
-//! | `allocate` | where folios come and go: allocate, populate, punch a hole |
+//! | `allocate` | where folios come by the VMM's wish |
+//! | `punch` | where memory goes back: hole punching |
 //! | `convert` | where a conversion is ordered, step by step |
 //! | `migrate` | a folio moves to other frames |
 //! | `pin` | where a pin is taken, and by whom |
@@ -24,6 +25,7 @@ mod layout;
 mod migrate;
 mod object;
 mod pin;
+mod punch;
 mod subscriber;
 
 pub use convert::{ContentPolicy, Conversion, ConvertOptions};
@@ -32,4 +34,5 @@ pub use host_view::{HostFault, HostView, Touch};
 pub use migrate::Migration;
 pub use object::{GuestMemfd, GuestMemfdBuilder, ObjectStat, PageInfo, PageStatus, Residency};
 pub use pin::{OwnerTag, PinGuard, PinMode};
+pub use punch::Punched;
 pub use subscriber::{Subscriber, Subscription};

@@ -10,7 +10,8 @@ use crate::addr::{ByteSize, Pgoff};
 use crate::backing::Arena;
 use crate::error::{Error, ErrorKind, Found, Op};
 use crate::folio::{
-    Account, Commitment, FolioMap, FolioPool, PrivatePlacement, Reservation, Shape, Wanted, Zone,
+    Account, Behind, Commitment, FolioMap, FolioPool, PrivatePlacement, Reservation, Shape, Wanted,
+    Zone,
 };
 use crate::geometry::{FolioSize, HUGE_PAGES, MAX_BYTES};
 use crate::os::memfd;
@@ -188,8 +189,13 @@ impl GuestMemfdBuilder {
 pub struct ObjectStat {
     /// The size that it was created with.
     pub size: ByteSize,
-    /// What its folios take of the pool, in whole folios.
+    /// What its folios take of the host's memory: whole folios, less what was released of them.
     pub resident: ByteSize,
+    /// Pages of its folios that were punched and not touched since.
+    pub holes: ByteSize,
+    /// How much of the holes the host has back. Where the backing cannot give back single pages, that is
+    /// nothing.
+    pub released: ByteSize,
     /// Pages that the host may see.
     pub shared: ByteSize,
     /// Pages that only the guest may see.
@@ -214,7 +220,7 @@ pub struct PageInfo {
     pub pins: u32,
     /// Whether a pin is exclusive, a change is under way, and so on.
     pub status: PageStatus,
-    /// Whether there is a folio behind it.
+    /// Whether there are bytes behind it.
     pub residency: Residency,
 }
 
@@ -231,12 +237,12 @@ pub enum PageStatus {
     Quarantined,
 }
 
-/// Whether there is a folio behind a page.
+/// Whether there are bytes behind a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Residency {
-    /// There is.
+    /// There are.
     Resident,
-    /// There is none; the page reads as zeroes and takes no memory.
+    /// There are none: it has no folio, or is a hole in one. It reads as zeroes.
     Absent,
 }
 
@@ -294,12 +300,22 @@ impl GuestMemfd {
             }
         }
         stat.mapped = ByteSize::from_pages(layout.nr_mapped());
-        for slot in self.0.frames.shape().slots(self.0.pages) {
-            if self.0.frames.get(&slot).is_some() {
-                stat.resident =
-                    ByteSize::from_bytes(stat.resident.get() + slot.size().bytes().get());
+        let (mut filled, mut holes, mut released) = (0, 0, 0);
+        for (pages, behind) in self.0.frames.parts(self.0.pages) {
+            match behind {
+                Behind::Nothing => {}
+                Behind::Frames(_) => filled += pages.nr_pages(),
+                Behind::Holes(frames) => {
+                    holes += pages.nr_pages();
+                    if self.0.arena.why_kept(frames).is_none() {
+                        released += pages.nr_pages();
+                    }
+                }
             }
         }
+        stat.resident = ByteSize::from_pages(filled + holes - released);
+        stat.holes = ByteSize::from_pages(holes);
+        stat.released = ByteSize::from_pages(released);
         stat
     }
 
@@ -328,11 +344,8 @@ impl GuestMemfd {
         let object = &*self.0;
         // Blocks of state and folios do not end in the same places.
         let parts = object.spans(range).flat_map(move |(pages, word)| {
-            let slots = object.frames.shape().slots(pages);
-            slots.filter_map(move |slot| {
-                let part = slot.pages().intersection(&pages)?;
-                Some((part, info(word, object.frames.get(&slot).is_some())))
-            })
+            let parts = object.frames.parts(pages);
+            parts.map(move |(part, behind)| (part, info(word, behind.is_resident())))
         });
         Ok(runs(parts))
     }
@@ -366,9 +379,9 @@ impl Inner {
         }
     }
 
-    /// Whether all of the range has folios.
+    /// Whether there are bytes behind all of the range.
     pub(super) fn is_resident(&self, range: PgoffRange) -> bool {
-        self.frames.shape().slots(range).all(|slot| self.frames.get(&slot).is_some())
+        self.frames.is_resident(range)
     }
 
     /// The word of a page.
@@ -466,7 +479,9 @@ impl Drop for Inner {
             let Some(pfn) = self.frames.get(&slot) else { continue };
             // A pin whose guard was forgotten may be a device that is still at work there.
             let unknown = |word: Word| word.phase() == Phase::Quarantined || word.is_held();
-            if self.spans(slot.pages()).any(|(_, word)| unknown(word)) {
+            let is_unknown = self.spans(slot.pages()).any(|(_, word)| unknown(word));
+            // The pool's memory is all committed. What the host keeps to itself is lost.
+            if is_unknown || self.commit_holes(Op::Allocate, slot.pages()).is_err() {
                 self.reservation.quarantine(pfn);
             } else {
                 self.reservation.give_back(pfn, slot.size());

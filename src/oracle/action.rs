@@ -265,7 +265,13 @@ impl RangeClaim {
             // Over the border of two folios.
             120..150 => inside((HUGE_PAGES - 4) + at % 8, 1 + nr % 16),
             // Whole folios of 2 MiB, and two of those with what lies between.
-            150..185 => inside(at % 3 * HUGE_PAGES, HUGE_PAGES << (nr % 2)),
+            150..165 => inside(at % 3 * HUGE_PAGES, HUGE_PAGES << (nr % 2)),
+            // What is left of one in front of a page, and behind it.
+            165..175 => inside(0, 1 + hot(at, nr_pages) % HUGE_PAGES),
+            175..185 => {
+                let page = hot(at, nr_pages);
+                inside(page, HUGE_PAGES - page % HUGE_PAGES)
+            }
             185..205 => inside(at, 1 + nr % nr_pages),
             205..212 => inside(0, nr_pages),
             // Over the end, far and near.

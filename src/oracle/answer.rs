@@ -3,6 +3,7 @@
 use std::fmt;
 
 use crate::addr::Offset;
+use crate::backing::WhyKept;
 use crate::error::{Culprit, Errno, Error, ErrorKind, Found, Op};
 use crate::range::PgoffRange;
 use crate::state::Visibility;
@@ -19,11 +20,21 @@ pub(super) struct PageFacts {
     pub(super) resident: bool,
 }
 
+/// What became of the memory of a punch, in pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct PunchFacts {
+    pub(super) returned: u64,
+    pub(super) released: u64,
+    pub(super) kept: u64,
+    pub(super) why_kept: Option<WhyKept>,
+}
+
 /// What came of a step.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) enum Answer {
     Done,
     Changed(u64),
+    Punched(PunchFacts),
     Bytes(Vec<u8>),
     Word(u64),
     Sides(Vec<(Run, Visibility)>),
@@ -122,6 +133,7 @@ impl fmt::Debug for Answer {
         match self {
             Self::Done => f.write_str("done"),
             Self::Changed(pages) => write!(f, "{pages} pages changed sides"),
+            Self::Punched(facts) => write!(f, "{facts:?}"),
             Self::Bytes(bytes) => write!(f, "{} bytes", bytes.len()),
             Self::Word(word) => write!(f, "{word:#x}"),
             Self::Sides(runs) => write!(f, "{runs:?}"),

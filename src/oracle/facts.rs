@@ -4,7 +4,7 @@ use super::answer::{PageFacts, Run, pages_of};
 use super::mistake::Mistake;
 use super::model::Model;
 use super::object::Object;
-use crate::backing::ArenaBacking;
+use crate::backing::{ArenaBacking, WhyKept};
 use crate::gmem::PinMode;
 use crate::state::Visibility;
 
@@ -13,6 +13,8 @@ use crate::state::Visibility;
 pub(super) struct ObjectFacts {
     pub(super) size: u64,
     pub(super) resident: u64,
+    pub(super) holes: u64,
+    pub(super) released: u64,
     pub(super) shared: u64,
     pub(super) private: u64,
     pub(super) pinned: u64,
@@ -109,9 +111,12 @@ impl Model {
         let count = |wanted: &dyn Fn(u64) -> bool| {
             (0..object.nr_pages()).filter(|&page| wanted(page)).count() as u64
         };
+        let released = |page| object.is_hole(page) && self.why_kept().is_none();
         ObjectFacts {
             size: object.nr_pages(),
-            resident: count(&|page| object.is_resident(page)),
+            resident: count(&|page| object.has_folio(page) && !released(page)),
+            holes: count(&|page| object.is_hole(page)),
+            released: count(&released),
             shared: count(&|page| object.is(page, Visibility::Shared)),
             private: count(&|page| object.is(page, Visibility::Private)),
             pinned: count(&|page| self.pins_on(at, (page, 1)).next().is_some()),
@@ -123,16 +128,27 @@ impl Model {
         }
     }
 
+    /// Why punched memory stays with the pool, if it does.
+    pub(super) fn why_kept(&self) -> Option<WhyKept> {
+        match self.backing {
+            ArenaBacking::Heap => Some(WhyKept::Heap),
+            ArenaBacking::Memfd => None,
+            ArenaBacking::MemfdThp => Some(WhyKept::TransparentHuge),
+            ArenaBacking::MemfdHugetlb2M | ArenaBacking::MemfdHugetlb1G => Some(WhyKept::Hugetlb),
+        }
+    }
+
     /// Whether a view shows the page: it is shared and there. Where views know huge pages only, all
     /// of its folio has to be.
     pub(super) fn is_touchable(&self, object: usize, page: u64) -> bool {
         let Some(object) = self.objects.get(object) else { return false };
         let together = match self.backing {
-            ArenaBacking::MemfdHugetlb2M => object.folio_at(page),
+            ArenaBacking::MemfdHugetlb2M | ArenaBacking::MemfdHugetlb1G => object.folio_at(page),
             _ => (page, 1),
         };
         let shared = pages_of(together).all(|page| object.is(page, Visibility::Shared));
-        object.is_resident(page) && (shared || self.errs(Mistake::ViewsMapPrivatePages))
+        let resident = pages_of(together).all(|page| object.is_resident(page));
+        resident && (shared || self.errs(Mistake::ViewsMapPrivatePages))
     }
 
     pub(super) fn pool_facts(&self) -> PoolFacts {

@@ -13,6 +13,8 @@ pub enum Mistake {
     KeepsBytesOfPartialPunch,
     /// Folios that are punched whole stay.
     KeepsPunchedFolios,
+    /// Folios whose pages are punched one after the other stay.
+    KeepsFoliosOfHoles,
     /// A punched page is private again.
     PunchChangesVisibility,
     /// A conversion that should zero does not.
@@ -53,12 +55,13 @@ pub enum Mistake {
 
 impl Mistake {
     /// All of them.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::ConvertsPinnedPages,
         Self::RefusesPinsOfPagesAlreadyThere,
         Self::PunchesPinnedPages,
         Self::KeepsBytesOfPartialPunch,
         Self::KeepsPunchedFolios,
+        Self::KeepsFoliosOfHoles,
         Self::PunchChangesVisibility,
         Self::ForgetsToZero,
         Self::ZeroesPagesAlreadyThere,

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::action::{Asked, Patience};
-use super::answer::{Answer, Refused, Run, pages_of, refused};
+use super::answer::{Answer, PunchFacts, Refused, Run, pages_of, refused};
 use super::ledger::Ledger;
 use super::mistake::Mistake;
 use super::object::{Object, Page};
@@ -177,7 +177,9 @@ impl Model {
             is_gone: false,
             nr_views: 0,
             folio,
-            pages: (0..nr_pages).map(|_| Page { visibility: initial, bytes: None }).collect(),
+            pages: (0..nr_pages)
+                .map(|_| Page { visibility: initial, bytes: None, is_hole: false })
+                .collect(),
             folios: BTreeMap::new(),
             names: Vec::new(),
         });
@@ -214,7 +216,9 @@ impl Model {
             // Never: it was promised.
             let frame = frame.ok_or_else(|| refused(Op::Allocate, ErrorKind::Exhausted))?;
             object.folios.insert(folio, frame);
+            pages_of(folio).for_each(|page| object.set_hole(page, false));
         }
+        pages_of(range).for_each(|page| object.set_hole(page, false));
         Ok(())
     }
 
@@ -242,33 +246,62 @@ impl Model {
         let nr_pages = self.object(object)?.nr_pages();
         let end = (range.0 + range.1).min(nr_pages);
         if range.0 >= end {
-            return Ok(Answer::Done);
+            return Ok(Answer::Punched(PunchFacts::default()));
         }
         let range = (range.0, end - range.0);
         if !self.errs(Mistake::PunchesPinnedPages) {
             self.first_held(Op::PunchHole, object, range)?;
         }
-        let (errs, keeps) = (self.mistake, self.errs(Mistake::KeepsPunchedFolios));
-        let (objects, ledger) = (&mut self.objects, &mut self.ledger);
-        let Some(object) = objects.get_mut(object) else { return Ok(Answer::Done) };
-        for folio in object.folios_of(range) {
-            let whole = range.0 <= folio.0 && folio.0 + folio.1 <= end;
-            if whole && !keeps {
-                if let Some(frame) = object.folios.remove(&folio) {
-                    ledger.give_back(frame, folio.1);
-                }
+        let mut facts = PunchFacts::default();
+        for folio in self.object(object)?.folios_of(range) {
+            self.punch_folio(object, folio, range, &mut facts)?;
+        }
+        Ok(Answer::Punched(facts))
+    }
+
+    fn punch_folio(
+        &mut self,
+        object: usize,
+        folio: Run,
+        range: Run,
+        facts: &mut PunchFacts,
+    ) -> Result<(), Refused> {
+        let (mistake, why_kept) = (self.mistake, self.why_kept());
+        let inside = |page: &u64| pages_of(range).contains(page);
+        let whole = pages_of(folio).all(|page| inside(&page));
+        let is_pinned = |page: u64| self.pins_on(object, (page, 1)).next().is_some();
+        let pinned = pages_of(folio).any(|page| !inside(&page) && is_pinned(page));
+        let ledger = &mut self.ledger;
+        let Some(object) = self.objects.get_mut(object) else { return Ok(()) };
+        let mut punched = 0;
+        for page in pages_of(folio).filter(inside) {
+            punched += u64::from(object.is_resident(page));
+            object.set_hole(page, true);
+            let Some(page) = object.page_mut(page) else { continue };
+            if whole || mistake != Some(Mistake::KeepsBytesOfPartialPunch) {
+                page.bytes = None;
             }
-            for page in pages_of(range).filter(|page| pages_of(folio).contains(page)) {
-                let Some(page) = object.page_mut(page) else { continue };
-                if whole || errs != Some(Mistake::KeepsBytesOfPartialPunch) {
-                    page.bytes = None;
-                }
-                if errs == Some(Mistake::PunchChangesVisibility) {
-                    page.visibility = Visibility::Private;
-                }
+            if mistake == Some(Mistake::PunchChangesVisibility) {
+                page.visibility = Visibility::Private;
             }
         }
-        Ok(Answer::Done)
+        let all = pages_of(folio).all(|page| object.is_hole(page));
+        let stays = match mistake {
+            Some(Mistake::KeepsPunchedFolios) => true,
+            Some(Mistake::KeepsFoliosOfHoles) => !whole,
+            _ => pinned,
+        };
+        if let Some(frame) = object.folios.get(&folio).copied().filter(|_| all && !stays) {
+            object.folios.remove(&folio);
+            ledger.give_back(frame, folio.1);
+            facts.returned += folio.1;
+        } else if why_kept.is_none() {
+            facts.released += punched;
+        } else if punched > 0 {
+            facts.kept += punched;
+            facts.why_kept = why_kept;
+        }
+        Ok(())
     }
 
     fn pin(

@@ -13,6 +13,8 @@ pub(super) struct Page {
     pub(super) visibility: Visibility,
     /// All zeroes if there are none.
     pub(super) bytes: Option<Vec<u8>>,
+    /// Punched, in a folio that has stayed, and not touched since.
+    pub(super) is_hole: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -42,6 +44,12 @@ impl Object {
         self.pages.get_mut(usize::try_from(page).ok()?)
     }
 
+    pub(super) fn set_hole(&mut self, page: u64, is_hole: bool) {
+        if let Some(page) = self.page_mut(page) {
+            page.is_hole = is_hole;
+        }
+    }
+
     pub(super) fn is(&self, page: u64, visibility: Visibility) -> bool {
         self.page(page).is_some_and(|page| page.visibility == visibility)
     }
@@ -63,7 +71,15 @@ impl Object {
     }
 
     pub(super) fn is_resident(&self, page: u64) -> bool {
+        self.has_folio(page) && self.page(page).is_some_and(|page| !page.is_hole)
+    }
+
+    pub(super) fn has_folio(&self, page: u64) -> bool {
         self.folios.contains_key(&self.folio_at(page))
+    }
+
+    pub(super) fn is_hole(&self, page: u64) -> bool {
+        self.has_folio(page) && self.page(page).is_some_and(|page| page.is_hole)
     }
 
     pub(super) fn inside(&self, op: Op, range: Run) -> Result<(), Refused> {

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::action::{Asked, Door, Patience};
-use super::answer::{Answer, PageFacts, Refused, run_of};
+use super::answer::{Answer, PageFacts, PunchFacts, Refused, run_of};
 use super::facts::{ObjectFacts, PoolFacts};
 use super::step::{How, Owner, STRANGER, Step, pattern};
 use crate::addr::{ByteSize, Offset, Pgoff};
@@ -191,7 +191,15 @@ impl Real {
                 }
             }
             Step::Allocate { object, range } => self.of(object)?.allocate(range.born()?)?,
-            Step::Punch { object, range } => self.of(object)?.punch_hole(range.born()?)?,
+            Step::Punch { object, range } => {
+                let punched = self.of(object)?.punch_hole(range.born()?)?;
+                return Ok(Answer::Punched(PunchFacts {
+                    returned: pages(punched.returned())?,
+                    released: pages(punched.released())?,
+                    kept: pages(punched.kept())?,
+                    why_kept: punched.why_kept(),
+                }));
+            }
             Step::Pin { object, range, owner, mode, patience } => {
                 self.pin(object, range, owner, mode, &patience.wait())?;
             }
@@ -355,6 +363,8 @@ impl Real {
         Ok(ObjectFacts {
             size: pages(stat.size)?,
             resident: pages(stat.resident)?,
+            holes: pages(stat.holes)?,
+            released: pages(stat.released)?,
             shared: pages(stat.shared)?,
             private: pages(stat.private)?,
             pinned: pages(stat.pinned)?,

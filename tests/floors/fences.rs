@@ -16,6 +16,7 @@ const ORDERINGS: &[&str] = &[
     "state/epoch.rs",
     "state/holders.rs",
     "state/waiting.rs",
+    "folio/holes.rs",
     "folio/map.rs",
 ];
 

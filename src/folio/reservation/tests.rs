@@ -1,7 +1,7 @@
 use super::*;
 use crate::addr::ByteSize;
-use crate::failpoint::{FailPoint, arm};
 use crate::backing::ArenaBacking;
+use crate::failpoint::{FailPoint, arm};
 use crate::folio::PoolStat;
 
 const HUGE: Blocks = Blocks { giant: 0, huge: 1, base: 0 };
