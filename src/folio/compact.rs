@@ -3,9 +3,11 @@
 use std::fmt;
 use std::sync::Arc;
 
+use super::owner::Mover;
+use super::part::Zone;
 use super::pool::FolioPool;
 use super::record::Record;
-use super::state::{Mover, State, Zone};
+use super::state::State;
 use crate::addr::{ByteSize, Pfn, Pgoff};
 use crate::error::{Error, ErrorKind, Op};
 use crate::geometry::FolioSize;

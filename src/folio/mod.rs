@@ -6,10 +6,12 @@
 //! | `buddy` | which frames are free |
 //! | `ledger` | what is promised, and whether more can be |
 //! | `home` | where objects would like to be |
-//! | `frames` | one arena's frames, as arithmetic |
+//! | `frames` | one part's frames, as arithmetic |
 //! | `record` | the folios that are in use, and whose they are |
 //! | `account` | what a guest may take |
-//! | `state` | all arenas, owners and accounts of a pool |
+//! | `part` | a run of frames of one zone, and whose they are |
+//! | `owner` | what an object is promised, and at whose expense |
+//! | `state` | all parts, owners and accounts of a pool |
 //! | `reservation` | an object's promise |
 //! | `scrub` | cleaning what comes back |
 //! | `compact` | making room for a large folio |
@@ -26,6 +28,8 @@ mod holes;
 mod home;
 mod ledger;
 mod map;
+mod owner;
+mod part;
 mod pool;
 mod record;
 mod reservation;
@@ -36,10 +40,11 @@ pub use account::{Account, AccountStat};
 pub(crate) use bits::try_bits;
 pub use compact::{Compaction, Obstacle};
 pub(crate) use map::{Behind, FolioMap, Shape, Slot};
+pub use owner::PrivatePlacement;
+pub(crate) use owner::{Mover, Side};
+pub use part::Zone;
 pub(crate) use pool::Claim;
 pub use pool::{FolioPool, PoolBuilder, PoolStat, Unscrubbed};
 pub use reservation::Commitment;
 pub(crate) use reservation::{Reservation, Wanted};
 pub use scrub::Scrubber;
-pub(crate) use state::{Mover, Side};
-pub use state::{PrivatePlacement, Zone};

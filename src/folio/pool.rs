@@ -5,7 +5,8 @@
 
 use std::sync::Arc;
 
-use super::state::{PartState, Poisoned, State, Zone};
+use super::part::{PartState, Zone};
+use super::state::{Poisoned, State};
 use crate::addr::{ByteSize, Pfn};
 use crate::backing::{Arena, ArenaBacking, HostOffer, PartReport, PartSpec};
 use crate::error::Error;

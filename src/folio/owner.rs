@@ -1,0 +1,213 @@
+//! Who has folios: what objects are promised, where, and at whose expense.
+
+use std::fmt;
+use std::sync::{Arc, Weak};
+
+use super::frames::Promise;
+use super::home::Home;
+use super::ledger::Blocks;
+use super::part::{PartState, Zone};
+use super::record::{Record, Use};
+use super::state::State;
+use crate::addr::{ByteSize, Pfn, Pgoff};
+use crate::error::{Error, ErrorKind, Op};
+use crate::geometry::FolioSize;
+
+/// What becomes of private memory of an object whose folios may be outside of [`Zone::Normal`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum PrivatePlacement {
+    /// It moves to [`Zone::Normal`] before it turns private. All of the object is promised there, so that
+    /// this cannot fail for want of frames; other zones take what is shared, as long as they have room.
+    #[default]
+    MoveToNormal,
+    /// Nothing turns private outside of [`Zone::Normal`]: conversions and first touches there are refused.
+    Refuse,
+}
+
+/// What a folio is to hold at first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Side {
+    /// Nothing but shared memory.
+    SharedOnly,
+    /// Private memory as well.
+    Any,
+}
+
+/// Somebody who can move his folios to other frames when asked.
+pub(crate) trait Mover: Send + Sync + fmt::Debug {
+    /// Moves the folio that holds the pages from `page` on out of the frame that it is in, which must be
+    /// `from`, to any other of the same zone.
+    fn move_away(&self, page: Pgoff, from: Pfn) -> Result<(), Error>;
+}
+
+/// What is wanted of a pool for an object.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Demand<'a> {
+    pub(super) blocks: Blocks,
+    pub(super) zones: &'a [Zone],
+    pub(super) private: PrivatePlacement,
+    pub(super) account: Option<usize>,
+    pub(super) promise: Promise,
+}
+
+/// Somebody who has folios: an object.
+#[derive(Debug)]
+pub(super) struct Owner {
+    pub(super) account: Option<usize>,
+    pub(super) promise: Promise,
+    /// The parts that it may draw from, in its order, and what each still owes it.
+    pub(super) left: Vec<(usize, Blocks)>,
+    /// Parts outside of its promise, where folios that hold shared memory alone are put as long as there
+    /// is room. All that is promised is in [`Zone::Normal`] then.
+    pub(super) opportune: Vec<usize>,
+    pub(super) mover: Option<Weak<dyn Mover>>,
+    pub(super) home: Option<(usize, Home)>,
+    /// What its account is charged for it.
+    pub(super) charged_pages: u64,
+}
+
+const SIZES: [FolioSize; 3] = [FolioSize::Huge1G, FolioSize::Huge2M, FolioSize::Base];
+
+impl State {
+    /// Promises an object its folios, or says why not.
+    pub(super) fn reserve(&mut self, demand: &Demand<'_>) -> Result<usize, Error> {
+        let op = Op::CreateObject;
+        let floats = demand.private == PrivatePlacement::MoveToNormal
+            && demand.zones.iter().any(|&zone| zone != Zone::Normal);
+        let (mut parts, mut opportune) = (Vec::new(), Vec::new());
+        for (nr, part) in demand.zones.iter().flat_map(|&zone| self.of_zone(zone)) {
+            match floats && part.zone != Zone::Normal {
+                true => opportune.push(nr),
+                false => parts.push((nr, Blocks::default())),
+            }
+        }
+        if floats && !demand.zones.contains(&Zone::Normal) {
+            parts.extend(self.of_zone(Zone::Normal).map(|(nr, _)| (nr, Blocks::default())));
+        }
+        let nr_pages = match demand.promise {
+            Promise::None => 0,
+            Promise::Kept => {
+                self.promise(&mut parts, demand.blocks)?;
+                demand.blocks.pages()
+            }
+        };
+        if let Err(error) = self.charge(op, demand.account, nr_pages) {
+            self.unpromise(&parts);
+            return Err(error);
+        }
+        let home = parts.iter().find_map(|&(nr, _)| {
+            let part = self.parts.get_mut(nr)?;
+            Some((nr, part.homes.find(part.frames.buddy(), demand.blocks.pages())?))
+        });
+        Ok(self.owners.insert(Owner {
+            account: demand.account,
+            promise: demand.promise,
+            left: parts,
+            opportune,
+            mover: None,
+            home,
+            charged_pages: nr_pages,
+        }))
+    }
+
+    fn of_zone(&self, zone: Zone) -> impl Iterator<Item = (usize, &PartState)> {
+        self.parts.iter().enumerate().filter(move |(_, part)| part.zone == zone)
+    }
+
+    /// Has the parts promise what is wanted, in their order, the largest folios first.
+    fn promise(&mut self, left: &mut [(usize, Blocks)], wanted: Blocks) -> Result<(), Error> {
+        for size in SIZES {
+            let mut missing = wanted.of(size);
+            for (nr, promised) in left.iter_mut() {
+                let Some(part) = self.parts.get_mut(*nr) else { continue };
+                let frames = &mut part.frames;
+                let most = frames.free().promisable(&frames.promised(), size).min(missing);
+                let mut more = Blocks::default();
+                *more.of_mut(size) = most;
+                if most > 0 && frames.promise(more) {
+                    *promised = promised.plus(more);
+                    missing -= most;
+                }
+            }
+            if missing > 0 {
+                let parts: Vec<usize> = left.iter().map(|&(nr, _)| nr).collect();
+                self.unpromise(left);
+                return Err(self.cannot_promise(&parts, wanted));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn unpromise(&mut self, left: &[(usize, Blocks)]) {
+        for &(nr, blocks) in left {
+            if let Some(part) = self.parts.get_mut(nr) {
+                part.frames.unpromise(blocks);
+            }
+        }
+    }
+
+    /// The error that says how much is missing.
+    fn cannot_promise(&self, parts: &[usize], wanted: Blocks) -> Error {
+        let can = |size| -> u64 {
+            let parts = parts.iter().filter_map(|&nr| self.parts.get(nr));
+            parts.map(|a| a.frames.free().promisable(&a.frames.promised(), size)).sum()
+        };
+        let [giant, huge, base] = SIZES.map(can);
+        let missing = wanted.pages().saturating_sub(base);
+        Error::new(Op::CreateObject, ErrorKind::Exhausted).because(format!(
+            "wanted are {} folios of 1 GiB, {} of 2 MiB and {} of 4 KiB; of one size alone the pool can still \
+             promise {giant}, {huge} or {base}; {} bytes are missing{}",
+            wanted.giant,
+            wanted.huge,
+            wanted.base,
+            ByteSize::from_pages(missing).get(),
+            if missing == 0 { " in all, but not in blocks of that size" } else { "" },
+        ))
+    }
+
+    pub(super) fn charge(
+        &mut self,
+        op: Op,
+        account: Option<usize>,
+        nr_pages: u64,
+    ) -> Result<(), Error> {
+        match account.and_then(|key| self.accounts.get_mut(key)) {
+            Some(account) => account.charge(op, nr_pages),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn uncharge(&mut self, account: Option<usize>, nr_pages: u64) {
+        if let Some(account) = account.and_then(|key| self.accounts.get_mut(key)) {
+            account.uncharge(nr_pages);
+        }
+    }
+
+    /// Who is to be asked to move an owner's folios.
+    pub(super) fn set_mover(&mut self, key: usize, mover: Weak<dyn Mover>) {
+        if let Some(owner) = self.owners.get_mut(key) {
+            owner.mover = Some(mover);
+        }
+    }
+
+    /// Who can move the folio that begins at a frame of a part, and the first page of it.
+    pub(super) fn mover_of(&self, record: &Record) -> Option<(Arc<dyn Mover>, Pgoff)> {
+        let Use::Owned { owner, page } = record.state else { return None };
+        let mover = self.owners.get(owner)?.mover.as_ref()?.upgrade()?;
+        Some((mover, Pgoff::new(page)))
+    }
+
+    /// Ends an owner's promise.
+    pub(super) fn leave(&mut self, key: usize) {
+        let Some(owner) = self.owners.try_remove(key) else { return };
+        if owner.promise == Promise::Kept {
+            self.unpromise(&owner.left);
+        }
+        self.uncharge(owner.account, owner.charged_pages);
+        if let Some((nr, home)) = owner.home {
+            if let Some(part) = self.parts.get_mut(nr) {
+                part.homes.leave(home);
+            }
+        }
+    }
+}

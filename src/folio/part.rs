@@ -1,0 +1,140 @@
+//! One part of a pool's memory: a run of frames of one zone, and whose they are.
+
+use std::fmt;
+
+use super::frames::{Frames, Promise, Taken};
+use super::home::Homes;
+use super::record::{Record, Records, Use};
+use crate::addr::{PageNumber, Pfn, Pgoff};
+use crate::error::Error;
+use crate::geometry::FolioSize;
+use crate::range::PfnRange;
+
+/// What kind of frames a part has, after the kernel's zones.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Zone {
+    /// For anything.
+    #[default]
+    Normal,
+    /// For what can be moved at any time, so that the part can be emptied (`ZONE_MOVABLE`).
+    Movable,
+    /// For what can be moved when a device wants one large run (`MIGRATE_CMA`).
+    Cma,
+}
+
+impl fmt::Display for Zone {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Normal => "normal",
+            Self::Movable => "movable",
+            Self::Cma => "cma",
+        })
+    }
+}
+
+/// A run of frames of one zone.
+#[derive(Debug)]
+pub(super) struct PartState {
+    pub(super) start: u64,
+    pub(super) zone: Zone,
+    pub(super) frames: Frames,
+    pub(super) records: Records,
+    pub(super) homes: Homes,
+}
+
+impl PartState {
+    pub(super) fn new(frames: PfnRange, zone: Zone) -> Result<Self, Error> {
+        let nr_pages = frames.nr_pages();
+        Ok(Self {
+            start: frames.start().get(),
+            zone,
+            frames: Frames::new(nr_pages)?,
+            records: Records::new(nr_pages)?,
+            homes: Homes::new(nr_pages)?,
+        })
+    }
+
+    /// A frame of the part as the pool numbers it.
+    pub(super) fn pfn(&self, frame: u64) -> Pfn {
+        Pfn::from_raw(self.start + frame)
+    }
+
+    pub(super) fn metadata_bytes(&self) -> u64 {
+        let maps = self.frames.metadata_bytes() + self.homes.metadata_bytes();
+        maps + self.records.metadata_bytes()
+    }
+}
+
+/// A folio that was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Got {
+    /// All zeroes.
+    Clean(Pfn),
+    /// To be scrubbed by the caller.
+    Dirty(Pfn),
+    /// The caller scrubs this block of 2 MiB, gives it to [`State::scrubbed`], and tries again.
+    ScrubFirst(Pfn),
+    /// The caller waits until a scrub has ended, and tries again.
+    Wait,
+}
+
+/// What is known of the bytes of a folio that comes back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Bytes {
+    /// All zero.
+    Zero,
+    /// Not all zero, perhaps. For folios of 2 MiB or more without poisoned frames.
+    Dirty,
+}
+
+impl PartState {
+    /// Writes down whose a folio is that was just taken, or puts it back.
+    #[inline]
+    pub(super) fn note(
+        &mut self,
+        owner: usize,
+        page: Pgoff,
+        size: FolioSize,
+        start: u64,
+        (bytes, promise): (Bytes, Promise),
+    ) -> Result<(), Error> {
+        let state = Use::Owned { owner, page: page.get() };
+        let outcome = self.records.insert(Record { start, size, state });
+        if outcome.is_err() {
+            match bytes {
+                Bytes::Zero => {
+                    self.frames.give_back_clean(start, size, promise);
+                }
+                Bytes::Dirty => self.frames.give_back_dirty(start, size, promise),
+            }
+        }
+        outcome
+    }
+
+    /// Takes a folio that nobody was promised; `None` if there is none without waiting for a scrub.
+    pub(super) fn take_unpromised(
+        &mut self,
+        owner: usize,
+        size: FolioSize,
+        page: Pgoff,
+    ) -> Option<Got> {
+        let (start, bytes) = match self.frames.take(size, None, Promise::None) {
+            Taken::Clean(start) => (start, Bytes::Zero),
+            Taken::Dirty(start) => (start, Bytes::Dirty),
+            Taken::ScrubFirst(start) => return Some(Got::ScrubFirst(self.pfn(start))),
+            Taken::Wait | Taken::Nothing => return None,
+        };
+        self.note(owner, page, size, start, (bytes, Promise::None)).ok()?;
+        let pfn = self.pfn(start);
+        Some(if bytes == Bytes::Zero { Got::Clean(pfn) } else { Got::Dirty(pfn) })
+    }
+
+    pub(super) fn covers(&self, pfn: Pfn) -> bool {
+        pfn.get().checked_sub(self.start).is_some_and(|frame| frame < self.frames.nr_pages())
+    }
+}
+
+#[inline]
+pub(super) fn part_of(parts: &mut [PartState], pfn: Pfn) -> Option<(usize, &mut PartState)> {
+    parts.iter_mut().enumerate().find(|(_, part)| part.covers(pfn))
+}
