@@ -15,7 +15,9 @@ use gmem::{
     ArenaBacking, Commitment, Compaction, ContentPolicy, FolioPool, GuestMemfd, HostView, PinMode,
     SigbusHandler, Touch, Visibility, Zone,
 };
-use zoned::{FOLIO, assert_all_back, contents, is_all_in, pages, pool, range, read_page};
+use zoned::{
+    FOLIO, assert_all_back, contents, counters, is_all_in, pages, pool, range, read_page, write_all,
+};
 
 const HUGE: FolioSize = FolioSize::Huge2M;
 const NORMAL: Zone = Zone::Normal;
@@ -35,9 +37,7 @@ fn fragmented(
 ) -> (FolioPool, GuestMemfd) {
     let pool = pool(backing, &[(NORMAL, nr_pages)]);
     let memfd = small(&pool, nr_pages, Visibility::Shared);
-    for page in 0..nr_pages {
-        memfd.write(Offset::new(page << 12), &contents(page)).unwrap();
-    }
+    write_all(&memfd);
     for page in (0..nr_pages).filter(|&page| !stays(page)) {
         memfd.punch_hole(range(page, 1)).unwrap();
     }
@@ -190,7 +190,9 @@ fn what_was_moved_in_vain_is_limited_and_stays_right() {
     let pins: Vec<_> = (0..8).map(pin).collect();
     let compaction = pool.compact(HUGE, NORMAL).unwrap();
     assert_eq!((compaction.made, compaction.obstacles.len()), (None, 4));
-    assert_eq!(compaction.moved, pages(4 * (FOLIO / 2 - 1)));
+    // What left one block may have gone to the next.
+    let moved = compaction.moved.whole_pages();
+    assert!((4 * (FOLIO / 2 - 1)..4 * FOLIO).contains(&moved), "{moved}");
     assert_even_pages_are_there(&memfd);
     assert_clean(&pool, &memfd);
     drop(pins);
@@ -242,16 +244,14 @@ fn objects_that_were_promised_all_move_too() {
             stays.allocate(range(page, 1)).unwrap();
             goes.allocate(range(page, 1)).unwrap();
         };
-        // A home of its own would keep it together; with its home full it takes what is free.
         (0..FOLIO).for_each(fill);
         assert!(is_all_in(&stays, NORMAL), "private memory");
         let _ = stays.convert(stays.pages(), Visibility::Shared, ContentPolicy::Zero).unwrap();
-        (0..FOLIO).for_each(|page| stays.write(Offset::new(page << 12), &contents(page)).unwrap());
+        write_all(&stays);
         drop(goes);
-        let before = pool.zone_stat(NORMAL);
+        let before = counters(&pool, NORMAL);
         make(&pool);
-        assert_eq!(pool.zone_stat(NORMAL).used, before.used);
-        assert_eq!(pool.zone_stat(NORMAL).reserved, before.reserved);
+        assert_eq!(counters(&pool, NORMAL), before);
         assert!((0..FOLIO).all(|page| read_page(&stays, page) == contents(page)));
         assert_clean(&pool, &stays);
         drop(stays);
@@ -263,9 +263,7 @@ fn objects_that_were_promised_all_move_too() {
 fn private_memory_moves_unless_the_guest_has_it() {
     let pool = pool(ArenaBacking::Heap, &[(NORMAL, 2 * FOLIO)]);
     let memfd = small(&pool, 2 * FOLIO, Visibility::Shared);
-    for page in 0..2 * FOLIO {
-        memfd.write(Offset::new(page << 12), &contents(page)).unwrap();
-    }
+    write_all(&memfd);
     let _ = memfd.convert(memfd.pages(), Visibility::Private, ContentPolicy::Preserve).unwrap();
     for page in (1..2 * FOLIO).step_by(2) {
         memfd.punch_hole(range(page, 1)).unwrap();
@@ -326,9 +324,7 @@ fn it_keeps_to_its_zone_and_base_folios_need_no_room() {
     let builder = GuestMemfd::builder(pages(2 * FOLIO)).initial(Visibility::Shared);
     let builder = builder.zones(&[Zone::Movable]).folio_size(FolioSize::Base);
     let memfd = builder.commitment(Commitment::Overcommitted).create(&pool).unwrap();
-    for page in 0..2 * FOLIO {
-        memfd.write(Offset::new(page << 12), &contents(page)).unwrap();
-    }
+    write_all(&memfd);
     for page in (1..2 * FOLIO).step_by(2) {
         memfd.punch_hole(range(page, 1)).unwrap();
     }
