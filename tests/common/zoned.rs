@@ -24,16 +24,16 @@ pub(crate) fn pool(backing: ArenaBacking, parts: &[(Zone, u64)]) -> FolioPool {
     builder.create().unwrap()
 }
 
-/// The zone of each folio of the object that is there, in ascending order of pages.
-pub(crate) fn zones_of(memfd: &GuestMemfd) -> Vec<Zone> {
-    let runs = memfd.frames_of(memfd.pages()).unwrap();
-    runs.map(|(_, frames)| memfd.pool().zone_of(frames.start()).unwrap()).collect()
-}
-
 /// Whether all that is there of the object is in a zone, and something is.
 pub(crate) fn is_all_in(memfd: &GuestMemfd, zone: Zone) -> bool {
     let zones = zones_of(memfd);
     !zones.is_empty() && zones.iter().all(|&it| it == zone)
+}
+
+/// The zone of each run of folios that are there, in ascending order of pages.
+pub(crate) fn zones_of(memfd: &GuestMemfd) -> Vec<Zone> {
+    let runs = memfd.frames_of(memfd.pages()).unwrap();
+    runs.map(|(_, frames)| memfd.pool().zone_of(frames.start()).unwrap()).collect()
 }
 
 /// Gives every page bytes of its own.
