@@ -317,3 +317,6 @@ fn misplaced(op: Op) -> Error {
     Error::new(op, ErrorKind::Unsupported)
         .because("its folio is outside of zone normal, and is not to move")
 }
+
+#[cfg(test)]
+mod tests;
