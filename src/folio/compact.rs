@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::owner::Mover;
 use super::part::Zone;
 use super::pool::FolioPool;
-use super::record::Record;
+use super::record::{Record, Use};
 use super::state::State;
 use crate::addr::{ByteSize, Pfn, Pgoff};
 use crate::error::{Error, ErrorKind, Op};
@@ -21,11 +21,12 @@ pub struct Compaction {
     pub made: Option<PfnRange>,
     /// How much was moved, in vain or not.
     pub moved: ByteSize,
-    /// What stood in the way in the blocks that were tried.
+    /// What stood in the way in the blocks that were tried. There is nothing to be tried where no block
+    /// consists of smaller folios.
     pub obstacles: Vec<Obstacle>,
 }
 
-/// A folio that could not be moved.
+/// A folio that could not be moved, or a block that could not be emptied for another reason.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Obstacle {
@@ -42,13 +43,18 @@ impl fmt::Display for Obstacle {
     }
 }
 
-/// How many blocks are tried: each that fails has moved memory for nothing.
-const MOST_TRIES: usize = 4;
+/// How many blocks are left half empty: in each, memory was moved for nothing.
+const MOST_IN_VAIN: usize = 4;
+/// How many obstacles are reported.
+const MOST_OBSTACLES: usize = 64;
+/// How often a block is looked through for what others put there meanwhile.
+const MOST_ROUNDS: usize = 4;
 
 /// A block to be made free.
 struct Candidate {
     part: usize,
     start: u64,
+    frames: PfnRange,
     nr_used: u64,
 }
 
@@ -57,6 +63,20 @@ struct Isolated<'a> {
     pool: &'a FolioPool,
     part: usize,
     runs: Vec<(u64, u64)>,
+}
+
+impl Isolated<'_> {
+    /// Adds the frames of a folio that has just moved away: it would be the first to be taken for the next
+    /// one. If somebody was faster, that one is found in the next round.
+    fn add(&mut self, frames: PfnRange) {
+        let mut state = self.pool.state();
+        let Some(part) = state.parts.get_mut(self.part) else { return };
+        let Some(start) = frames.start().get().checked_sub(part.start) else { return };
+        let room = self.runs.try_reserve(1).is_ok();
+        if room && part.frames.isolate_block(start, frames.nr_pages()) {
+            self.runs.push((start, frames.nr_pages()));
+        }
+    }
 }
 
 impl Drop for Isolated<'_> {
@@ -90,9 +110,21 @@ impl FolioPool {
         }
         let mut candidates = self.state().candidates(size, zone);
         candidates.sort_by_key(|candidate| candidate.nr_used);
-        for candidate in candidates.iter().take(MOST_TRIES) {
-            self.vacate(candidate, size, &mut compaction);
-            if compaction.made.is_some() {
+        let mut nr_in_vain = 0;
+        for candidate in &candidates {
+            let before = compaction.moved;
+            match self.vacate(candidate, size, &mut compaction) {
+                Ok(made) => {
+                    compaction.made = Some(made);
+                    break;
+                }
+                Err(obstacle) if compaction.obstacles.len() < MOST_OBSTACLES => {
+                    compaction.obstacles.push(obstacle);
+                }
+                Err(_) => {}
+            }
+            nr_in_vain += usize::from(compaction.moved != before);
+            if nr_in_vain == MOST_IN_VAIN {
                 break;
             }
         }
@@ -100,70 +132,85 @@ impl FolioPool {
     }
 
     /// Moves away all that is in a block, or finds out what cannot be.
-    fn vacate(&self, block: &Candidate, size: FolioSize, into: &mut Compaction) {
-        let isolated = {
+    fn vacate(
+        &self,
+        block: &Candidate,
+        size: FolioSize,
+        into: &mut Compaction,
+    ) -> Result<PfnRange, Obstacle> {
+        let stuck = |why| Obstacle {
+            frames: block.frames,
+            error: Error::new(Op::Compact, ErrorKind::Exhausted).because(why),
+        };
+        let mut isolated = {
             let mut state = self.state();
-            let Some(part) = state.parts.get_mut(block.part) else { return };
-            let Some(runs) = part.frames.isolate(block.start, size) else { return };
+            let part = state.parts.get_mut(block.part);
+            let runs = part.and_then(|part| part.frames.isolate(block.start, size));
+            let runs =
+                runs.ok_or_else(|| stuck("what is free in this block is promised to objects"))?;
             Isolated { pool: self, part: block.part, runs }
         };
-        let folios = self.state().folios_in(block, size);
-        let mut is_vacant = true;
-        for (frames, mover) in folios {
-            let outcome = match mover {
-                Some((mover, page)) => mover.move_away(page, frames.start()),
-                None => Err(Error::new(Op::Compact, ErrorKind::Quarantined)),
-            };
-            match outcome {
-                Ok(()) => {
-                    let moved = into.moved.get() + frames.len_bytes().get();
-                    into.moved = ByteSize::from_bytes(moved);
-                }
-                Err(error) => {
-                    is_vacant = false;
-                    into.obstacles.push(Obstacle { frames, error });
-                    break;
-                }
+        for _ in 0..MOST_ROUNDS {
+            let folios = self.state().folios_in(block, size);
+            if folios.is_empty() {
+                break;
+            }
+            for Moveable { frames, by } in folios {
+                by.and_then(|(mover, page)| mover.move_away(page, frames.start()))
+                    .map_err(|error| Obstacle { frames, error: error.of(Op::Compact) })?;
+                into.moved = ByteSize::from_bytes(into.moved.get() + frames.len_bytes().get());
+                isolated.add(frames);
             }
         }
         drop(isolated);
         // What moved out of large folios may be dirty still.
         self.scrub_all();
-        if is_vacant {
-            let state = self.state();
-            let Some(part) = state.parts.get(block.part) else { return };
-            let order = part.frames.buddy().order_at(block.start);
-            if order.is_some_and(|order| order >= size.order()) {
-                into.made = PfnRange::new(part.pfn(block.start), size.nr_pages()).ok();
-            }
+        let state = self.state();
+        let part = state.parts.get(block.part);
+        let order = part.and_then(|part| part.frames.buddy().order_at(block.start));
+        match order.is_some_and(|order| order >= size.order()) {
+            true => Ok(block.frames),
+            false => Err(stuck("somebody has taken memory of this block meanwhile")),
         }
     }
 }
 
-/// A folio to be moved, and who can.
-type Moveable = (PfnRange, Option<(Arc<dyn Mover>, Pgoff)>);
+/// A folio to be moved, and who can, and its first page; or why nobody can.
+struct Moveable {
+    frames: PfnRange,
+    by: Result<(Arc<dyn Mover>, Pgoff), Error>,
+}
 
 impl State {
+    /// A free block of which nobody was promised a part.
     fn free_block(&self, size: FolioSize, zone: Zone) -> Option<Pfn> {
         let mut parts = self.parts.iter().filter(|part| part.zone == zone);
         parts.find_map(|part| {
+            if part.frames.free().promisable(&part.frames.promised(), size) == 0 {
+                return None;
+            }
             let blocks = part.frames.buddy().free_blocks();
             let mut large = blocks.filter(|&(_, nr_pages)| nr_pages >= size.nr_pages());
             large.next().map(|(start, _)| part.pfn(start))
         })
     }
 
-    /// Blocks in which something is free and something is in use, without failed frames.
+    /// Blocks that hold smaller folios, without failed frames.
     fn candidates(&self, size: FolioSize, zone: Zone) -> Vec<Candidate> {
         let mut candidates = Vec::new();
         for (nr, part) in self.parts.iter().enumerate().filter(|(_, part)| part.zone == zone) {
             let nr_pages = size.nr_pages();
             let mut start = 0;
             while start + nr_pages <= part.frames.nr_pages() {
-                let used = part.records.within(start, nr_pages).map(|r| r.size.nr_pages()).sum();
+                let folios = || part.records.within(start, nr_pages);
+                let nr_used = folios().map(|folio| folio.size.nr_pages()).sum();
+                let is_cut = nr_used > 0 && folios().all(|folio| folio.size < size);
                 let is_whole = part.frames.poisoned_in(start, nr_pages).is_empty();
-                if used > 0 && used < nr_pages && is_whole && candidates.try_reserve(1).is_ok() {
-                    candidates.push(Candidate { part: nr, start, nr_used: used });
+                let frames = PfnRange::new(part.pfn(start), nr_pages);
+                if let (true, Ok(frames)) = (is_cut && is_whole, frames) {
+                    if candidates.try_reserve(1).is_ok() {
+                        candidates.push(Candidate { part: nr, start, frames, nr_used });
+                    }
                 }
                 start += nr_pages;
             }
@@ -175,7 +222,13 @@ impl State {
         let Some(part) = self.parts.get(block.part) else { return Vec::new() };
         let folio = |record: &Record| {
             let frames = PfnRange::new(part.pfn(record.start), record.size.nr_pages()).ok()?;
-            Some((frames, self.mover_of(record)))
+            let by = match record.state {
+                Use::Owned { .. } => self.mover_of(record).ok_or_else(|| {
+                    Error::new(Op::Compact, ErrorKind::Busy).because("its object is just going")
+                }),
+                Use::Quarantined => Err(Error::new(Op::Compact, ErrorKind::Quarantined)),
+            };
+            Some(Moveable { frames, by })
         };
         part.records.within(block.start, size.nr_pages()).filter_map(folio).collect()
     }

@@ -345,6 +345,12 @@ impl Frames {
         None
     }
 
+    /// Takes a free block out of use, as [`isolate`](Self::isolate) does; says whether it was free.
+    pub(super) fn isolate_block(&mut self, start: u64, nr_pages: u64) -> bool {
+        let order = u8::try_from(nr_pages.ilog2()).unwrap_or_default();
+        self.buddy.allocate_at(start, order)
+    }
+
     /// Gives frames back that [`isolate`](Self::isolate) took.
     pub(super) fn free_run(&mut self, start: u64, nr_pages: u64) {
         self.buddy.free_run(start, nr_pages);

@@ -66,6 +66,13 @@ pub(super) struct Owner {
     pub(super) charged_pages: u64,
 }
 
+impl Owner {
+    /// Whether its folios in a zone are part of its promise.
+    pub(super) fn is_promised_in(&self, zone: Zone) -> bool {
+        self.opportune.is_empty() || zone == Zone::Normal
+    }
+}
+
 const SIZES: [FolioSize; 3] = [FolioSize::Huge1G, FolioSize::Huge2M, FolioSize::Base];
 
 impl State {
@@ -76,7 +83,9 @@ impl State {
             && demand.zones.iter().any(|&zone| zone != Zone::Normal);
         let (mut parts, mut opportune) = (Vec::new(), Vec::new());
         for (nr, part) in demand.zones.iter().flat_map(|&zone| self.of_zone(zone)) {
+            let is_known = opportune.contains(&nr) || parts.iter().any(|&(other, _)| other == nr);
             match floats && part.zone != Zone::Normal {
+                _ if is_known => {}
                 true => opportune.push(nr),
                 false => parts.push((nr, Blocks::default())),
             }

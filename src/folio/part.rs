@@ -111,7 +111,7 @@ impl PartState {
         outcome
     }
 
-    /// Takes a folio that nobody was promised; `None` if there is none without waiting for a scrub.
+    /// Takes a folio that nobody was promised; `None` if there is none.
     pub(super) fn take_unpromised(
         &mut self,
         owner: usize,
@@ -122,7 +122,8 @@ impl PartState {
             Taken::Clean(start) => (start, Bytes::Zero),
             Taken::Dirty(start) => (start, Bytes::Dirty),
             Taken::ScrubFirst(start) => return Some(Got::ScrubFirst(self.pfn(start))),
-            Taken::Wait | Taken::Nothing => return None,
+            Taken::Wait => return Some(Got::Wait),
+            Taken::Nothing => return None,
         };
         self.note(owner, page, size, start, (bytes, Promise::None)).ok()?;
         let pfn = self.pfn(start);

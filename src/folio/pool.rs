@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::part::{PartState, Zone};
 use super::state::{Poisoned, State};
 use crate::addr::{ByteSize, Pfn};
-use crate::backing::{Arena, ArenaBacking, HostOffer, PartReport, PartSpec};
+use crate::backing::{Arena, ArenaBacking, HostOffer, Part, PartReport, PartSpec};
 use crate::error::Error;
 #[cfg(any(doc, test))]
 use crate::error::ErrorKind;
@@ -168,10 +168,36 @@ impl FolioPool {
 
     /// The counters.
     pub fn stat(&self) -> PoolStat {
+        self.stat_of(|_| true, |arena| arena.huge_bytes())
+    }
+
+    /// The counters of the parts of one zone. All zero if there is none.
+    pub fn zone_stat(&self, zone: Zone) -> PoolStat {
+        self.stat_of(
+            |part| part.zone == zone,
+            |arena| {
+                let of_zone = |part: &&Part| self.zone_of(part.frames().start()) == Some(zone);
+                let huge =
+                    arena.parts().iter().filter(of_zone).map(|part| arena.huge_bytes_of(part));
+                ByteSize::from_bytes(huge.map(ByteSize::get).sum())
+            },
+        )
+    }
+
+    /// The zone that a frame is in; `None` if the pool has no such frame.
+    pub fn zone_of(&self, pfn: Pfn) -> Option<Zone> {
+        self.state().zone_of(pfn)
+    }
+
+    fn stat_of(
+        &self,
+        counts: impl Fn(&PartState) -> bool,
+        huge: impl Fn(&Arena) -> ByteSize,
+    ) -> PoolStat {
         let pages = ByteSize::from_pages;
         let mut sum = [0; 8];
         let mut largest = 0;
-        for part in &self.state().parts {
+        for part in self.state().parts.iter().filter(|part| counts(part)) {
             let frames = &part.frames;
             let (free, bad) = (frames.free().pages(), frames.poisoned().len() as u64);
             let promised = frames.promised().pages().min(free);
@@ -201,7 +227,7 @@ impl FolioPool {
             poisoned: pages(poisoned),
             dirty: pages(dirty),
             largest_free: pages(largest),
-            huge: self.0.arena.huge_bytes(),
+            huge: huge(&self.0.arena),
             metadata: ByteSize::from_bytes(metadata),
         }
     }

@@ -81,10 +81,15 @@ impl Reservation {
         self.until_got(size, |state| state.take(self.key, size, page, side))
     }
 
-    /// Takes a folio of a zone, which is all zeroes, for pages that are to move there. What they leave is given
-    /// to [`moved_out`](Self::moved_out), or if they do not move, the new one is.
-    pub(crate) fn take_to(&self, size: FolioSize, page: Pgoff, zone: Zone) -> Result<Pfn, Error> {
-        self.until_got(size, |state| state.take_to(self.key, size, page, zone))
+    /// Takes a folio of a zone, which is all zeroes, for pages that are to move there from `old`. What they
+    /// leave is given to [`moved_out`](Self::moved_out), or if they do not move, the new one is.
+    pub(crate) fn take_to(
+        &self,
+        size: FolioSize,
+        page: Pgoff,
+        (old, zone): (Pfn, Zone),
+    ) -> Result<Pfn, Error> {
+        self.until_got(size, |state| state.take_to(self.key, size, page, (old, zone)))
     }
 
     #[inline]
@@ -125,9 +130,9 @@ impl Reservation {
         self.scrubbed_back(pfn, size, State::give_back);
     }
 
-    /// Gives a folio back whose contents are in another of the object's now.
-    pub(crate) fn moved_out(&self, pfn: Pfn, size: FolioSize) {
-        self.scrubbed_back(pfn, size, State::moved_out);
+    /// Gives a folio back whose contents are in another of the object's.
+    pub(crate) fn moved_out(&self, gone: Pfn, stays: Pfn, size: FolioSize) {
+        self.scrubbed_back(gone, size, |state, pfn, bytes| state.moved_out(pfn, stays, bytes));
     }
 
     fn scrubbed_back(&self, pfn: Pfn, size: FolioSize, back: impl Fn(&mut State, Pfn, Bytes)) {
@@ -153,7 +158,7 @@ impl Reservation {
 
     /// In which zone a frame is.
     pub(crate) fn zone_of(&self, pfn: Pfn) -> Option<Zone> {
-        self.pool.state().zone_of(pfn)
+        self.pool.zone_of(pfn)
     }
 
     /// Gives a folio back to which nobody has written.

@@ -132,54 +132,62 @@ impl State {
         let parts = owner.opportune.iter().filter(|_| side == Side::SharedOnly);
         for &nr in parts {
             let Some(part) = self.parts.get_mut(nr) else { continue };
-            if let Some(got) = part.take_unpromised(key, size, page) {
-                return Some(got);
+            // Room that has to be waited for is no room.
+            let got = part.take_unpromised(key, size, page).filter(|&got| got != Got::Wait);
+            if got.is_some() {
+                return got;
             }
         }
         None
     }
 
-    /// Takes a folio of a zone to which one of the owner's is to move, at nobody's expense.
+    /// Takes a folio of a zone to which one of the owner's, at `old`, is to move, at nobody's expense.
     pub(super) fn take_to(
         &mut self,
         key: usize,
         size: FolioSize,
         page: Pgoff,
-        zone: Zone,
+        (old, zone): (Pfn, Zone),
     ) -> Result<Got, Error> {
         let Some(owner) = self.owners.get(key) else { return Err(no_such_owner()) };
-        if zone == Zone::Normal && !owner.opportune.is_empty() {
+        if owner.is_promised_in(zone)
+            && !self.zone_of(old).is_some_and(|it| owner.is_promised_in(it))
+        {
             // What is promised is there for just that.
             return self.take_from_parts(key, size, page, Side::Any);
         }
-        let parts = self.parts.iter_mut().filter(|part| part.zone == zone);
-        let mut found = parts.filter_map(|part| part.take_unpromised(key, size, page));
-        found.next().ok_or_else(|| {
-            Error::new(Op::Migrate, ErrorKind::Exhausted)
-                .because(format!("nothing in zone {zone} that nobody was promised"))
-        })
+        let mut waits = false;
+        for part in self.parts.iter_mut().filter(|part| part.zone == zone) {
+            match part.take_unpromised(key, size, page) {
+                Some(Got::Wait) => waits = true,
+                Some(got) => return Ok(got),
+                None => {}
+            }
+        }
+        match waits {
+            true => Ok(Got::Wait),
+            false => Err(Error::new(Op::Migrate, ErrorKind::Exhausted)
+                .because(format!("nothing in zone {zone} that nobody was promised"))),
+        }
     }
 
-    /// Takes the folio back that one of the same owner's has moved out of: the promise goes with it.
-    pub(super) fn moved_out(&mut self, pfn: Pfn, bytes: Bytes) {
-        let Some((_, part)) = part_of(&mut self.parts, pfn) else { return };
-        let start = pfn.get() - part.start;
-        let Some(Record { size, state: Use::Owned { owner, .. }, .. }) = part.records.at(start)
-        else {
-            return;
+    /// Takes one of two folios back that hold the same pages of an owner, who goes on with the other. The
+    /// promise stays as it was before there were two.
+    pub(super) fn moved_out(&mut self, gone: Pfn, stays: Pfn, bytes: Bytes) {
+        let Some(owner) = self.owner_of(gone).and_then(|key| self.owners.get(key)) else { return };
+        let promised = |pfn| self.zone_of(pfn).is_some_and(|zone| owner.is_promised_in(zone));
+        let again = match promised(gone) && !promised(stays) {
+            true => owner.promise,
+            false => Promise::None,
         };
-        let (size, owner) = (*size, self.owners.get_mut(*owner));
-        if owner.is_some_and(|owner| !owner.opportune.is_empty() && part.zone == Zone::Normal) {
-            // It stays promised where it was promised.
-            self.give_back(pfn, bytes);
-            return;
-        }
-        part.records.remove(start);
-        match bytes {
-            Bytes::Zero => {
-                part.frames.give_back_clean(start, size, Promise::None);
-            }
-            Bytes::Dirty => part.frames.give_back_dirty(start, size, Promise::None),
+        self.put_back(gone, bytes, again);
+    }
+
+    fn owner_of(&self, pfn: Pfn) -> Option<usize> {
+        let part = self.parts.iter().find(|part| part.covers(pfn))?;
+        match part.records.at(pfn.get() - part.start)?.state {
+            Use::Owned { owner, .. } => Some(owner),
+            Use::Quarantined => None,
         }
     }
 
@@ -188,41 +196,55 @@ impl State {
         self.parts.iter().find(|part| part.covers(pfn)).map(|part| part.zone)
     }
 
-    /// Takes a folio back. A clean one, or one that is scrubbed later.
+    /// Takes a folio back that an owner is done with. A clean one, or one that is scrubbed later.
     #[inline]
     pub(super) fn give_back(&mut self, pfn: Pfn, bytes: Bytes) {
-        let Some((nr, part)) = part_of(&mut self.parts, pfn) else { return };
-        let start = pfn.get() - part.start;
-        let Some(record) = part.records.remove(start) else { return };
-        let Use::Owned { owner: key, .. } = record.state else { return };
-        let Some(owner) = self.owners.get_mut(key) else { return };
+        let Some(key) = self.owner_of(pfn) else { return };
+        let zone = self.zone_of(pfn);
+        let Some(owner) = self.owners.get(key) else { return };
         // A folio that has moved is promised again where it is now, but for one that was no part of the
         // promise.
-        let is_promised = owner.opportune.is_empty() || part.zone == Zone::Normal;
-        let known = owner.left.iter().any(|&(other, _)| other == nr);
-        if is_promised && !known && owner.promise == Promise::Kept {
-            owner.left.push((nr, Blocks::default()));
-        }
-        let promise = if is_promised { owner.promise } else { Promise::None };
-        let again = match bytes {
-            Bytes::Zero => part.frames.give_back_clean(start, record.size, promise),
-            Bytes::Dirty => {
-                part.frames.give_back_dirty(start, record.size, promise);
-                promise
-            }
+        let again = match zone.is_some_and(|zone| owner.is_promised_in(zone)) {
+            true => owner.promise,
+            false => Promise::None,
         };
-        if again == Promise::Kept {
-            let left = owner.left.iter_mut().filter(|(other, _)| *other == nr);
-            left.for_each(|(_, left)| *left.of_mut(record.size) += 1);
-        }
+        let Some(size) = self.put_back(pfn, bytes, again) else { return };
+        let Some(owner) = self.owners.get_mut(key) else { return };
         let account = owner.account;
         if owner.promise == Promise::None {
-            owner.charged_pages = owner.charged_pages.saturating_sub(record.size.nr_pages());
-            self.uncharge(account, record.size.nr_pages());
+            owner.charged_pages = owner.charged_pages.saturating_sub(size.nr_pages());
+            self.uncharge(account, size.nr_pages());
         }
         if let Some(account) = account.and_then(|key| self.accounts.get_mut(key)) {
-            account.unused(record.size.nr_pages());
+            account.unused(size.nr_pages());
         }
+    }
+
+    /// Makes a folio free, and promises its owner another in the same part, or none.
+    #[inline]
+    fn put_back(&mut self, pfn: Pfn, bytes: Bytes, again: Promise) -> Option<FolioSize> {
+        let (nr, part) = part_of(&mut self.parts, pfn)?;
+        let start = pfn.get() - part.start;
+        let Record { size, state, .. } = part.records.remove(start)?;
+        let again = match bytes {
+            Bytes::Zero => part.frames.give_back_clean(start, size, again),
+            Bytes::Dirty => {
+                part.frames.give_back_dirty(start, size, again);
+                again
+            }
+        };
+        let Use::Owned { owner, .. } = state else { return Some(size) };
+        let owner = self.owners.get_mut(owner).filter(|_| again == Promise::Kept);
+        let Some(owner) = owner else { return Some(size) };
+        match owner.left.iter_mut().find(|(other, _)| *other == nr) {
+            Some((_, left)) => *left.of_mut(size) += 1,
+            None => {
+                let mut left = Blocks::default();
+                *left.of_mut(size) += 1;
+                owner.left.push((nr, left));
+            }
+        }
+        Some(size)
     }
 
     /// Keeps a folio out of use for ever.

@@ -1,14 +1,15 @@
 //! Checked accesses of the host: they never fault, and never see a conversion half way.
 //!
 //! An access goes through the pool's own alias of the memory, not through a view. It is transient:
-//! it holds no pin, so it never makes a conversion fail; a conversion waits for it instead.
+//! it holds no pin, so it never makes a conversion fail; a conversion waits for it instead. It waits for
+//! a folio that moves, and is refused by a conversion.
 
 use super::object::{GuestMemfd, Inner};
 use crate::addr::{ByteSize, Offset, Pa};
 use crate::error::{Error, ErrorKind, Op};
 use crate::geometry::{PAGE_SIZE, index};
 use crate::range::PgoffRange;
-use crate::state::enter_section;
+use crate::state::{Refusal, Stop, enter_section};
 
 /// The most that is copied inside of one section, since a conversion waits for it.
 const MOST_AT_ONCE: usize = 64 << 10;
@@ -78,10 +79,27 @@ impl Inner {
         PgoffRange::new(first, last.get() - first.get() + 1).map(Some)
     }
 
-    fn check_open(&self, op: Op, pages: PgoffRange) -> Result<(), Error> {
-        let outcome = {
+    /// Runs an access inside of a section in which the pages are open.
+    ///
+    /// Whoever moves their folio or punches is waited for: he holds the layout for writing from before the
+    /// freeze to after the thaw. What is found with the layout locked is a conversion, which is not.
+    fn in_section<R>(
+        &self,
+        op: Op,
+        pages: PgoffRange,
+        mut access: impl FnMut() -> R,
+    ) -> Result<R, Error> {
+        let once = |access: &mut dyn FnMut() -> R| {
             let _section = enter_section();
-            self.tree.check_open(pages)
+            self.tree.check_open(pages).map(|()| access())
+        };
+        let outcome = match once(&mut access) {
+            Err(Stop::At(_, Refusal::Converting)) => {
+                // Outside of the section, which the holder of the lock may be waiting for.
+                let _layout = self.layout.read();
+                once(&mut access)
+            }
+            outcome => outcome,
         };
         outcome.map_err(|stop| self.stopped(op, Some(pages), stop))
     }
@@ -108,13 +126,11 @@ impl Inner {
     fn read_range(&self, at: Offset, buf: &mut [u8]) -> Result<(), Error> {
         let op = Op::Read;
         let Some(pages) = self.pages_of(op, at, buf.len())? else { return Ok(()) };
-        self.check_open(op, pages)?;
+        self.in_section(op, pages, || ())?;
         let mut at = at;
         for chunk in buf.chunks_mut(MOST_AT_ONCE) {
             if let Some(pages) = self.pages_of(op, at, chunk.len())? {
-                let _section = enter_section();
-                self.check_open(op, pages)?;
-                self.copy_out(at, chunk)?;
+                self.in_section(op, pages, || self.copy_out(at, chunk))??;
             }
             at = advance(op, at, chunk.len())?;
         }
@@ -124,7 +140,7 @@ impl Inner {
     fn write_range(&self, at: Offset, buf: &[u8]) -> Result<(), Error> {
         let op = Op::Write;
         let Some(pages) = self.pages_of(op, at, buf.len())? else { return Ok(()) };
-        self.check_open(op, pages)?;
+        self.in_section(op, pages, || ())?;
         let mut at = at;
         for chunk in buf.chunks(MOST_AT_ONCE) {
             if let Some(pages) = self.pages_of(op, at, chunk.len())? {
@@ -143,12 +159,11 @@ impl Inner {
         mut access: impl FnMut() -> Result<R, Error>,
     ) -> Result<R, Error> {
         loop {
-            let section = enter_section();
-            self.check_open(op, pages)?;
-            if self.is_resident(pages) {
-                return access();
+            let accessed =
+                self.in_section(op, pages, || self.is_resident(pages).then(&mut access))?;
+            if let Some(outcome) = accessed {
+                return outcome;
             }
-            drop(section);
             // Whoever punches it away again before the next attempt has made progress.
             self.populate(op, &mut self.layout.write(), pages)?;
         }

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::num::NonZeroU32;
 use std::ops::Deref;
 
-use super::layout::Layout;
+use super::layout::{HidesIfPanicking, Layout};
 use super::object::{GuestMemfd, Inner};
 use crate::error::{Errno, Error, ErrorKind, Op};
 use crate::failpoint::{FailPoint, fails};
@@ -126,10 +126,16 @@ impl GuestMemfd {
         };
         ranges.iter().try_for_each(|&range| object.check_range(op, range))?;
         let ranges = ascending(op, ranges)?;
-        if to == Visibility::Private {
-            object.place_private(op, &ranges)?;
+        loop {
+            if to == Visibility::Private {
+                object.place_private(op, &ranges, &options.wait)?;
+            }
+            match with_reader(|reader| object.convert(reader, op, &ranges, to, options)) {
+                // Whoever has punched and touched it in between has made progress.
+                Err(error) if to == Visibility::Private && object.is_displaced(&error) => {}
+                outcome => return outcome,
+            }
         }
-        with_reader(|reader| object.convert(reader, op, &ranges, to, options))
     }
 }
 
@@ -391,26 +397,6 @@ impl Inner {
             }
         };
         if done.is_ok() { Settled::Yes } else { Settled::No }
-    }
-}
-
-/// When a subscriber or a hypervisor panics, what it was asked about is quarantined, and goes out of the
-/// views as well.
-struct HidesIfPanicking<'a> {
-    object: &'a Inner,
-    layout: &'a Layout,
-}
-
-impl Drop for HidesIfPanicking<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            for (pages, word) in self.object.spans(self.object.pages) {
-                if word.phase() == Phase::Quarantined {
-                    // Should this fail too, nothing is left to be tried.
-                    let _ = self.object.hide(self.layout, pages);
-                }
-            }
-        }
     }
 }
 

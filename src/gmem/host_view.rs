@@ -82,22 +82,28 @@ impl ViewMap {
         })
     }
 
-    /// Puts a folio behind the pages again that was taken away from here, while nothing of it is shown.
-    /// Should the kernel have no room for that, the pages go on answering with SIGBUS.
-    pub(super) fn put_back(&self, object: &Inner, pages: PgoffRange, pfn: Pfn) {
+    /// Puts another folio behind pages of which nothing is shown, in a view whose address is known. The old
+    /// one and this one may hold what nobody may see: not even for a moment does either show, and no store
+    /// of a raw pointer gets lost in one of them. For that moment the fault is a `SIGSEGV`.
+    pub(super) fn exchange(
+        &self,
+        object: &Inner,
+        pages: PgoffRange,
+        pfn: Pfn,
+    ) -> Result<(), Error> {
         let (at, len) = bytes(pages);
-        let Ok(frames) = PfnRange::new(pfn, pages.nr_pages()) else { return };
-        let Some((fd, file_at)) = self.arena.file_of(frames) else { return };
-        // Not accessible until it is registered: it holds what nobody may see.
-        let outcome = self
-            .map
-            .map_inaccessible(at, len, fd, file_at)
-            .and_then(|()| self.register(at, len))
-            .and_then(|()| self.map.make_accessible(at, len));
+        let frames = PfnRange::new(pfn, pages.nr_pages())?;
+        let (fd, file_at) = self
+            .arena
+            .file_of(frames)
+            .ok_or_else(|| Error::new(Op::MapView, ErrorKind::Unsupported))?;
+        self.map.map_inaccessible(at, len, fd, file_at)?;
+        let outcome = self.register(at, len).and_then(|()| self.map.make_accessible(at, len));
         if outcome.is_err() {
             // Inaccessible is as good as hidden, should this fail too.
             let _ = self.map.map_over(at, len, object.identity.as_fd(), 0);
         }
+        outcome
     }
 
     /// Makes what is mapped at the pages answer with SIGBUS.
@@ -156,7 +162,7 @@ pub(super) enum NotInstalled {
 }
 
 impl NotInstalled {
-    pub(super) fn into_error(self) -> Error {
+    fn into_error(self) -> Error {
         match self {
             Self::Undone(error) | Self::Left(error) => error,
         }

@@ -55,6 +55,26 @@ impl Layout {
     }
 }
 
+/// When a subscriber or a hypervisor panics, what it was asked about is quarantined, and goes out of the
+/// views as well.
+pub(super) struct HidesIfPanicking<'a> {
+    pub(super) object: &'a Inner,
+    pub(super) layout: &'a Layout,
+}
+
+impl Drop for HidesIfPanicking<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for (pages, word) in self.object.spans(self.object.pages) {
+                if word.phase() == Phase::Quarantined {
+                    // Should this fail too, nothing is left to be tried.
+                    let _ = self.object.hide(self.layout, pages);
+                }
+            }
+        }
+    }
+}
+
 impl Inner {
     /// The runs of guest memory behind the given pages: those that a binding covers and a folio
     /// backs.

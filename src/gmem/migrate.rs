@@ -1,7 +1,6 @@
 //! Migration: a folio moves to other frames, and nobody but those who count frames notices.
 
-use super::host_view::NotInstalled;
-use super::layout::Layout;
+use super::layout::{HidesIfPanicking, Layout};
 use super::object::{GuestMemfd, Inner, PlacedPrivate};
 use crate::addr::{ByteSize, Pfn, Pgoff};
 use crate::error::{Errno, Error, ErrorKind, Op};
@@ -41,7 +40,7 @@ impl GuestMemfd {
         }
         let mut migration = Migration::default();
         for slot in object.frames.shape().slots(range) {
-            match object.migrate_folio(&slot, Only::Outside(to), to) {
+            match object.migrate_folio(&slot, Only::Outside(to), to, &Wait::never()) {
                 Ok(Moved::Yes) => {
                     let moved = migration.moved.get() + slot.size().bytes().get();
                     migration.moved = ByteSize::from_bytes(moved);
@@ -60,7 +59,7 @@ impl Mover for Inner {
         self.check_range(Op::Migrate, range)?;
         let zone = self.reservation.zone_of(from).unwrap_or_default();
         for slot in self.frames.shape().slots(range) {
-            self.migrate_folio(&slot, Only::At(from), zone)?;
+            self.migrate_folio(&slot, Only::At(from), zone, &Wait::never())?;
         }
         Ok(())
     }
@@ -106,8 +105,14 @@ impl Inner {
         }
     }
 
-    /// Sees to it that what is to turn private is where private memory may be.
-    pub(super) fn place_private(&self, op: Op, ranges: &[PgoffRange]) -> Result<(), Error> {
+    /// Sees to it that what is to turn private is where private memory may be. If there is time, pins are
+    /// waited for, as the conversion does: here those of the whole folio.
+    pub(super) fn place_private(
+        &self,
+        op: Op,
+        ranges: &[PgoffRange],
+        wait: &Wait,
+    ) -> Result<(), Error> {
         let PlacedPrivate::Checked(placement) = self.private else { return Ok(()) };
         for slot in ranges.iter().flat_map(|&range| self.frames.shape().slots(range)) {
             if self.is_placed(&slot) {
@@ -116,7 +121,7 @@ impl Inner {
             if placement == PrivatePlacement::Refuse {
                 return Err(misplaced(op).on(slot.pages()));
             }
-            self.migrate_folio(&slot, Only::Outside(Zone::Normal), Zone::Normal)
+            self.migrate_folio(&slot, Only::Outside(Zone::Normal), Zone::Normal, wait)
                 .map_err(|error| error.of(op))?;
         }
         Ok(())
@@ -138,22 +143,40 @@ impl Inner {
         zone.is_none_or(|zone| zone == Zone::Normal)
     }
 
-    fn migrate_folio(&self, slot: &Slot, only: Only, to: Zone) -> Result<Moved, Error> {
+    /// Whether a conversion was refused because a folio is outside of zone normal, which is to move.
+    pub(super) fn is_displaced(&self, error: &Error) -> bool {
+        let moves = matches!(self.private, PlacedPrivate::Checked(PrivatePlacement::MoveToNormal));
+        moves && error.kind() == ErrorKind::Unsupported
+    }
+
+    fn migrate_folio(
+        &self,
+        slot: &Slot,
+        only: Only,
+        to: Zone,
+        wait: &Wait,
+    ) -> Result<Moved, Error> {
         let op = Op::Migrate;
-        let layout = &mut *self.layout.write();
-        let Some(old) = self.frames.get(slot) else { return Ok(Moved::No) };
-        let is_meant = match only {
-            Only::At(pfn) => pfn == old,
-            Only::Outside(zone) => self.reservation.zone_of(old) != Some(zone),
-        };
-        if !is_meant {
-            return Ok(Moved::No);
-        }
         with_reader(|reader| {
-            let mut frozen = self
-                .tree
-                .freeze(reader, &[slot.pages()], Wanted::All, &Wait::never())
-                .map_err(|stop| self.stopped(op, Some(slot.pages()), stop))?;
+            let freeze = || {
+                let pages = [slot.pages()];
+                let frozen = self.tree.freeze(reader, &pages, Wanted::All, wait);
+                frozen.map_err(|stop| self.stopped(op, Some(slot.pages()), stop))
+            };
+            // Who waits must not have the layout yet. Who does not has it first, so that others can tell.
+            let early = if wait.is_never() { None } else { Some(freeze()?) };
+            let layout = &mut *self.layout.write();
+            let old = self.frames.get(slot).filter(|&old| match only {
+                Only::At(pfn) => pfn == old,
+                Only::Outside(zone) => self.reservation.zone_of(old) != Some(zone),
+            });
+            let Some(old) = old else {
+                early.into_iter().for_each(Frozen::thaw);
+                return Ok(Moved::No);
+            };
+            // Before the freeze, so that it outlives that and finds out what is quarantined.
+            let _hidden = HidesIfPanicking { object: self, layout };
+            let mut frozen = early.map_or_else(freeze, Ok)?;
             if to != Zone::Normal && self.side_of(slot) == Side::Any {
                 frozen.thaw();
                 return Err(misplaced(op).on(slot.pages()));
@@ -216,23 +239,24 @@ impl Inner {
             return Err(Error::new(op, ErrorKind::Exhausted));
         }
         let pages = slot.pages();
-        let pfn = self.reservation.take_to(slot.size(), pages.start(), to)?;
+        let pfn = self.reservation.take_to(slot.size(), pages.start(), (old, to))?;
         let mut guard = Replacement { object: self, unknown: Some(pfn) };
-        // All views first, as long as it holds nothing: a raw pointer may see it until it is registered.
+        // All views first: what may fail with them does so before the hypervisor has moved anything.
         let mut views = layout.views.iter().map(|(_, view)| view);
-        let installed = views
-            .try_for_each(|view| view.install(self, pages, pfn).map_err(NotInstalled::into_error));
-        let outcome = installed.and_then(|()| self.move_contents(layout, guest, slot, (old, pfn)));
+        let exchanged = views.try_for_each(|view| view.exchange(self, pages, pfn));
+        let outcome = exchanged.and_then(|()| self.move_contents(layout, guest, slot, (old, pfn)));
         guard.unknown = None;
         match outcome {
             Ok(()) => {
                 self.frames.replace(slot, pfn);
-                self.reservation.moved_out(old, slot.size());
+                self.reservation.moved_out(old, pfn, slot.size());
             }
             Err(_) => {
-                // A view that cannot be put back goes on answering with SIGBUS there.
-                layout.views.iter().for_each(|(_, view)| view.put_back(self, pages, old));
-                self.reservation.moved_out(pfn, slot.size());
+                for (_, view) in &layout.views {
+                    // One in which it cannot be put back goes on answering with SIGBUS there.
+                    let _ = view.exchange(self, pages, old);
+                }
+                self.reservation.moved_out(pfn, old, slot.size());
             }
         }
         outcome
@@ -293,3 +317,6 @@ fn misplaced(op: Op) -> Error {
     Error::new(op, ErrorKind::Unsupported)
         .because("its folio is outside of zone normal, and is not to move")
 }
+
+#[cfg(test)]
+mod tests;

@@ -15,7 +15,7 @@ use crate::folio::{
 };
 use crate::geometry::{FolioSize, HUGE_PAGES, MAX_BYTES};
 use crate::os::memfd;
-use crate::range::PgoffRange;
+use crate::range::{PfnRange, PgoffRange};
 use crate::state::{
     Phase, Refusal, Shape as Blocks, Stop, Tree, Visibility, Word, enter_section, waiters,
     with_reader,
@@ -348,6 +348,20 @@ impl GuestMemfd {
             parts.map(move |(part, behind)| (part, info(word, behind.is_resident())))
         });
         Ok(runs(parts))
+    }
+
+    /// Where the folios of the range are: runs of pages, holes among them, and of the pool's frames, in
+    /// ascending order of pages. The zone of a frame is [`FolioPool::zone_of`], its part one of
+    /// [`FolioPool::parts`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`].
+    pub fn frames_of(
+        &self,
+        range: PgoffRange,
+    ) -> Result<impl Iterator<Item = (PgoffRange, PfnRange)>, Error> {
+        self.0.check_range(Op::Range, range)?;
+        Ok(self.0.frames.folios(range))
     }
 
     /// Makes the words of state as few as they can be, and gives what they took back to the host; says

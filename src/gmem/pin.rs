@@ -195,6 +195,7 @@ impl GuestMemfd {
                 .because("the owner tag is another object's"));
         }
         let id = hold.with_owner(owner.owner);
+        let mut layout = None;
         let record = with_local(|local| {
             loop {
                 // Anew for each attempt: who waits holds nothing.
@@ -205,6 +206,10 @@ impl GuestMemfd {
                 match stop {
                     Stop::At(page, Refusal::Converting) if !wait.is_never() => {
                         object.tree.await_settled(wait, page)?;
+                    }
+                    // As in a checked access: who moves the folio is waited for, and shut out.
+                    Stop::At(_, Refusal::Converting) if layout.is_none() => {
+                        layout = Some(object.layout.read());
                     }
                     stop => return Err(stop),
                 }

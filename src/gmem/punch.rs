@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::layout::Layout;
+use super::layout::{HidesIfPanicking, Layout};
 use super::object::{GuestMemfd, Inner};
 use crate::addr::{ByteSize, Pgoff};
 use crate::backing::WhyKept;
@@ -88,6 +88,8 @@ impl GuestMemfd {
         let layout = &mut *object.layout.write();
         object.make_room_for_holes(range).map_err(|error| error.of(op).on(range))?;
         with_reader(|reader| {
+            // Before the freeze, so that it outlives that and finds out what is quarantined.
+            let _hidden = HidesIfPanicking { object, layout };
             let (mut frozen, reach) = object.freeze_to_punch(reader, range)?;
             let outcome = object.punch_frozen(reader, layout, &mut frozen, range, reach);
             // Conversions need the lock to go on, so nothing turns private between the two.

@@ -1,5 +1,8 @@
 //! An opt-in `SIGBUS` handler, and a touch of one byte that survives the signal.
 //!
+//! It stands for `SIGSEGV` as well, which is how a fault is reported in the moment in which a folio that moves is
+//! taken out of a view.
+//!
 //! Without it a touch of private memory through a raw pointer kills the process, as it does with
 //! the kernel's own object. With it, [`HostView::touch`](crate::HostView::touch) reports the fault
 //! instead. A fault from any other instruction goes to whatever handler stood before, or kills.
@@ -60,9 +63,13 @@ pub(crate) enum NotTouched {
     Fault(RawFault),
 }
 
-/// The action that stood before ours, never freed; written before ours is installed, so that the
+/// The signals that a touch survives, in this order everywhere.
+const SIGNALS: [c_int; 2] = [libc::SIGBUS, libc::SIGSEGV];
+
+/// The actions that stood before ours, never freed; written before ours is installed, so that the
 /// handler finds one always.
-static PREVIOUS: AtomicPtr<libc::sigaction> = AtomicPtr::new(ptr::null_mut());
+static PREVIOUS: [AtomicPtr<libc::sigaction>; 2] =
+    [AtomicPtr::new(ptr::null_mut()), AtomicPtr::new(ptr::null_mut())];
 static INSTALLED: Mutex<bool> = Mutex::new(false);
 
 impl SigbusHandler {
@@ -78,9 +85,12 @@ impl SigbusHandler {
         }
         let mut installed = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
         if !*installed {
-            remember(sigaction(None).map_err(|e| os_error(op, e))?);
-            // Once more: somebody may have installed another in between.
-            remember(sigaction(Some(&ours())).map_err(|e| os_error(op, e))?);
+            for (signal, previous) in SIGNALS.into_iter().zip(&PREVIOUS) {
+                remember(previous, sigaction(signal, None).map_err(|e| os_error(op, e))?);
+                // Once more: somebody may have installed another in between.
+                let before = sigaction(signal, Some(&ours())).map_err(|e| os_error(op, e))?;
+                remember(previous, before);
+            }
             *installed = true;
         }
         Ok(Self(()))
@@ -109,9 +119,9 @@ impl SigbusHandler {
     }
 }
 
-fn remember(previous: libc::sigaction) {
-    // Release: pairs with the Acquire in `on_sigbus`.
-    PREVIOUS.store(Box::into_raw(Box::new(previous)), Ordering::Release);
+fn remember(at: &AtomicPtr<libc::sigaction>, previous: libc::sigaction) {
+    // Release: pairs with the Acquire in `on_fault`.
+    at.store(Box::into_raw(Box::new(previous)), Ordering::Release);
 }
 
 fn os_error(op: Op, errno: Errno) -> Error {
@@ -121,19 +131,19 @@ fn os_error(op: Op, errno: Errno) -> Error {
 fn ours() -> libc::sigaction {
     // SAFETY: all-zero is a valid `sigaction`: no flags, an empty mask, the default action.
     let mut action: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
-    let handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void) = on_sigbus;
+    let handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void) = on_fault;
     action.sa_sigaction = handler as usize;
     action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
     action
 }
 
-/// Sets the action of SIGBUS where one is given; returns the one that stood before.
-fn sigaction(new: Option<&libc::sigaction>) -> Result<libc::sigaction, Errno> {
+/// Sets the action of a signal where one is given; returns the one that stood before.
+fn sigaction(signal: c_int, new: Option<&libc::sigaction>) -> Result<libc::sigaction, Errno> {
     let new = new.map_or(ptr::null(), ptr::from_ref);
     let mut old = MaybeUninit::uninit();
     // SAFETY: both pointers are null or valid for the call; the handler that may be installed is
-    // async-signal-safe (see `on_sigbus`).
-    if unsafe { libc::sigaction(libc::SIGBUS, new, old.as_mut_ptr()) } != 0 {
+    // async-signal-safe (see `on_fault`).
+    if unsafe { libc::sigaction(signal, new, old.as_mut_ptr()) } != 0 {
         let raw = std::io::Error::last_os_error().raw_os_error().unwrap_or(0);
         return Err(Errno::new(raw));
     }
@@ -141,7 +151,7 @@ fn sigaction(new: Option<&libc::sigaction>) -> Result<libc::sigaction, Errno> {
     Ok(unsafe { old.assume_init() })
 }
 
-/// Whether a SIGBUS waits for this thread to let it through.
+/// Whether one of the signals waits for this thread to let it through.
 fn is_pending() -> bool {
     let mut set = MaybeUninit::uninit();
     // SAFETY: writes the set.
@@ -149,18 +159,20 @@ fn is_pending() -> bool {
         return false;
     }
     // SAFETY: written by the call that has succeeded.
-    unsafe { libc::sigismember(set.as_ptr(), libc::SIGBUS) == 1 }
+    SIGNALS.iter().any(|&signal| unsafe { libc::sigismember(set.as_ptr(), signal) == 1 })
 }
 
-/// Lets SIGBUS through to this thread; the mask that stood before, or none if that failed.
+/// Lets the signals through to this thread; the mask that stood before, or none if that failed.
 fn unblock() -> Option<libc::sigset_t> {
     let mut set = MaybeUninit::uninit();
     // SAFETY: writes the set.
     unsafe { libc::sigemptyset(set.as_mut_ptr()) };
     // SAFETY: initialised by the line above.
     let mut set = unsafe { set.assume_init() };
-    // SAFETY: takes a valid set and a valid signal.
-    unsafe { libc::sigaddset(&raw mut set, libc::SIGBUS) };
+    for signal in SIGNALS {
+        // SAFETY: takes a valid set and a valid signal.
+        unsafe { libc::sigaddset(&raw mut set, signal) };
+    }
     let mut before = MaybeUninit::uninit();
     // SAFETY: both point to sets that live through the call.
     let failed =
@@ -178,21 +190,22 @@ fn restore(mask: &Option<libc::sigset_t>) {
 
 /// The handler. Async-signal-safe: it loads one atomic pointer, edits the saved registers,
 /// or calls `sigaction` and `raise`, which POSIX lists as safe.
-extern "C" fn on_sigbus(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
+extern "C" fn on_fault(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
     // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler.
     let details = unsafe { &*info };
     let code = details.si_code;
     // SAFETY: the address is only meaningful for faults, and only used for those.
     let address = unsafe { details.si_addr() }.addr();
-    // BUS_ADRALN, BUS_ADRERR, BUS_OBJERR and BUS_MCEERR_AR are faults of the interrupted
-    // instruction; BUS_MCEERR_AO and what others send are not.
-    let is_fault = (1..=libc::BUS_MCEERR_AR).contains(&code);
+    let is_fault = is_fault(signal, code);
+    // Of what was taken out of a view: as if it were not mapped.
+    let code = if signal == libc::SIGSEGV { libc::BUS_ADRERR } else { code };
     // SAFETY: the kernel passes a valid ucontext, and nobody else refers to it while we run.
     if is_fault && unsafe { touch::recover(context, address, code) } {
         return;
     }
+    let at = SIGNALS.iter().position(|&it| it == signal).and_then(|at| PREVIOUS.get(at));
     // Acquire: pairs with the Release in `remember`.
-    let previous = PREVIOUS.load(Ordering::Acquire);
+    let previous = at.map_or(ptr::null_mut(), |at| at.load(Ordering::Acquire));
     // SAFETY: null or a leaked box, which nobody changes.
     match unsafe { previous.as_ref() } {
         Some(previous) if previous.sa_sigaction == libc::SIG_IGN && !is_fault => {}
@@ -201,6 +214,15 @@ extern "C" fn on_sigbus(signal: c_int, info: *mut siginfo_t, context: *mut c_voi
             unsafe { chain(previous, signal, info, context) };
         }
         _ => die(signal, is_fault),
+    }
+}
+
+/// Whether the interrupted instruction has raised the signal, and nobody sent it. Of `SIGBUS` that is
+/// BUS_ADRALN, BUS_ADRERR, BUS_OBJERR and BUS_MCEERR_AR, not BUS_MCEERR_AO; of `SIGSEGV` whatever the kernel says.
+fn is_fault(signal: c_int, code: c_int) -> bool {
+    match signal {
+        libc::SIGSEGV => code > 0,
+        _ => (1..=libc::BUS_MCEERR_AR).contains(&code),
     }
 }
 
@@ -231,7 +253,7 @@ unsafe fn chain(
 fn die(signal: c_int, is_fault: bool) {
     // SAFETY: all-zero is the default action.
     let default: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
-    let _ = sigaction(Some(&default));
+    let _ = sigaction(signal, Some(&default));
     if !is_fault {
         // SAFETY: raise takes no pointers.
         unsafe { libc::raise(signal) };
