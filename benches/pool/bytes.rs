@@ -1,6 +1,6 @@
 //! The rows about memory that is there: first touches, scrubbing, migration, what is resident.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use gmem::addr::{ByteSize, Offset, Pgoff};
 use gmem::geometry::FolioSize;
@@ -55,13 +55,13 @@ pub(crate) fn rows(bench: Bench) -> Outcome<()> {
         first_touches(bench, "4k", FolioSize::Base, Goal::AtMost(0.5))?;
     }
     let on_hugetlb =
-        ["first_touch_2m_clean", "first_touch_2m_clean_alone", "migrate_2m_hugetlb"];
+        ["first_touch_2m_clean", "first_touch_2m_clean_alone", "migrate_2m"];
     if bench.wants_any(&on_hugetlb) {
         with_setting("rows on hugetlb", NR_HUGEPAGES, NR_HUGEPAGES_WANTED, || {
             if bench.wants_any(&on_hugetlb[..2]) {
                 first_touches(bench, "2m", FolioSize::Huge2M, Goal::AtMost(0.05))?;
             }
-            migrate(bench, "migrate_2m_hugetlb", ArenaBacking::MemfdHugetlb2M)
+            migrate(bench, "migrate_2m", ArenaBacking::MemfdHugetlb2M)
         })?;
     }
     scrub(bench)?;
@@ -70,7 +70,7 @@ pub(crate) fn rows(bench: Bench) -> Outcome<()> {
             migrate(bench, "migrate_2m_thp", ArenaBacking::MemfdThp)
         })?;
     }
-    migrate(bench, "migrate_2m", ArenaBacking::Memfd)?;
+    migrate(bench, "migrate_2m_in_4k_pages", ArenaBacking::Memfd)?;
     rss(bench)
 }
 
@@ -170,7 +170,8 @@ fn scrub(bench: Bench) -> Outcome<()> {
 /// A folio goes from one zone to the other and back, in sight of a host view.
 fn migrate(bench: Bench, name: &str, backing: ArenaBacking) -> Outcome<()> {
     let alone = format!("{name}_without_scrubber");
-    if !bench.wants_any(&[name, &alone]) {
+    let one_after_another = format!("{name}_one_after_another");
+    if !bench.wants_any(&[name, &alone, &one_after_another]) {
         return Ok(());
     }
     let part = || PartSpec::new([backing], ByteSize::from_bytes(8 * HUGE as u64));
@@ -197,29 +198,43 @@ fn migrate(bench: Bench, name: &str, backing: ArenaBacking) -> Outcome<()> {
         println!("# {name}: {:?} of {:?} in huge pages", pool.stat().huge, pool.stat().capacity);
     }
     let (one, two) = (Mapped::resident(pages, HUGE)?, Mapped::resident(pages, HUGE)?);
-    let row = |name: &str, goal| {
-        let mut to = [Zone::Normal, Zone::Movable].into_iter().cycle();
-        let mut buffers = [(&one, &two), (&two, &one)].into_iter().cycle();
-        bench.slower(200).row(
-            name,
-            "memcpy",
-            goal,
-            || {
-                let to = to.next().expect("one of two");
-                let done = memfd.migrate(memfd.pages(), to).expect("a zone of the object's");
-                assert_eq!(done.moved.get(), HUGE as u64, "{:?}", done.refused);
-            },
-            || {
-                let (from, to) = buffers.next().expect("one of two");
-                to.copy_from(from);
-            },
-        );
+    let mut to = [Zone::Normal, Zone::Movable].into_iter().cycle();
+    let mut move_it = || {
+        let to = to.next().expect("one of two");
+        let done = memfd.migrate(memfd.pages(), to).expect("a zone of the object's");
+        assert_eq!(done.moved.get(), HUGE as u64, "{:?}", done.refused);
     };
-    row(&alone, Goal::None);
-    // What it leaves is scrubbed by somebody else.
+    let mut buffers = [(&one, &two), (&two, &one)].into_iter().cycle();
+    let mut copy = || {
+        let (from, to) = buffers.next().expect("one of two");
+        to.copy_from(from);
+    };
+    let bench = bench.slower(200);
+    // What it leaves it scrubs before it returns.
+    bench.row(&alone, "memcpy", Goal::None, &mut move_it, &mut copy);
     let _scrubber = pool.start_scrubber(pool.stat().capacity)?;
-    row(name, Goal::AtMost(1.5));
+    // Beside the scrubber, which is busy with what the one before left.
+    bench.row(&one_after_another, "memcpy", Goal::None, &mut move_it, &mut copy);
+    bench.timed_row(
+        name,
+        "memcpy",
+        Goal::AtMost(1.5),
+        |nr_calls| time_apart(nr_calls, &mut move_it),
+        |nr_calls| time_apart(nr_calls, &mut copy),
+    );
     Ok(())
+}
+
+/// How many nanoseconds one call takes when the scrubber is done with what the one before left.
+fn time_apart(nr_calls: u32, call: &mut impl FnMut()) -> f64 {
+    let mut sum = Duration::ZERO;
+    for _ in 0..nr_calls {
+        std::thread::sleep(Duration::from_micros(500));
+        let start = Instant::now();
+        call();
+        sum += start.elapsed();
+    }
+    sum.as_nanos() as f64 / f64::from(nr_calls)
 }
 
 fn rss(bench: Bench) -> Outcome<()> {

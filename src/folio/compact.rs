@@ -132,8 +132,7 @@ impl FolioPool {
         if is_vacant {
             let state = self.state();
             let Some(part) = state.parts.get(block.part) else { return };
-            let order = part.frames.buddy().order_at(block.start);
-            if order.is_some_and(|order| order >= size.order()) {
+            if part.frames.buddy().order_from(block.start, size.order()).is_some() {
                 into.made = PfnRange::new(part.pfn(block.start), size.nr_pages()).ok();
             }
         }
