@@ -63,6 +63,10 @@ pub mod vm_memory;
 #[doc(hidden)]
 pub use crate::state::modelled;
 
+#[cfg(feature = "oracle")]
+#[doc(hidden)]
+pub use crate::folio::frames_only;
+
 pub use crate::backing::{ArenaBacking, HostOffer, Offer, PartReport, PartSpec, WhyKept};
 pub use crate::folio::{
     Account, AccountStat, Commitment, Compaction, FolioPool, Obstacle, PoolBuilder, PoolStat,

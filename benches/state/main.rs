@@ -4,6 +4,7 @@
 //! `row NAME ours=NS peer=PEERNAME peer_ns=NS ratio=R`. Everything is measured from outside, through the
 //! public interface. design/benchmarks.md says what the rows mean and has figures.
 
+#[path = "../common/mod.rs"]
 mod harness;
 mod state_only;
 

@@ -53,14 +53,26 @@ impl Buddy {
     /// Takes the very block that begins at `pfn`, which is a multiple of its size; says whether it was
     /// free.
     pub(super) fn allocate_at(&mut self, pfn: u64, order: u8) -> bool {
-        let Some(from) = self.order_at(pfn).filter(|&from| from >= order) else { return false };
-        self.cut(pfn >> from << from, from, pfn, order);
+        let Some(from) = self.order_from(pfn, order) else { return false };
+        self.allocate_in(pfn, from, order);
         true
+    }
+
+    /// The same, out of the free block of order `from` that it is in.
+    #[inline]
+    pub(super) fn allocate_in(&mut self, pfn: u64, from: u8, order: u8) {
+        self.cut(pfn >> from << from, from, pfn, order);
     }
 
     /// The order of the free block that a frame is in.
     pub(super) fn order_at(&self, pfn: u64) -> Option<u8> {
-        (0..=GIANT_ORDER).find(|&order| self.get(pfn >> order << order, order))
+        self.order_from(pfn, 0)
+    }
+
+    /// The same, but only of blocks of that order or a larger one: each order is one more place to look.
+    #[inline]
+    pub(super) fn order_from(&self, pfn: u64, smallest: u8) -> Option<u8> {
+        (smallest..=GIANT_ORDER).find(|&order| self.get(pfn >> order << order, order))
     }
 
     /// Gives a block back and joins it with its buddies.

@@ -167,10 +167,9 @@ impl FolioPool {
         self.scrub_all();
         let state = self.state();
         let part = state.parts.get(block.part);
-        let order = part.and_then(|part| part.frames.buddy().order_at(block.start));
-        match order.is_some_and(|order| order >= size.order()) {
-            true => Ok(block.frames),
-            false => Err(stuck("somebody has taken memory of this block meanwhile")),
+        match part.and_then(|part| part.frames.buddy().order_from(block.start, size.order())) {
+            Some(_) => Ok(block.frames),
+            None => Err(stuck("somebody has taken memory of this block meanwhile")),
         }
     }
 }

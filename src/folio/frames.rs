@@ -172,11 +172,13 @@ impl Frames {
     }
 
     fn take_at(&mut self, home: u64, size: FolioSize) -> Option<Taken> {
-        let order = self.buddy.order_at(home);
-        if let Some(order) = order.filter(|&order| order >= size.order()) {
+        if let Some(order) = self.buddy.order_from(home, size.order()) {
             let from = [Huge1G, Huge2M, Base].into_iter().find(|from| order >= from.order())?;
-            let fits = self.may_cut(from, size) && self.buddy.allocate_at(home, size.order());
-            return fits.then_some(Taken::Clean(home));
+            if !self.may_cut(from, size) {
+                return None;
+            }
+            self.buddy.allocate_in(home, order, size.order());
+            return Some(Taken::Clean(home));
         }
         let fits = self.may_cut(size, size) && self.dirty.clear(home, size);
         fits.then_some(Taken::Dirty(home))

@@ -66,10 +66,11 @@ impl Homes {
             if end >= self.nr_blocks {
                 return None;
             }
-            let free = buddy.order_at(end << HUGE_ORDER).filter(|&order| order >= HUGE_ORDER);
-            match free.filter(|_| self.open.get(end)) {
-                Some(_) => end += 1,
-                None => {
+            // First what is one look.
+            let is_open = self.open.get(end);
+            match is_open && buddy.order_from(end << HUGE_ORDER, HUGE_ORDER).is_some() {
+                true => end += 1,
+                false => {
                     start = self.open.first_from(end + 1)?.next_multiple_of(align);
                     end = start;
                 }

@@ -18,12 +18,15 @@
 //! | `pool` | the pool: backing and counters |
 //! | `map` | which frame holds which folio of an object |
 //! | `holes` | which pages of those folios are holes |
+//! | `frames_only` | a pool without bytes, for benches |
 
 mod account;
 mod bits;
 mod buddy;
 mod compact;
 mod frames;
+#[cfg(feature = "oracle")]
+pub mod frames_only;
 mod holes;
 mod home;
 mod ledger;

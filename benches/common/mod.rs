@@ -66,13 +66,27 @@ impl Bench {
         mut ours: impl FnMut() -> A,
         mut theirs: impl FnMut() -> B,
     ) {
+        let time_ours = |nr_calls: u32| time(nr_calls * self.ours_per_peer, &mut ours);
+        self.timed_row(name, peer, goal, time_ours, |nr_calls| time(nr_calls, &mut theirs));
+    }
+
+    /// The same where only a part of what is done is to be timed: each body makes so many calls and
+    /// says how many nanoseconds one took.
+    pub(crate) fn timed_row(
+        self,
+        name: &str,
+        peer: &str,
+        goal: Goal,
+        mut ours: impl FnMut(u32) -> f64,
+        mut theirs: impl FnMut(u32) -> f64,
+    ) {
         if !self.wants(name) {
             return;
         }
         let (mut our_times, mut peer_times) = (Vec::new(), Vec::new());
         // The first turn warms up, and is not counted.
         for turn in 0..=self.runs {
-            let times = (self.time(self.ours_per_peer, &mut ours), self.time(1, &mut theirs));
+            let times = (ours(self.calls_per_run), theirs(self.calls_per_run));
             if turn > 0 {
                 our_times.push(times.0);
                 peer_times.push(times.1);
@@ -81,15 +95,25 @@ impl Bench {
         let (ours, theirs) = (median(our_times), median(peer_times));
         print_row(name, ours, peer, theirs, ours / theirs, goal);
     }
+}
 
-    fn time<R>(self, times: u32, call: &mut impl FnMut() -> R) -> f64 {
-        let nr_calls = self.calls_per_run * times;
-        let start = Instant::now();
-        for _ in 0..nr_calls {
-            black_box(call());
-        }
-        start.elapsed().as_nanos() as f64 / f64::from(nr_calls)
+/// How many nanoseconds one of so many calls takes.
+pub(crate) fn time<R>(nr_calls: u32, call: &mut impl FnMut() -> R) -> f64 {
+    let start = Instant::now();
+    for _ in 0..nr_calls {
+        black_box(call());
     }
+    start.elapsed().as_nanos() as f64 / f64::from(nr_calls)
+}
+
+/// The same without what it takes to drop their results.
+pub(crate) fn time_and_keep<R>(nr_calls: u32, call: &mut impl FnMut() -> R) -> f64 {
+    let mut kept = Vec::with_capacity(nr_calls as usize);
+    let start = Instant::now();
+    for _ in 0..nr_calls {
+        kept.push(call());
+    }
+    start.elapsed().as_nanos() as f64 / f64::from(nr_calls)
 }
 
 /// Prints a row, and whether it reaches its goal.
