@@ -14,6 +14,13 @@ use crate::addr::{Pfn, Pgoff};
 use crate::error::{Error, ErrorKind, Op};
 use crate::geometry::{FolioSize, HUGE_ORDER};
 
+/// Whether a folio comes or goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Counted {
+    On,
+    Off,
+}
+
 /// What a scrubber is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Order {
@@ -47,24 +54,38 @@ impl State {
         };
         let (promise, account) = (*promise, *account);
         if promise == Promise::None {
-            self.charge(Op::Allocate, account, size.nr_pages())?;
+            self.may_charge(Op::Allocate, account, size.nr_pages())?;
         }
         let got = match self.take_opportune(owner, size, page, side) {
             Some(got) => Ok(got),
             None => self.take_from_parts(owner, size, page, side),
         };
-        let taken = matches!(got, Ok(Got::Clean(_) | Got::Dirty(_)));
+        if !matches!(got, Ok(Got::Clean(_) | Got::Dirty(_))) {
+            return got;
+        }
         if promise == Promise::None {
-            match self.owners.get_mut(owner).filter(|_| taken) {
-                Some(owner) => owner.charged_pages += size.nr_pages(),
-                None => self.uncharge(account, size.nr_pages()),
+            // It may be charged: that was asked above.
+            self.charge(Op::Allocate, account, size.nr_pages())?;
+            if let Some(owner) = self.owners.get_mut(owner) {
+                owner.charged_pages += size.nr_pages();
             }
         }
-        if let Some(account) = account.and_then(|key| self.accounts.get_mut(key)).filter(|_| taken)
-        {
-            account.used(size.nr_pages());
-        }
+        self.count(account, size, Counted::On);
         got
+    }
+
+    /// Counts a folio that an account's objects have, or have no more.
+    #[inline]
+    fn count(&mut self, account: Option<usize>, size: FolioSize, counted: Counted) {
+        let Some(account) = account.and_then(|key| self.accounts.get_mut(key)) else { return };
+        match counted {
+            Counted::On => account.used(size.nr_pages()),
+            Counted::Off => account.unused(size.nr_pages()),
+        }
+    }
+
+    fn account_of(&self, owner: usize) -> Option<usize> {
+        self.owners.get(owner)?.account
     }
 
     #[inline]
@@ -139,8 +160,23 @@ impl State {
         None
     }
 
-    /// Takes a folio of a zone to which one of the owner's is to move, at nobody's expense.
+    /// Takes a folio of a zone to which one of the owner's is to move. Until that has moved out both are in
+    /// use, but nothing is charged.
     pub(super) fn take_to(
+        &mut self,
+        key: usize,
+        size: FolioSize,
+        page: Pgoff,
+        zone: Zone,
+    ) -> Result<Got, Error> {
+        let got = self.take_room(key, size, page, zone);
+        if let Ok(Got::Clean(_) | Got::Dirty(_)) = got {
+            self.count(self.account_of(key), size, Counted::On);
+        }
+        got
+    }
+
+    fn take_room(
         &mut self,
         key: usize,
         size: FolioSize,
@@ -164,23 +200,26 @@ impl State {
     pub(super) fn moved_out(&mut self, pfn: Pfn, bytes: Bytes) {
         let Some((_, part)) = part_of(&mut self.parts, pfn) else { return };
         let start = pfn.get() - part.start;
-        let Some(Record { size, state: Use::Owned { owner, .. }, .. }) = part.records.at(start)
+        let Some(Record { size, state: Use::Owned { owner: key, .. }, .. }) =
+            part.records.at(start)
         else {
             return;
         };
-        let (size, owner) = (*size, self.owners.get_mut(*owner));
+        let (size, key) = (*size, *key);
+        let owner = self.owners.get_mut(key);
         if owner.is_some_and(|owner| !owner.opportune.is_empty() && part.zone == Zone::Normal) {
             // It stays promised where it was promised.
-            self.give_back(pfn, bytes);
-            return;
-        }
-        part.records.remove(start);
-        match bytes {
-            Bytes::Zero => {
-                part.frames.give_back_clean(start, size, Promise::None);
+            self.take_back(pfn, bytes);
+        } else {
+            part.records.remove(start);
+            match bytes {
+                Bytes::Zero => {
+                    part.frames.give_back_clean(start, size, Promise::None);
+                }
+                Bytes::Dirty => part.frames.give_back_dirty(start, size, Promise::None),
             }
-            Bytes::Dirty => part.frames.give_back_dirty(start, size, Promise::None),
         }
+        self.count(self.account_of(key), size, Counted::Off);
     }
 
     /// In which zone a frame is.
@@ -191,11 +230,24 @@ impl State {
     /// Takes a folio back. A clean one, or one that is scrubbed later.
     #[inline]
     pub(super) fn give_back(&mut self, pfn: Pfn, bytes: Bytes) {
-        let Some((nr, part)) = part_of(&mut self.parts, pfn) else { return };
-        let start = pfn.get() - part.start;
-        let Some(record) = part.records.remove(start) else { return };
-        let Use::Owned { owner: key, .. } = record.state else { return };
+        let Some((key, size)) = self.take_back(pfn, bytes) else { return };
         let Some(owner) = self.owners.get_mut(key) else { return };
+        let account = owner.account;
+        if owner.promise == Promise::None {
+            owner.charged_pages = owner.charged_pages.saturating_sub(size.nr_pages());
+            self.uncharge(account, size.nr_pages());
+        }
+        self.count(account, size, Counted::Off);
+    }
+
+    /// Takes a folio back and promises its owner another; says whose it was. Charges nobody.
+    #[inline]
+    fn take_back(&mut self, pfn: Pfn, bytes: Bytes) -> Option<(usize, FolioSize)> {
+        let (nr, part) = part_of(&mut self.parts, pfn)?;
+        let start = pfn.get() - part.start;
+        let record = part.records.remove(start)?;
+        let Use::Owned { owner: key, .. } = record.state else { return None };
+        let owner = self.owners.get_mut(key)?;
         // A folio that has moved is promised again where it is now, but for one that was no part of the
         // promise.
         let is_promised = owner.opportune.is_empty() || part.zone == Zone::Normal;
@@ -215,25 +267,19 @@ impl State {
             let left = owner.left.iter_mut().filter(|(other, _)| *other == nr);
             left.for_each(|(_, left)| *left.of_mut(record.size) += 1);
         }
-        let account = owner.account;
-        if owner.promise == Promise::None {
-            owner.charged_pages = owner.charged_pages.saturating_sub(record.size.nr_pages());
-            self.uncharge(account, record.size.nr_pages());
-        }
-        if let Some(account) = account.and_then(|key| self.accounts.get_mut(key)) {
-            account.unused(record.size.nr_pages());
-        }
+        Some((key, record.size))
     }
 
-    /// Keeps a folio out of use for ever.
+    /// Keeps a folio out of use for ever. Who had it is charged for it until he goes.
     pub(super) fn quarantine(&mut self, pfn: Pfn) {
         let Some((_, part)) = part_of(&mut self.parts, pfn) else { return };
         let start = pfn.get() - part.start;
-        if let Some(record) = part.records.at_mut(start) {
-            record.state = Use::Quarantined;
-            let size = record.size;
-            part.frames.quarantine(start, size);
-        }
+        let Some(record) = part.records.at_mut(start) else { return };
+        let Use::Owned { owner, .. } = record.state else { return };
+        record.state = Use::Quarantined;
+        let size = record.size;
+        part.frames.quarantine(start, size);
+        self.count(self.account_of(owner), size, Counted::Off);
     }
 
     /// The frames of a folio that are not to be touched, in ascending order.

@@ -427,7 +427,10 @@ impl Model {
                 let Some(pfn) = self.object_mut(at)?.folios.remove(&page) else { continue };
                 let nr = self.part_of(pfn).ok_or("a folio in no part")?;
                 self.parts.get_mut(nr).ok_or("no such part")?.set(pfn, slot.1, Use::Quarantined);
-                self.count_off(at, slot)?;
+                let account = self.object(at)?.account;
+                if let Some(charges) = account.and_then(|it| self.accounts.get_mut(it)) {
+                    charges.used -= slot.1;
+                }
             } else if !self.makes(PoolMistake::LeaksDroppedObjects) {
                 self.give_back(at, slot)?;
             }
