@@ -59,6 +59,18 @@ struct Isolated<'a> {
     runs: Vec<(u64, u64)>,
 }
 
+impl Isolated<'_> {
+    /// Keeps what a folio has left behind from the next one that moves.
+    fn take_also(&mut self, frames: PfnRange, size: FolioSize) {
+        let mut state = self.pool.state();
+        let Some(part) = state.parts.get_mut(self.part) else { return };
+        let start = frames.start().get() - part.start;
+        if self.runs.try_reserve(1).is_ok() && part.frames.isolate_more(start, size) {
+            self.runs.push((start, size.nr_pages()));
+        }
+    }
+}
+
 impl Drop for Isolated<'_> {
     fn drop(&mut self) {
         let mut state = self.pool.state();
@@ -101,7 +113,7 @@ impl FolioPool {
 
     /// Moves away all that is in a block, or finds out what cannot be.
     fn vacate(&self, block: &Candidate, size: FolioSize, into: &mut Compaction) {
-        let isolated = {
+        let mut isolated = {
             let mut state = self.state();
             let Some(part) = state.parts.get_mut(block.part) else { return };
             let Some(runs) = part.frames.isolate(block.start, size) else { return };
@@ -109,7 +121,7 @@ impl FolioPool {
         };
         let folios = self.state().folios_in(block, size);
         let mut is_vacant = true;
-        for (frames, mover) in folios {
+        for (frames, size, mover) in folios {
             let outcome = match mover {
                 Some((mover, page)) => mover.move_away(page, frames.start()),
                 None => Err(Error::new(Op::Compact, ErrorKind::Quarantined)),
@@ -118,6 +130,7 @@ impl FolioPool {
                 Ok(()) => {
                     let moved = into.moved.get() + frames.len_bytes().get();
                     into.moved = ByteSize::from_bytes(moved);
+                    isolated.take_also(frames, size);
                 }
                 Err(error) => {
                     is_vacant = false;
@@ -141,7 +154,7 @@ impl FolioPool {
 }
 
 /// A folio to be moved, and who can.
-type Moveable = (PfnRange, Option<(Arc<dyn Mover>, Pgoff)>);
+type Moveable = (PfnRange, FolioSize, Option<(Arc<dyn Mover>, Pgoff)>);
 
 impl State {
     fn free_block(&self, size: FolioSize, zone: Zone) -> Option<Pfn> {
@@ -175,7 +188,7 @@ impl State {
         let Some(part) = self.parts.get(block.part) else { return Vec::new() };
         let folio = |record: &Record| {
             let frames = PfnRange::new(part.pfn(record.start), record.size.nr_pages()).ok()?;
-            Some((frames, self.mover_of(record)))
+            Some((frames, record.size, self.mover_of(record)))
         };
         part.records.within(block.start, size.nr_pages()).filter_map(folio).collect()
     }

@@ -75,7 +75,10 @@ impl State {
         let floats = demand.private == PrivatePlacement::MoveToNormal
             && demand.zones.iter().any(|&zone| zone != Zone::Normal);
         let (mut parts, mut opportune) = (Vec::new(), Vec::new());
-        for (nr, part) in demand.zones.iter().flat_map(|&zone| self.of_zone(zone)) {
+        // A zone that is named twice is one: a part in the list twice would be owed twice.
+        let zones = demand.zones.iter().enumerate();
+        let each = zones.filter(|&(at, zone)| !demand.zones.iter().take(at).any(|it| it == zone));
+        for (nr, part) in each.flat_map(|(_, &zone)| self.of_zone(zone)) {
             match floats && part.zone != Zone::Normal {
                 true => opportune.push(nr),
                 false => parts.push((nr, Blocks::default())),

@@ -328,8 +328,11 @@ impl State {
 
     /// Takes a block back that is as dirty as it was.
     pub(super) fn not_scrubbed(&mut self, pfn: Pfn, size: FolioSize) {
-        if let Some((_, part)) = part_of(&mut self.parts, pfn) {
-            part.frames.not_scrubbed(pfn.get() - part.start, size);
+        let Some((_, part)) = part_of(&mut self.parts, pfn) else { return };
+        let start = pfn.get() - part.start;
+        if part.frames.not_scrubbed(start, size) == IsQuarantined::Yes {
+            // Without host memory for that, frames of it that fail later are counted twice.
+            let _ = part.records.insert(Record { start, size, state: Use::Quarantined });
         }
     }
 
