@@ -96,13 +96,17 @@ impl Charge {
     }
 
     pub(super) fn charge(&mut self, op: Op, nr_pages: u64) -> Result<(), Error> {
+        self.may_charge(op, nr_pages)?;
+        self.charged_pages = self.charged_pages.saturating_add(nr_pages);
+        self.peak_pages = self.peak_pages.max(self.charged_pages);
+        Ok(())
+    }
+
+    /// Whether so much more could be charged.
+    pub(super) fn may_charge(&self, op: Op, nr_pages: u64) -> Result<(), Error> {
         let after = self.charged_pages.saturating_add(nr_pages);
         match self.limit_pages.filter(|&limit| after > limit && nr_pages > 0) {
-            None => {
-                self.charged_pages = after;
-                self.peak_pages = self.peak_pages.max(after);
-                Ok(())
-            }
+            None => Ok(()),
             Some(limit) => Err(Error::new(op, ErrorKind::LimitReached).because(format!(
                 "{} bytes wanted, {} charged already, the account's limit is {}",
                 ByteSize::from_pages(nr_pages).get(),

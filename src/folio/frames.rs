@@ -220,10 +220,16 @@ impl Frames {
         self.free_around_poison(start, size);
     }
 
-    /// Takes back a block that is still dirty.
-    pub(super) fn not_scrubbed(&mut self, start: u64, size: FolioSize) {
+    /// Takes back a block that is still dirty. If a frame of it has failed meanwhile nobody may have it whole,
+    /// and there are no dirty pieces: then it is quarantined.
+    pub(super) fn not_scrubbed(&mut self, start: u64, size: FolioSize) -> IsQuarantined {
         self.leave_hands(size);
-        self.dirty.set(start, size);
+        if self.poisoned_in(start, size.nr_pages()).is_empty() {
+            self.dirty.set(start, size);
+            return IsQuarantined::No;
+        }
+        self.quarantine(start, size);
+        IsQuarantined::Yes
     }
 
     fn leave_hands(&mut self, size: FolioSize) {
@@ -262,9 +268,13 @@ impl Frames {
             self.buddy.free(start, size.order());
             return true;
         }
-        let end = start + size.nr_pages();
+        self.free_run_around_poison(start, size.nr_pages())
+    }
+
+    fn free_run_around_poison(&mut self, start: u64, nr_pages: u64) -> bool {
+        let end = start + nr_pages;
         let mut from = start;
-        for &bad in poisoned_in(&self.poisoned, start, size.nr_pages()) {
+        for &bad in poisoned_in(&self.poisoned, start, nr_pages) {
             self.buddy.free_run(from, bad - from);
             from = bad + 1;
         }
@@ -347,15 +357,23 @@ impl Frames {
         None
     }
 
-    /// Takes a free block out of use, as [`isolate`](Self::isolate) does; says whether it was free.
+    /// Takes a free block out of use, as [`isolate`](Self::isolate) does; says whether it was free and promises
+    /// are kept without it.
     pub(super) fn isolate_block(&mut self, start: u64, nr_pages: u64) -> bool {
         let order = u8::try_from(nr_pages.ilog2()).unwrap_or_default();
-        self.buddy.allocate_at(start, order)
+        if !self.buddy.allocate_at(start, order) {
+            return false;
+        }
+        let kept = self.free().keep(&self.promised);
+        if !kept {
+            self.buddy.free(start, order);
+        }
+        kept
     }
 
-    /// Gives frames back that [`isolate`](Self::isolate) took.
+    /// Gives frames back that [`isolate`](Self::isolate) took, but for those that have failed since.
     pub(super) fn free_run(&mut self, start: u64, nr_pages: u64) {
-        self.buddy.free_run(start, nr_pages);
+        self.free_run_around_poison(start, nr_pages);
     }
 }
 

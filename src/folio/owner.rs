@@ -186,6 +186,19 @@ impl State {
         }
     }
 
+    /// Whether so much more could be charged.
+    pub(super) fn may_charge(
+        &self,
+        op: Op,
+        account: Option<usize>,
+        nr_pages: u64,
+    ) -> Result<(), Error> {
+        match account.and_then(|key| self.accounts.get(key)) {
+            Some(account) => account.may_charge(op, nr_pages),
+            None => Ok(()),
+        }
+    }
+
     pub(super) fn uncharge(&mut self, account: Option<usize>, nr_pages: u64) {
         if let Some(account) = account.and_then(|key| self.accounts.get_mut(key)) {
             account.uncharge(nr_pages);

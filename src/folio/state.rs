@@ -14,6 +14,13 @@ use crate::addr::{Pfn, Pgoff};
 use crate::error::{Error, ErrorKind, Op};
 use crate::geometry::{FolioSize, HUGE_ORDER};
 
+/// Whether a folio comes or goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Counted {
+    On,
+    Off,
+}
+
 /// What a scrubber is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Order {
@@ -47,24 +54,38 @@ impl State {
         };
         let (promise, account) = (*promise, *account);
         if promise == Promise::None {
-            self.charge(Op::Allocate, account, size.nr_pages())?;
+            self.may_charge(Op::Allocate, account, size.nr_pages())?;
         }
         let got = match self.take_opportune(owner, size, page, side) {
             Some(got) => Ok(got),
             None => self.take_from_parts(owner, size, page, side),
         };
-        let taken = matches!(got, Ok(Got::Clean(_) | Got::Dirty(_)));
+        if !matches!(got, Ok(Got::Clean(_) | Got::Dirty(_))) {
+            return got;
+        }
         if promise == Promise::None {
-            match self.owners.get_mut(owner).filter(|_| taken) {
-                Some(owner) => owner.charged_pages += size.nr_pages(),
-                None => self.uncharge(account, size.nr_pages()),
+            // It may be charged: that was asked above.
+            self.charge(Op::Allocate, account, size.nr_pages())?;
+            if let Some(owner) = self.owners.get_mut(owner) {
+                owner.charged_pages += size.nr_pages();
             }
         }
-        if let Some(account) = account.and_then(|key| self.accounts.get_mut(key)).filter(|_| taken)
-        {
-            account.used(size.nr_pages());
-        }
+        self.count(account, size, Counted::On);
         got
+    }
+
+    /// Counts a folio that an account's objects have, or have no more.
+    #[inline]
+    fn count(&mut self, account: Option<usize>, size: FolioSize, counted: Counted) {
+        let Some(account) = account.and_then(|key| self.accounts.get_mut(key)) else { return };
+        match counted {
+            Counted::On => account.used(size.nr_pages()),
+            Counted::Off => account.unused(size.nr_pages()),
+        }
+    }
+
+    fn account_of(&self, owner: usize) -> Option<usize> {
+        self.owners.get(owner)?.account
     }
 
     #[inline]
@@ -141,8 +162,23 @@ impl State {
         None
     }
 
-    /// Takes a folio of a zone to which one of the owner's, at `old`, is to move, at nobody's expense.
+    /// Takes a folio of a zone to which one of the owner's, at `old`, is to move. Until that has moved out both
+    /// are in use, but nothing is charged.
     pub(super) fn take_to(
+        &mut self,
+        key: usize,
+        size: FolioSize,
+        page: Pgoff,
+        (old, zone): (Pfn, Zone),
+    ) -> Result<Got, Error> {
+        let got = self.take_room(key, size, page, (old, zone));
+        if let Ok(Got::Clean(_) | Got::Dirty(_)) = got {
+            self.count(self.account_of(key), size, Counted::On);
+        }
+        got
+    }
+
+    fn take_room(
         &mut self,
         key: usize,
         size: FolioSize,
@@ -174,13 +210,16 @@ impl State {
     /// Takes one of two folios back that hold the same pages of an owner, who goes on with the other. The
     /// promise stays as it was before there were two.
     pub(super) fn moved_out(&mut self, gone: Pfn, stays: Pfn, bytes: Bytes) {
-        let Some(owner) = self.owner_of(gone).and_then(|key| self.owners.get(key)) else { return };
+        let Some(key) = self.owner_of(gone) else { return };
+        let Some(owner) = self.owners.get(key) else { return };
         let promised = |pfn| self.zone_of(pfn).is_some_and(|zone| owner.is_promised_in(zone));
         let again = match promised(gone) && !promised(stays) {
             true => owner.promise,
             false => Promise::None,
         };
-        self.put_back(gone, bytes, again);
+        if let Some(size) = self.put_back(gone, bytes, again) {
+            self.count(self.account_of(key), size, Counted::Off);
+        }
     }
 
     fn owner_of(&self, pfn: Pfn) -> Option<usize> {
@@ -215,9 +254,7 @@ impl State {
             owner.charged_pages = owner.charged_pages.saturating_sub(size.nr_pages());
             self.uncharge(account, size.nr_pages());
         }
-        if let Some(account) = account.and_then(|key| self.accounts.get_mut(key)) {
-            account.unused(size.nr_pages());
-        }
+        self.count(account, size, Counted::Off);
     }
 
     /// Makes a folio free, and promises its owner another in the same part, or none.
@@ -247,15 +284,16 @@ impl State {
         Some(size)
     }
 
-    /// Keeps a folio out of use for ever.
+    /// Keeps a folio out of use for ever. Who had it is charged for it until he goes.
     pub(super) fn quarantine(&mut self, pfn: Pfn) {
         let Some((_, part)) = part_of(&mut self.parts, pfn) else { return };
         let start = pfn.get() - part.start;
-        if let Some(record) = part.records.at_mut(start) {
-            record.state = Use::Quarantined;
-            let size = record.size;
-            part.frames.quarantine(start, size);
-        }
+        let Some(record) = part.records.at_mut(start) else { return };
+        let Use::Owned { owner, .. } = record.state else { return };
+        record.state = Use::Quarantined;
+        let size = record.size;
+        part.frames.quarantine(start, size);
+        self.count(self.account_of(owner), size, Counted::Off);
     }
 
     /// The frames of a folio that are not to be touched, in ascending order.
@@ -304,8 +342,11 @@ impl State {
 
     /// Takes a block back that is as dirty as it was.
     pub(super) fn not_scrubbed(&mut self, pfn: Pfn, size: FolioSize) {
-        if let Some((_, part)) = part_of(&mut self.parts, pfn) {
-            part.frames.not_scrubbed(pfn.get() - part.start, size);
+        let Some((_, part)) = part_of(&mut self.parts, pfn) else { return };
+        let start = pfn.get() - part.start;
+        if part.frames.not_scrubbed(start, size) == IsQuarantined::Yes {
+            // Without host memory for that, frames of it that fail later are counted twice.
+            let _ = part.records.insert(Record { start, size, state: Use::Quarantined });
         }
     }
 

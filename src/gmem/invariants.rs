@@ -82,6 +82,13 @@ impl GuestMemfd {
         each.filter_map(|(page, pfn)| Some((pfn, object.word(page)?.visibility()))).collect()
     }
 
+    /// First page and first frame of each folio: for tests that follow them.
+    #[cfg(feature = "oracle")]
+    pub(crate) fn folios(&self) -> Vec<(Pgoff, Pfn)> {
+        let slots = self.0.frames.shape().slots(self.0.pages);
+        slots.filter_map(|slot| Some((slot.pages().start(), self.0.frames.get(&slot)?))).collect()
+    }
+
     /// What lies behind each page that has a folio, whoever may see it: for tests that compare all of it.
     #[cfg(feature = "oracle")]
     #[doc(hidden)]

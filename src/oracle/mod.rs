@@ -16,6 +16,7 @@
 //! | `answer` | what a call answers, whoever answers it |
 //! | `real` | the same steps on the library |
 //! | `compare`, `run` | the comparison, and what drives it |
+//! | `pool` | the same for pools that several objects draw from |
 
 mod action;
 mod answer;
@@ -25,10 +26,15 @@ mod ledger;
 mod mistake;
 mod model;
 mod object;
+mod pool;
 mod real;
 mod run;
 mod step;
 
 pub use action::{Action, ByteClaim, Door, Patience, Question, RangeClaim, SizeClaim, ViewChange};
 pub use mistake::Mistake;
+pub use pool::{
+    Amount, FrameClaim, Limit, PoolAction, PoolCoverage, PoolDisagreement, PoolMistake, Zones,
+    run_pool, run_pool_mistaken, shrink_pool,
+};
 pub use run::{Coverage, Disagreement, Inspect, run, run_inspected, run_mistaken, shrink};

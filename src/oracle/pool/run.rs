@@ -1,0 +1,583 @@
+//! Drives model and pool side by side.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use super::action::PoolAction;
+use super::frames::{Part, Use};
+use super::mistake::PoolMistake;
+use super::model::{Birth, Model, Outcome, Seen, Verdict, must_be};
+use super::object::{Charges, Page, Run};
+use crate::addr::{ByteSize, Offset, Pfn, Pgoff};
+use crate::audit;
+use crate::backing::{ArenaBacking, PartSpec};
+use crate::error::{Error, ErrorKind};
+use crate::failpoint::{FailPoint, arm};
+use crate::folio::{Account, Commitment, FolioPool, Scrubber, Zone};
+use crate::geometry::{FolioSize, HUGE_PAGES, PAGE_BYTES, index};
+use crate::gmem::{ContentPolicy, GuestMemfd, PinMode};
+use crate::oracle::action::{Asked, RangeClaim};
+use crate::range::PgoffRange;
+use crate::state::Visibility;
+
+/// The pool: two parts of one zone, and one of another; with ragged ends. No part is of the third.
+const PARTS: [(u64, Zone); 3] = [
+    (2 * HUGE_PAGES + 37, Zone::Normal),
+    (HUGE_PAGES + 20, Zone::Movable),
+    (HUGE_PAGES + 3, Zone::Normal),
+];
+const MOST_OBJECTS: usize = 6;
+const MOST_ACCOUNTS: usize = 3;
+/// So many actions from one look at all bytes to the next.
+const STRIDE: usize = 16;
+
+/// Where the pool and the model part.
+#[derive(Clone, PartialEq, Eq, thiserror::Error)]
+#[error("action {at}: {action}\n  {what}")]
+pub struct PoolDisagreement {
+    at: usize,
+    action: String,
+    what: String,
+}
+
+/// As it reads: a test that unwraps shows this.
+impl fmt::Debug for PoolDisagreement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// How often which action was answered how, as in `Allocate Exhausted`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[must_use]
+pub struct PoolCoverage {
+    /// How often each came up.
+    pub answers: BTreeMap<String, u64>,
+}
+
+impl PoolCoverage {
+    /// Adds what another run has come by.
+    pub fn add(&mut self, other: Self) {
+        for (answer, count) in other.answers {
+            *self.answers.entry(answer).or_default() += count;
+        }
+    }
+
+    fn note(&mut self, name: &str, outcome: Outcome) {
+        let answer = match outcome {
+            Ok(()) => format!("{name} Ok"),
+            Err(kind) => format!("{name} {kind:?}"),
+        };
+        *self.answers.entry(answer).or_default() += 1;
+    }
+}
+
+/// Does the actions on a pool on the heap; after each, everything has to be as the model says. Takes
+/// everything down, and makes sure that all frames are back but for those that are out of use.
+///
+/// # Errors
+/// The first difference.
+pub fn run_pool(actions: &[PoolAction]) -> Result<PoolCoverage, PoolDisagreement> {
+    run(actions, None)
+}
+
+/// [`run_pool`] against a model that gets a rule wrong, to see that the comparison notices.
+///
+/// # Errors
+/// The first difference.
+pub fn run_pool_mistaken(
+    actions: &[PoolAction],
+    mistake: PoolMistake,
+) -> Result<PoolCoverage, PoolDisagreement> {
+    run(actions, Some(mistake))
+}
+
+/// The actions without those that a disagreement does not need. All of them if there is none.
+pub fn shrink_pool(actions: &[PoolAction]) -> Vec<PoolAction> {
+    let mut kept = actions.to_vec();
+    let mut chunk = if run_pool(&kept).is_err() { kept.len().div_ceil(2) } else { 0 };
+    while chunk > 0 {
+        let mut at = 0;
+        while at < kept.len() {
+            let mut fewer = kept.clone();
+            fewer.drain(at..kept.len().min(at + chunk));
+            match run_pool(&fewer) {
+                Ok(_) => at += chunk,
+                Err(_) => kept = fewer,
+            }
+        }
+        chunk /= 2;
+    }
+    kept
+}
+
+fn run(
+    actions: &[PoolAction],
+    mistake: Option<PoolMistake>,
+) -> Result<PoolCoverage, PoolDisagreement> {
+    let differ = |at: usize, action: &dyn fmt::Debug, what: String| PoolDisagreement {
+        at,
+        action: format!("{action:?}"),
+        what,
+    };
+    let mut runner =
+        Runner::new(mistake).map_err(|error| differ(0, &"a pool", error.to_string()))?;
+    for (at, action) in actions.iter().enumerate() {
+        let verdict = runner.act(action).and_then(|()| runner.look());
+        let all = if at % STRIDE == STRIDE - 1 { runner.look_at_bytes() } else { Ok(()) };
+        verdict.and(all).map_err(|what| differ(at, action, what))?;
+    }
+    runner.take_down().map_err(|what| differ(actions.len(), &"taking all down", what))?;
+    Ok(runner.coverage)
+}
+
+struct Runner {
+    model: Model,
+    pool: FolioPool,
+    objects: Vec<GuestMemfd>,
+    accounts: Vec<Account>,
+    scrubber: Option<Scrubber>,
+    nr_created: u64,
+    has_forgotten: bool,
+    coverage: PoolCoverage,
+}
+
+impl Runner {
+    fn new(mistake: Option<PoolMistake>) -> Result<Self, Error> {
+        let builder = PARTS.iter().fold(FolioPool::builder(), |builder, &(nr_pages, zone)| {
+            let size = ByteSize::from_pages(nr_pages);
+            builder.part(PartSpec::new([ArenaBacking::Heap], size), zone)
+        });
+        let pool = builder.create()?;
+        let zones = PARTS.iter().map(|&(_, zone)| zone);
+        let parts = pool.parts().iter().zip(zones);
+        let model = Model {
+            parts: parts.map(|(part, zone)| Part::new(part.frames, zone)).collect(),
+            objects: Vec::new(),
+            accounts: Vec::new(),
+            has_scrubber: false,
+            most_dirty: 0,
+            most_peak: BTreeMap::new(),
+            mistake,
+        };
+        Ok(Self {
+            model,
+            pool,
+            objects: Vec::new(),
+            accounts: Vec::new(),
+            scrubber: None,
+            nr_created: 0,
+            has_forgotten: false,
+            coverage: PoolCoverage::default(),
+        })
+    }
+
+    fn act(&mut self, action: &PoolAction) -> Verdict {
+        match action {
+            PoolAction::OpenAccount { limit } => self.open_account(limit.bytes()),
+            PoolAction::SetLimit { account, limit } => {
+                let at = usize::from(*account) % self.accounts.len().max(1);
+                let Some(charges) = self.model.accounts.get_mut(at) else { return Ok(()) };
+                charges.limit = limit.bytes().map(ByteSize::whole_pages);
+                if let Some(account) = self.accounts.get(at) {
+                    account.set_limit(limit.bytes());
+                }
+                Ok(())
+            }
+            PoolAction::Create { .. } => self.create(action),
+            PoolAction::Drop { object } => match self.pick(*object) {
+                Some(at) => self.drop_object(at),
+                None => Ok(()),
+            },
+            PoolAction::Compact { size, zone } => self.compact(*size, *zone),
+            PoolAction::Poison { frame } => {
+                let last = self.model.parts.last().map_or(0, |part| part.start + part.nr_pages());
+                let pfn = frame.of(last);
+                let outcome = kind(self.pool.report_memory_failure(Pfn::new(pfn)));
+                self.coverage.note("Poison", outcome);
+                self.model.poison(pfn, outcome)
+            }
+            PoolAction::Scrub => self.scrub(),
+            PoolAction::StartScrubber => self.start_scrubber(),
+            PoolAction::EndScrubber => {
+                self.scrubber = None;
+                self.model.has_scrubber = false;
+                Ok(())
+            }
+            PoolAction::Allocate { object, range, .. }
+            | PoolAction::Write { object, range }
+            | PoolAction::Read { object, range }
+            | PoolAction::Punch { object, range }
+            | PoolAction::Convert { object, range, .. }
+            | PoolAction::Migrate { object, range, .. }
+            | PoolAction::ForgetPin { object, range } => match self.pick(*object) {
+                Some(at) => self.on_pages(at, *range, action),
+                None => Ok(()),
+            },
+        }
+    }
+
+    fn pick(&self, claim: u8) -> Option<usize> {
+        usize::from(claim).checked_rem(self.objects.len())
+    }
+
+    fn open_account(&mut self, limit: Option<ByteSize>) -> Verdict {
+        if self.accounts.len() < MOST_ACCOUNTS {
+            self.accounts.push(self.pool.open_account(limit));
+            let limit = limit.map(ByteSize::whole_pages);
+            self.model.accounts.push(Charges { limit, ..Charges::default() });
+        }
+        Ok(())
+    }
+
+    fn create(&mut self, action: &PoolAction) -> Verdict {
+        let &PoolAction::Create { size, folio, zones, placement, commitment, initial, account } =
+            action
+        else {
+            return Ok(());
+        };
+        if self.objects.len() >= MOST_OBJECTS {
+            return Ok(());
+        }
+        let is_promised = commitment == Commitment::Reserved;
+        let account = usize::from(account) % (self.accounts.len() + 1);
+        let account = Some(account).filter(|&account| account < self.accounts.len());
+        let mut builder = GuestMemfd::builder(size.bytes())
+            .name(&format!("object {}", self.nr_created))
+            .folio_size(folio)
+            .zones(zones.list())
+            .private_placement(placement)
+            .commitment(commitment)
+            .initial(initial);
+        if let Some(account) = account.and_then(|account| self.accounts.get(account)) {
+            builder = builder.account(account);
+        }
+        let created = builder.create(&self.pool);
+        let outcome = kind(created.as_ref().map(|_| ()).map_err(Clone::clone));
+        self.coverage.note("Create", outcome);
+        let bytes = size.bytes();
+        if bytes.get() == 0 || !bytes.is_page_aligned() || bytes.get() > 1 << 63 {
+            return must_be(Err(ErrorKind::InvalidSize), outcome);
+        }
+        if bytes.get() > 1 << 40 && !is_promised {
+            // Nothing is asked of the pool: the tables of such an object are what is too large.
+            return must_be(Err(ErrorKind::Exhausted), outcome);
+        }
+        let page = Page { visibility: initial, byte: 0, is_hole: false, is_pinned: false };
+        let birth = Birth {
+            nr: self.nr_created,
+            nr_pages: bytes.whole_pages(),
+            folio,
+            zones: zones.list(),
+            placement,
+            is_promised,
+            page,
+            account,
+        };
+        self.model.create(&birth, outcome)?;
+        self.nr_created += 1;
+        self.objects.extend(created.ok());
+        Ok(())
+    }
+
+    fn drop_object(&mut self, at: usize) -> Verdict {
+        drop(self.objects.remove(at));
+        self.coverage.note("Drop", Ok(()));
+        self.model.leave(at)
+    }
+
+    fn compact(&mut self, size: FolioSize, zone: Zone) -> Verdict {
+        let outcome = self
+            .pool
+            .compact(size, zone)
+            .map(|compaction| compaction.made.map(|made| (made.start().get(), made.nr_pages())));
+        let name = if matches!(outcome, Ok(Some(_))) { "CompactMade" } else { "Compact" };
+        let outcome = outcome.map_err(|error| error.kind());
+        self.coverage.note(name, outcome.map(|_| ()));
+        let seen: Vec<Seen> = self.objects.iter().map(seen).collect();
+        self.model.compact(size, zone, outcome, &seen)
+    }
+
+    fn scrub(&mut self) -> Verdict {
+        let dirty = self.pool.stat().dirty;
+        let done = self.pool.scrub();
+        if done != dirty {
+            return Err(format!("scrubbed {done:?} of {dirty:?}"));
+        }
+        self.model.most_dirty = 0;
+        self.coverage.note(if done.get() > 0 { "ScrubSome" } else { "Scrub" }, Ok(()));
+        Ok(())
+    }
+
+    fn start_scrubber(&mut self) -> Verdict {
+        if self.scrubber.is_none() {
+            self.scrubber = self.pool.start_scrubber(ByteSize::from_bytes(0)).ok();
+            let is_wrong = self.model.makes(PoolMistake::NothingIsDirty);
+            self.model.has_scrubber = self.scrubber.is_some() && !is_wrong;
+        }
+        Ok(())
+    }
+
+    fn on_pages(&mut self, at: usize, claim: RangeClaim, action: &PoolAction) -> Verdict {
+        let Some(object) = self.objects.get(at) else { return Ok(()) };
+        let nr_pages = object.pages().nr_pages();
+        let (start, nr) = match claim.of(nr_pages) {
+            Asked::Pages { start, nr_pages } => (start, nr_pages),
+            Asked::Bytes { start, len } => (start >> 12, len >> 12),
+        };
+        let few = matches!(action, PoolAction::Write { .. });
+        let nr = if few { nr.min(5) } else { nr };
+        let Ok(range) = PgoffRange::new(Pgoff::new(start), nr) else { return Ok(()) };
+        if range.end().get() > nr_pages {
+            return self.out_of_range(at, range, action);
+        }
+        self.inside(at, range, action)
+    }
+
+    /// A range that the object does not have.
+    fn out_of_range(&mut self, at: usize, range: PgoffRange, action: &PoolAction) -> Verdict {
+        let Some(object) = self.objects.get(at) else { return Ok(()) };
+        let outcome = match action {
+            PoolAction::Allocate { .. } => kind(object.allocate(range)),
+            PoolAction::Convert { to, .. } => {
+                kind(object.convert(range, *to, ContentPolicy::Preserve).map(|_| ()))
+            }
+            PoolAction::Migrate { .. } => kind(object.migrate(range, Zone::Normal).map(|_| ())),
+            _ => return Ok(()),
+        };
+        must_be(Err(ErrorKind::OutOfRange), outcome)
+    }
+
+    fn inside(&mut self, at: usize, range: PgoffRange, action: &PoolAction) -> Verdict {
+        let Some(object) = self.objects.get(at) else { return Ok(()) };
+        let run: Run = (range.start().get(), range.nr_pages());
+        let Some(model) = self.model.objects.get(at) else { return Ok(()) };
+        let (name, outcome) = match *action {
+            PoolAction::Allocate { fails_after, .. } => {
+                let spared = fails_after.checked_sub(240).map(u32::from);
+                let armed = spared.map(|spared| arm(FailPoint::Folio, spared));
+                let outcome = kind(object.allocate(range));
+                let has_fired = armed.is_some_and(|armed| armed.has_fired());
+                let seen = seen(object);
+                self.model.populate(at, run, outcome, &seen, has_fired)?;
+                (if has_fired { "AllocateMadeToFail" } else { "Allocate" }, outcome)
+            }
+            PoolAction::Write { .. } => {
+                let byte = byte_of(model.nr);
+                let bytes = vec![byte; index(run.1) * PAGE_BYTES];
+                let outcome = kind(object.write(Offset::new(run.0 << 12), &bytes));
+                if model.is_shared(run) {
+                    let seen = seen(object);
+                    self.model.populate(at, run, outcome, &seen, false)?;
+                    if outcome.is_ok() {
+                        let pages = self.model.object_mut(at)?.pages_mut(run);
+                        pages.for_each(|page| page.byte = byte);
+                    }
+                } else {
+                    must_be(Err(ErrorKind::NotShared), outcome)?;
+                }
+                ("Write", outcome)
+            }
+            PoolAction::Read { .. } => {
+                let page = model.page(run.0).copied().ok_or("no such page in the model")?;
+                let mut bytes = vec![1; PAGE_BYTES];
+                let outcome = kind(object.read(Offset::new(run.0 << 12), &mut bytes));
+                let wanted = match page.visibility {
+                    Visibility::Shared => Ok(()),
+                    Visibility::Private => Err(ErrorKind::NotShared),
+                };
+                must_be(wanted, outcome)?;
+                if outcome.is_ok() && bytes.iter().any(|&byte| byte != page.byte) {
+                    return Err(format!("page {} should be full of {}", run.0, page.byte));
+                }
+                ("Read", outcome)
+            }
+            PoolAction::Punch { .. } => {
+                let outcome = kind(object.punch_hole(range).map(|_| ()));
+                self.model.punch(at, run, outcome)?;
+                ("Punch", outcome)
+            }
+            PoolAction::Convert { to, .. } => {
+                let outcome = kind(object.convert(range, to, ContentPolicy::Preserve).map(|_| ()));
+                let seen = seen(object);
+                self.model.convert(at, run, to, outcome, &seen)?;
+                ("Convert", outcome)
+            }
+            PoolAction::Migrate { to, .. } => {
+                let answer = object.migrate(range, to).map_err(|error| error.kind());
+                let refused = answer.map(|migration| {
+                    let refused = migration.refused.iter();
+                    let run = |pages: &PgoffRange| (pages.start().get(), pages.nr_pages());
+                    refused.map(|(pages, error)| (run(pages), error.kind())).collect::<Vec<_>>()
+                });
+                let outcome = refused.as_ref().map(|_| ()).map_err(|&kind| kind);
+                let first = refused.as_ref().ok().and_then(|it| it.first()).map(|&(_, kind)| kind);
+                let seen = seen(object);
+                let refused = refused.as_deref().map_err(|&kind| kind);
+                self.model.migrate(at, run, to, refused, &seen)?;
+                let name = if first.is_some() { "MigrateRefused" } else { "Migrate" };
+                (name, outcome.and(first.map_or(Ok(()), Err)))
+            }
+            PoolAction::ForgetPin { .. } => return self.forget_pin(at, range),
+            _ => return Ok(()),
+        };
+        self.coverage.note(name, outcome);
+        Ok(())
+    }
+
+    /// Each costs the process a note that it keeps.
+    fn forget_pin(&mut self, at: usize, range: PgoffRange) -> Verdict {
+        let Some(object) = self.objects.get(at).filter(|_| !self.has_forgotten) else {
+            return Ok(());
+        };
+        let page = range.start();
+        let pinned = PgoffRange::single(page).and_then(|page| {
+            let pin = object.pin(page, object.register_owner("device")?, PinMode::Counted)?;
+            std::mem::forget(pin);
+            Ok(())
+        });
+        let outcome = kind(pinned);
+        self.coverage.note("ForgetPin", outcome);
+        self.has_forgotten |= outcome.is_ok();
+        let model = self.model.object_mut(at)?;
+        let run = (page.get(), 1);
+        let wanted = if model.is_shared(run) { Ok(()) } else { Err(ErrorKind::NotShared) };
+        must_be(wanted, outcome)?;
+        model.pages_mut(run).for_each(|page| page.is_pinned |= outcome.is_ok());
+        Ok(())
+    }
+
+    /// Compares the counters, and where everything is.
+    fn look(&mut self) -> Verdict {
+        for (object, model) in self.objects.iter().zip(&self.model.objects) {
+            let found = seen(object);
+            if found != model.folios {
+                return Err(format!(
+                    "folios of object {}: {:x?} should be {:x?}",
+                    model.nr, found, model.folios
+                ));
+            }
+        }
+        self.compare_counters()?;
+        for (at, (account, model)) in self.accounts.iter().zip(&mut self.model.accounts).enumerate()
+        {
+            let stat = account.stat();
+            let [charged, peak, used] =
+                [stat.charged, stat.peak, stat.used].map(ByteSize::whole_pages);
+            // What was undone may have been the most.
+            let most = self.model.most_peak.remove(&at).unwrap_or(0);
+            if (model.peak..=most).contains(&peak) {
+                model.peak = peak;
+            }
+            let is = Charges { limit: model.limit, charged, peak, used };
+            if self.model.mistake == Some(PoolMistake::PeakIsNow) {
+                model.peak = model.charged;
+            }
+            if is != *model {
+                return Err(format!("account {at}: {is:?} should be {model:?}"));
+            }
+        }
+        Ok(())
+    }
+
+    fn compare_counters(&self) -> Verdict {
+        let stat = self.pool.stat();
+        let parts = &self.model.parts;
+        let (mut free, mut reserved) = (0, 0);
+        for part in parts {
+            let of_part = part.count(|it| it == Use::Free);
+            let promised = part.promised.pages().min(of_part);
+            let promised =
+                if self.model.makes(PoolMistake::ForgetsPromises) { 0 } else { promised };
+            free += of_part - promised;
+            reserved += promised;
+        }
+        let failed = |part: &Part| part.frames.iter().filter(|it| it.has_failed).count() as u64;
+        let quarantined = |part: &Part| part.count(|it| it == Use::Quarantined);
+        let wanted = [
+            parts.iter().map(Part::nr_pages).sum(),
+            free,
+            reserved,
+            self.model.nr_used(),
+            parts.iter().map(quarantined).sum(),
+            parts.iter().map(failed).sum(),
+        ];
+        let found =
+            [stat.capacity, stat.free, stat.reserved, stat.used, stat.quarantined, stat.poisoned]
+                .map(ByteSize::whole_pages);
+        if found != wanted {
+            return Err(format!(
+                "capacity, free, reserved, used, quarantined and poisoned: {found:?} should be {wanted:?}"
+            ));
+        }
+        let [capacity, rest @ ..] = found;
+        if capacity != rest.iter().sum::<u64>() {
+            return Err(format!("the counters do not add up: {found:?}"));
+        }
+        let dirty = stat.dirty.whole_pages();
+        if dirty > self.model.most_dirty.min(free + reserved) {
+            return Err(format!("{dirty} pages are dirty, at most {}", self.model.most_dirty));
+        }
+        let largest = parts.iter().map(Part::largest_free).max().unwrap_or(0);
+        if dirty == 0 && stat.largest_free.whole_pages() != largest {
+            return Err(format!("largest free: {:?} should be {largest}", stat.largest_free));
+        }
+        Ok(())
+    }
+
+    /// Compares every byte, and reads every free frame.
+    fn look_at_bytes(&self) -> Verdict {
+        for (object, model) in self.objects.iter().zip(&self.model.objects) {
+            for (page, bytes) in object.bytes_behind() {
+                let wanted = model.page(page.get()).ok_or("no such page in the model")?;
+                if wanted.is_hole || bytes.iter().any(|&byte| byte != wanted.byte) {
+                    return Err(format!("object {} page {page}: wanted is {wanted:?}", model.nr));
+                }
+            }
+        }
+        let objects: Vec<&GuestMemfd> = self.objects.iter().collect();
+        let report = audit::check(&self.pool, &objects);
+        if !report.is_clean() {
+            return Err(format!("the audit: {report}"));
+        }
+        let stat = self.pool.stat();
+        let clean = stat.free.get() + stat.reserved.get() - stat.dirty.get();
+        match self.pool.verify_scrubbed() {
+            Ok(bytes) if bytes.get() == clean => Ok(()),
+            other => Err(format!("clean memory: {other:?} should be {clean}")),
+        }
+    }
+
+    /// Everything goes, and what is out of use alone is missing then.
+    fn take_down(&mut self) -> Verdict {
+        self.look_at_bytes()?;
+        while !self.objects.is_empty() {
+            self.drop_object(0)?;
+            self.look()?;
+        }
+        self.scrub()?;
+        self.look()?;
+        let stat = self.pool.stat();
+        let out = stat.quarantined.get() + stat.poisoned.get();
+        if stat.free.get() + out != stat.capacity.get() {
+            return Err(format!("not all is back: {stat:?}"));
+        }
+        if self.accounts.iter().any(|it| it.stat().charged.get() + it.stat().used.get() > 0) {
+            return Err(String::from("an account is charged for nothing"));
+        }
+        self.look_at_bytes()
+    }
+}
+
+fn seen(object: &GuestMemfd) -> Seen {
+    object.folios().into_iter().map(|(page, pfn)| (page.get(), pfn.get())).collect()
+}
+
+/// The bytes of an object: never zero.
+fn byte_of(nr: u64) -> u8 {
+    u8::try_from(1 + nr % 255).unwrap_or(1)
+}
+
+fn kind(answer: Result<(), Error>) -> Outcome {
+    answer.map_err(|error| error.kind())
+}
