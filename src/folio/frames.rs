@@ -218,10 +218,22 @@ impl Frames {
         self.free_around_poison(start, size);
     }
 
-    /// Takes back a block that is still dirty.
+    /// Takes back a block that is still dirty. It has no poisoned frames.
     pub(super) fn not_scrubbed(&mut self, start: u64, size: FolioSize) {
         self.leave_hands(size);
         self.dirty.set(start, size);
+    }
+
+    /// A block that is in hands is so many blocks of 2 MiB from now on.
+    pub(super) fn cut_in_hands(&mut self, size: FolioSize) {
+        self.leave_hands(size);
+        self.dirty.in_hands.huge += size.nr_pages() / HUGE_PAGES;
+    }
+
+    /// Takes back a block of 2 MiB that nobody can scrub: it is quarantined.
+    pub(super) fn never_scrubbed(&mut self, start: u64) {
+        self.leave_hands(Huge2M);
+        self.quarantine(start, Huge2M);
     }
 
     fn leave_hands(&mut self, size: FolioSize) {
@@ -260,14 +272,8 @@ impl Frames {
             self.buddy.free(start, size.order());
             return true;
         }
-        let end = start + size.nr_pages();
-        let mut from = start;
-        for &bad in poisoned_in(&self.poisoned, start, size.nr_pages()) {
-            self.buddy.free_run(from, bad - from);
-            from = bad + 1;
-        }
-        self.buddy.free_run(from, end - from);
-        from == start
+        self.free_run(start, size.nr_pages());
+        self.poisoned_in(start, size.nr_pages()).is_empty()
     }
 
     /// The poisoned frames of a run.
@@ -345,9 +351,14 @@ impl Frames {
         None
     }
 
-    /// Gives frames back that [`isolate`](Self::isolate) took.
+    /// Gives frames back that [`isolate`](Self::isolate) took, but for those that failed meanwhile.
     pub(super) fn free_run(&mut self, start: u64, nr_pages: u64) {
-        self.buddy.free_run(start, nr_pages);
+        let mut from = start;
+        for &bad in poisoned_in(&self.poisoned, start, nr_pages) {
+            self.buddy.free_run(from, bad - from);
+            from = bad + 1;
+        }
+        self.buddy.free_run(from, start + nr_pages - from);
     }
 }
 

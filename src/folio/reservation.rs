@@ -43,6 +43,12 @@ pub(crate) struct Reservation {
     _account: Option<Account>,
 }
 
+/// Why nothing was taken, and what is to be kept out of use because of it.
+struct Lost {
+    pfn: Option<Pfn>,
+    error: Error,
+}
+
 impl FolioPool {
     /// Promises folios to an object.
     pub(crate) fn reserve(&self, wanted: Wanted<'_>) -> Result<Reservation, Error> {
@@ -78,13 +84,19 @@ impl Reservation {
     /// Takes a folio, which is all zeroes, for the pages of the object from `page` on.
     #[inline]
     pub(crate) fn take(&self, size: FolioSize, page: Pgoff, side: Side) -> Result<Pfn, Error> {
-        self.until_got(size, |state| state.take(self.key, size, page, side))
+        self.until_got(size, |state| state.take(self.key, size, page, side)).map_err(|lost| {
+            lost.pfn.inspect(|&pfn| self.quarantine(pfn));
+            lost.error
+        })
     }
 
     /// Takes a folio of a zone, which is all zeroes, for pages that are to move there. What they leave is given
     /// to [`moved_out`](Self::moved_out), or if they do not move, the new one is.
     pub(crate) fn take_to(&self, size: FolioSize, page: Pgoff, zone: Zone) -> Result<Pfn, Error> {
-        self.until_got(size, |state| state.take_to(self.key, size, page, zone))
+        self.until_got(size, |state| state.take_to(self.key, size, page, zone)).map_err(|lost| {
+            lost.pfn.inspect(|&pfn| self.set_aside(pfn));
+            lost.error
+        })
     }
 
     #[inline]
@@ -92,11 +104,18 @@ impl Reservation {
         &self,
         size: FolioSize,
         mut take: impl FnMut(&mut State) -> Result<Got, Error>,
-    ) -> Result<Pfn, Error> {
+    ) -> Result<Pfn, Lost> {
         loop {
             let mut state = self.pool.state();
-            match take(&mut state)? {
-                Got::Clean(pfn) => return Ok(pfn),
+            match take(&mut state).map_err(|error| Lost { pfn: None, error })? {
+                Got::Clean(pfn) => {
+                    let is_short = state.is_short_of_clean();
+                    drop(state);
+                    if is_short {
+                        self.pool.wake_scrubbers();
+                    }
+                    return Ok(pfn);
+                }
                 Got::Dirty(pfn) => {
                     drop(state);
                     return self.scrub(pfn, size);
@@ -112,38 +131,43 @@ impl Reservation {
 
     /// Scrubs a folio that was taken dirty.
     #[cold]
-    fn scrub(&self, pfn: Pfn, size: FolioSize) -> Result<Pfn, Error> {
+    fn scrub(&self, pfn: Pfn, size: FolioSize) -> Result<Pfn, Lost> {
         let outcome = self.pool.scrub_frames(pfn, size);
-        if outcome.is_err() {
-            self.quarantine(pfn);
-        }
-        outcome.map(|()| pfn)
+        outcome.map(|()| pfn).map_err(|error| Lost { pfn: Some(pfn), error })
     }
 
     /// Gives a folio back, and is promised another. Scrubs it, unless somebody does that in the background.
     pub(crate) fn give_back(&self, pfn: Pfn, size: FolioSize) {
-        self.scrubbed_back(pfn, size, State::give_back);
+        if self.scrubbed_back(pfn, size, State::give_back).is_err() {
+            self.quarantine(pfn);
+        }
     }
 
     /// Gives a folio back whose contents are in another of the object's now.
     pub(crate) fn moved_out(&self, pfn: Pfn, size: FolioSize) {
-        self.scrubbed_back(pfn, size, State::moved_out);
+        if self.scrubbed_back(pfn, size, State::moved_out).is_err() {
+            self.set_aside(pfn);
+        }
     }
 
-    fn scrubbed_back(&self, pfn: Pfn, size: FolioSize, back: impl Fn(&mut State, Pfn, Bytes)) {
+    fn scrubbed_back(
+        &self,
+        pfn: Pfn,
+        size: FolioSize,
+        back: impl Fn(&mut State, Pfn, Bytes),
+    ) -> Result<(), Error> {
         if size != FolioSize::Base {
             let mut state = self.pool.state();
             if !state.scrubbers.is_empty() && state.poisoned_in(pfn, size).is_empty() {
                 back(&mut state, pfn, Bytes::Dirty);
                 drop(state);
                 self.pool.wake_scrubbers();
-                return;
+                return Ok(());
             }
         }
-        match self.pool.scrub_frames(pfn, size) {
-            Ok(()) => back(&mut self.pool.state(), pfn, Bytes::Zero),
-            Err(_) => self.quarantine(pfn),
-        }
+        self.pool.scrub_frames(pfn, size)?;
+        back(&mut self.pool.state(), pfn, Bytes::Zero);
+        Ok(())
     }
 
     /// Says who moves the object's folios when the pool wants room.
@@ -165,6 +189,11 @@ impl Reservation {
     /// Counts a folio as lost. It is in no free map and in no object any more.
     pub(crate) fn quarantine(&self, pfn: Pfn) {
         self.pool.state().quarantine(pfn);
+    }
+
+    /// The same for one that [`take_to`](Self::take_to) gave, or that has moved out.
+    pub(crate) fn set_aside(&self, pfn: Pfn) {
+        self.pool.state().set_aside(pfn);
     }
 }
 

@@ -21,13 +21,21 @@ pub(super) enum Order {
     End,
 }
 
+/// A thread that cleans dirty folios.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Watch {
+    pub(super) order: Order,
+    /// How many folios of 2 MiB are to be clean.
+    pub(super) keep_clean: u64,
+}
+
 #[derive(Debug, Default)]
 pub(super) struct State {
     pub(super) parts: Vec<PartState>,
     pub(super) owners: Slab<Owner>,
     pub(super) accounts: Slab<Charge>,
     /// The threads that clean dirty folios, and what they are to do.
-    pub(super) scrubbers: BTreeMap<u64, Order>,
+    pub(super) scrubbers: BTreeMap<u64, Watch>,
     /// How many there ever were: each has a number of its own.
     pub(super) nr_scrubbers: u64,
 }
@@ -171,7 +179,7 @@ impl State {
         let (size, owner) = (*size, self.owners.get_mut(*owner));
         if owner.is_some_and(|owner| !owner.opportune.is_empty() && part.zone == Zone::Normal) {
             // It stays promised where it was promised.
-            self.give_back(pfn, bytes);
+            self.put_back(pfn, bytes);
             return;
         }
         part.records.remove(start);
@@ -191,11 +199,33 @@ impl State {
     /// Takes a folio back. A clean one, or one that is scrubbed later.
     #[inline]
     pub(super) fn give_back(&mut self, pfn: Pfn, bytes: Bytes) {
-        let Some((nr, part)) = part_of(&mut self.parts, pfn) else { return };
+        if let Some((owner, size)) = self.put_back(pfn, bytes) {
+            self.has_less(owner, size);
+        }
+    }
+
+    /// An owner has one folio less at its account's expense.
+    #[inline]
+    fn has_less(&mut self, owner: usize, size: FolioSize) {
+        let Some(owner) = self.owners.get_mut(owner) else { return };
+        let account = owner.account;
+        if owner.promise == Promise::None {
+            owner.charged_pages = owner.charged_pages.saturating_sub(size.nr_pages());
+            self.uncharge(account, size.nr_pages());
+        }
+        if let Some(account) = account.and_then(|key| self.accounts.get_mut(key)) {
+            account.unused(size.nr_pages());
+        }
+    }
+
+    /// Takes a folio back at nobody's expense; whose it was.
+    #[inline]
+    fn put_back(&mut self, pfn: Pfn, bytes: Bytes) -> Option<(usize, FolioSize)> {
+        let (nr, part) = part_of(&mut self.parts, pfn)?;
         let start = pfn.get() - part.start;
-        let Some(record) = part.records.remove(start) else { return };
-        let Use::Owned { owner: key, .. } = record.state else { return };
-        let Some(owner) = self.owners.get_mut(key) else { return };
+        let record = part.records.remove(start)?;
+        let Use::Owned { owner: key, .. } = record.state else { return None };
+        let owner = self.owners.get_mut(key)?;
         // A folio that has moved is promised again where it is now, but for one that was no part of the
         // promise.
         let is_promised = owner.opportune.is_empty() || part.zone == Zone::Normal;
@@ -215,25 +245,27 @@ impl State {
             let left = owner.left.iter_mut().filter(|(other, _)| *other == nr);
             left.for_each(|(_, left)| *left.of_mut(record.size) += 1);
         }
-        let account = owner.account;
-        if owner.promise == Promise::None {
-            owner.charged_pages = owner.charged_pages.saturating_sub(record.size.nr_pages());
-            self.uncharge(account, record.size.nr_pages());
-        }
-        if let Some(account) = account.and_then(|key| self.accounts.get_mut(key)) {
-            account.unused(record.size.nr_pages());
-        }
+        Some((key, record.size))
     }
 
     /// Keeps a folio out of use for ever.
     pub(super) fn quarantine(&mut self, pfn: Pfn) {
-        let Some((_, part)) = part_of(&mut self.parts, pfn) else { return };
-        let start = pfn.get() - part.start;
-        if let Some(record) = part.records.at_mut(start) {
-            record.state = Use::Quarantined;
-            let size = record.size;
-            part.frames.quarantine(start, size);
+        if let Some((owner, size)) = self.set_aside(pfn) {
+            self.has_less(owner, size);
         }
+    }
+
+    /// Keeps a folio out of use for ever that is at nobody's expense; whose it was.
+    pub(super) fn set_aside(&mut self, pfn: Pfn) -> Option<(usize, FolioSize)> {
+        let (_, part) = part_of(&mut self.parts, pfn)?;
+        let start = pfn.get() - part.start;
+        let record = part.records.at_mut(start)?;
+        let size = record.size;
+        let Use::Owned { owner, .. } = std::mem::replace(&mut record.state, Use::Quarantined) else {
+            return None;
+        };
+        part.frames.quarantine(start, size);
+        Some((owner, size))
     }
 
     /// The frames of a folio that are not to be touched, in ascending order.
@@ -283,8 +315,16 @@ impl State {
     /// Takes a block back that is as dirty as it was.
     pub(super) fn not_scrubbed(&mut self, pfn: Pfn, size: FolioSize) {
         if let Some((_, part)) = part_of(&mut self.parts, pfn) {
-            part.frames.not_scrubbed(pfn.get() - part.start, size);
+            part.not_scrubbed(pfn.get() - part.start, size);
         }
+    }
+
+    /// Whether less is clean than a scrubber is to keep, and something could be cleaned.
+    #[inline]
+    pub(super) fn is_short_of_clean(&self) -> bool {
+        let short = |watch: &Watch| self.nr_clean_huge() < watch.keep_clean;
+        let is_short = !self.scrubbers.is_empty() && self.scrubbers.values().any(short);
+        is_short && self.parts.iter().any(|part| part.frames.nr_dirty() > 0)
     }
 
     /// Free memory in whole clean folios of 2 MiB.

@@ -88,7 +88,7 @@ struct Replacement<'a> {
 impl Drop for Replacement<'_> {
     fn drop(&mut self) {
         if let Some(pfn) = self.unknown {
-            self.object.reservation.quarantine(pfn);
+            self.object.reservation.set_aside(pfn);
         }
     }
 }
