@@ -137,10 +137,14 @@ impl Frames {
                 None => return Taken::Nothing,
             }
         }
-        let taken = self.take_unpromised(size, home);
-        if !matches!(taken, Taken::Clean(_) | Taken::Dirty(_)) {
-            self.promised = before;
+        let after = self.promised;
+        if promise == Promise::Kept && !self.free().keep(&before) {
+            // Memory failed that was promised. Who comes first is served, and not nobody.
+            self.promised = Blocks::default();
         }
+        let taken = self.take_unpromised(size, home);
+        let is_taken = matches!(taken, Taken::Clean(_) | Taken::Dirty(_));
+        self.promised = if is_taken { after } else { before };
         taken
     }
 

@@ -158,7 +158,7 @@ impl Reservation {
     ) -> Result<(), Error> {
         if size != FolioSize::Base {
             let mut state = self.pool.state();
-            if !state.scrubbers.is_empty() && state.poisoned_in(pfn, size).is_empty() {
+            if !state.scrubbers.is_empty() && state.poisoned_in(pfn, size.nr_pages()).is_empty() {
                 back(&mut state, pfn, Bytes::Dirty);
                 drop(state);
                 self.pool.wake_scrubbers();
@@ -173,6 +173,11 @@ impl Reservation {
     /// Says who moves the object's folios when the pool wants room.
     pub(crate) fn set_mover(&self, mover: Weak<dyn Mover>) {
         self.pool.state().set_mover(self.key, mover);
+    }
+
+    /// The frames of a folio that failed, in ascending order.
+    pub(crate) fn failed_in(&self, pfn: Pfn, nr_pages: u64) -> Vec<Pfn> {
+        self.pool.state().poisoned_in(pfn, nr_pages)
     }
 
     /// In which zone a frame is.

@@ -51,7 +51,7 @@ impl FolioPool {
         if fails(FailPoint::Scrub) {
             return Err(Error::new(Op::Scrub, ErrorKind::Os).because("made to fail"));
         }
-        let poisoned = self.state().poisoned_in(pfn, size);
+        let poisoned = self.state().poisoned_in(pfn, size.nr_pages());
         let end = pfn.get() + size.nr_pages();
         let mut from = pfn.get();
         for bad in poisoned.iter().map(|bad| bad.get()).chain([end]) {
@@ -194,3 +194,6 @@ impl Drop for Running {
         self.pool.state().scrubbers.remove(&self.key);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,13 +1,14 @@
 //! All that a pool's lock guards: parts, owners and accounts. No bytes.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use slab::Slab;
 
 use super::account::Charge;
 use super::frames::{IsQuarantined, Promise, Taken};
 use super::ledger::Blocks;
-use super::owner::{Owner, Side};
+use super::owner::{Mover, Owner, Side};
 use super::part::{Bytes, Got, PartState, Zone, part_of};
 use super::record::{Record, Use};
 use crate::addr::{Pfn, Pgoff};
@@ -261,7 +262,8 @@ impl State {
         let start = pfn.get() - part.start;
         let record = part.records.at_mut(start)?;
         let size = record.size;
-        let Use::Owned { owner, .. } = std::mem::replace(&mut record.state, Use::Quarantined) else {
+        let Use::Owned { owner, .. } = std::mem::replace(&mut record.state, Use::Quarantined)
+        else {
             return None;
         };
         part.frames.quarantine(start, size);
@@ -269,11 +271,11 @@ impl State {
     }
 
     /// The frames of a folio that are not to be touched, in ascending order.
-    pub(super) fn poisoned_in(&self, pfn: Pfn, size: FolioSize) -> Vec<Pfn> {
+    pub(super) fn poisoned_in(&self, pfn: Pfn, nr_pages: u64) -> Vec<Pfn> {
         let Some(part) = self.parts.iter().find(|part| part.covers(pfn)) else {
             return Vec::new();
         };
-        let bad = part.frames.poisoned_in(pfn.get() - part.start, size.nr_pages());
+        let bad = part.frames.poisoned_in(pfn.get() - part.start, nr_pages);
         bad.iter().map(|&frame| part.pfn(frame)).collect()
     }
 
@@ -295,6 +297,15 @@ impl State {
             Some((start, size)) => Poisoned::ScrubAround(part.pfn(start), size),
             None => Poisoned::Fenced,
         })
+    }
+
+    /// Who has a frame, and the page that is in it.
+    pub(super) fn owner_of(&self, pfn: Pfn) -> Option<(Arc<dyn Mover>, Pgoff)> {
+        let part = self.parts.iter().find(|part| part.covers(pfn))?;
+        let frame = pfn.get() - part.start;
+        let record = part.records.containing(frame)?;
+        let (owner, first) = self.mover_of(record)?;
+        Some((owner, Pgoff::new(first.get() + (frame - record.start))))
     }
 
     /// A dirty block to scrub, in the caller's hands.
