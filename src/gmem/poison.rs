@@ -25,7 +25,8 @@ impl GuestMemfd {
     /// [`ErrorKind::Os`] say that somebody can still reach the page: its frame is poisoned all the same, and
     /// another call quarantines the page.
     pub fn report_memory_failure(&self, at: Offset) -> Result<(), Error> {
-        let page = PgoffRange::single(at.pgoff())?;
+        let out_of_range = |_| Error::new(Op::Poison, ErrorKind::OutOfRange);
+        let page = PgoffRange::single(at.pgoff()).map_err(out_of_range)?;
         self.0.check_range(Op::Poison, page)?;
         let behind = self.0.frames.parts(page).next().map(|(_, behind)| behind);
         let frames = match behind {
