@@ -10,7 +10,7 @@ use super::record::Record;
 use super::state::State;
 use crate::addr::{ByteSize, Pfn, Pgoff};
 use crate::error::{Error, ErrorKind, Op};
-use crate::geometry::FolioSize;
+use crate::geometry::{FolioSize, HUGE_PAGES};
 use crate::range::PfnRange;
 
 /// What a compaction came to.
@@ -68,6 +68,23 @@ impl Drop for Isolated<'_> {
     }
 }
 
+impl Isolated<'_> {
+    /// Adds the frames of a folio that has moved away, if nobody was faster and promises are kept.
+    fn add(&mut self, frames: PfnRange) {
+        let mut state = self.pool.state();
+        let Some(part) = state.parts.get_mut(self.part) else { return };
+        let start = frames.start().get() - part.start;
+        let size = match frames.nr_pages() {
+            1 => FolioSize::Base,
+            HUGE_PAGES => FolioSize::Huge2M,
+            _ => FolioSize::Huge1G,
+        };
+        if self.runs.try_reserve(1).is_ok() && part.frames.isolate_folio(start, size) {
+            self.runs.push((start, size.nr_pages()));
+        }
+    }
+}
+
 impl FolioPool {
     /// Makes room for a folio of a size in a zone, by asking objects to move theirs: first where the
     /// fewest frames are in use.
@@ -101,7 +118,7 @@ impl FolioPool {
 
     /// Moves away all that is in a block, or finds out what cannot be.
     fn vacate(&self, block: &Candidate, size: FolioSize, into: &mut Compaction) {
-        let isolated = {
+        let mut isolated = {
             let mut state = self.state();
             let Some(part) = state.parts.get_mut(block.part) else { return };
             let Some(runs) = part.frames.isolate(block.start, size) else { return };
@@ -116,6 +133,8 @@ impl FolioPool {
             };
             match outcome {
                 Ok(()) => {
+                    // Or the next folio moves to where this one was.
+                    isolated.add(frames);
                     let moved = into.moved.get() + frames.len_bytes().get();
                     into.moved = ByteSize::from_bytes(moved);
                 }

@@ -355,6 +355,18 @@ impl Frames {
         None
     }
 
+    /// The same for a folio's frames that have just become free.
+    pub(super) fn isolate_folio(&mut self, start: u64, size: FolioSize) -> bool {
+        if !self.buddy.allocate_at(start, size.order()) {
+            return false;
+        }
+        let is_kept = self.free().keep(&self.promised);
+        if !is_kept {
+            self.buddy.free_run(start, size.nr_pages());
+        }
+        is_kept
+    }
+
     /// Gives frames back that [`isolate`](Self::isolate) took, but for those that failed meanwhile.
     pub(super) fn free_run(&mut self, start: u64, nr_pages: u64) {
         let mut from = start;

@@ -51,6 +51,7 @@ impl FolioPool {
         if fails(FailPoint::Scrub) {
             return Err(Error::new(Op::Scrub, ErrorKind::Os).because("made to fail"));
         }
+        self.arena().require(Op::Scrub, PfnRange::new(pfn, size.nr_pages())?)?;
         let poisoned = self.state().poisoned_in(pfn, size.nr_pages());
         let end = pfn.get() + size.nr_pages();
         let mut from = pfn.get();

@@ -136,15 +136,18 @@ impl Inner {
             return Err(Error::new(Op::Allocate, ErrorKind::Exhausted));
         }
         let pfn = self.reservation.take(slot.size(), slot.pages().start(), self.side_of(slot))?;
+        let frames = PfnRange::new(pfn, slot.size().nr_pages())?;
+        if let Err(error) = self.arena.require(Op::Allocate, frames) {
+            self.reservation.give_back_clean(pfn);
+            return Err(error);
+        }
         let mut views = layout.views.iter();
         let outcome = views
             .try_for_each(|(_, view)| view.install(self, slot.pages(), pfn))
             .and_then(|()| match layout.views.is_empty() {
                 true => Ok(()),
                 // A raw pointer may have written to it while it was being installed.
-                false => PfnRange::new(pfn, slot.size().nr_pages())
-                    .and_then(|frames| self.arena.zero(frames))
-                    .map_err(NotInstalled::Left),
+                false => self.arena.zero(frames).map_err(NotInstalled::Left),
             });
         match outcome {
             Ok(()) => Ok(pfn),
