@@ -194,7 +194,8 @@ fn collapse_on_demand() {
     memfd.punch_hole(range(50, 3)).unwrap();
     let owner = memfd.register_owner("vfio").unwrap();
     let pin = memfd.pin(range(2 * FOLIO + 1, 1), owner, PinMode::Counted).unwrap();
-    let seen = || -> Vec<bool> { (0..3 * FOLIO + 9).map(|page| is_readable(&view, page)).collect() };
+    let seen =
+        || -> Vec<bool> { (0..3 * FOLIO + 9).map(|page| is_readable(&view, page)).collect() };
     let (before, stat) = (seen(), memfd.stat());
     assert!(!before[5] && !before[50] && !before[700] && before[6]);
 
@@ -217,7 +218,9 @@ fn collapse_on_demand() {
         let _ = memfd.convert(range(page, 1), Visibility::Shared, PRESERVE).unwrap();
     }
     let is_punched = |page: &u64| (50..53).contains(page);
-    assert!((0..3 * FOLIO + 9).filter(|page| !is_punched(page)).all(|page| is_marked(&memfd, page)));
+    assert!(
+        (0..3 * FOLIO + 9).filter(|page| !is_punched(page)).all(|page| is_marked(&memfd, page))
+    );
     assert!((50..53).all(|page| !is_marked(&memfd, page)));
     assert_clean(&pool, &memfd);
     assert_eq!(memfd.collapse(range(0, 4 * FOLIO)).unwrap_err().kind(), ErrorKind::OutOfRange);

@@ -449,7 +449,8 @@ fn what_the_host_does_not_have_is_reported_in_order() {
     // More than anybody has reserved of huge pages, and no multiple of a GiB.
     let size = ByteSize::from_mib(64);
     let pool = FolioPool::with_preference(&preference, size).unwrap();
-    let why: Vec<_> = pool.parts()[0].passed_over.iter().map(|(it, why)| (*it, why.kind())).collect();
+    let why: Vec<_> =
+        pool.parts()[0].passed_over.iter().map(|(it, why)| (*it, why.kind())).collect();
     if why.len() == 3 {
         assert_eq!(
             why,

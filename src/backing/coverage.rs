@@ -63,9 +63,8 @@ impl Arena {
     fn uncommitted(&self, of: impl Fn(&Part) -> bool) -> ByteSize {
         let lacks = |part: &&Part| of(part);
         let parts = self.parts.iter().filter(lacks);
-        let lacking = |part: &Part| {
-            part.frames.len_bytes().get().saturating_sub(part.committed().get())
-        };
+        let lacking =
+            |part: &Part| part.frames.len_bytes().get().saturating_sub(part.committed().get());
         ByteSize::from_bytes(parts.map(lacking).sum())
     }
 

@@ -2,6 +2,7 @@
 
 use gmem::GuestMemfd;
 use gmem::addr::{Offset, Pgoff};
+use gmem::error::{Error, ErrorKind};
 use gmem::range::PgoffRange;
 
 /// Nothing else looks like that.
@@ -17,19 +18,29 @@ fn page_of(owner: u64, page: u64) -> Vec<u8> {
     word.to_ne_bytes().repeat(512)
 }
 
+/// Tries again for as long as somebody is at the pages who will leave by himself.
+pub(crate) fn settled<T>(mut attempt: impl FnMut() -> Result<T, Error>) -> Result<T, Error> {
+    loop {
+        match attempt() {
+            Err(error) if error.kind() == ErrorKind::Busy => std::thread::yield_now(),
+            outcome => return outcome,
+        }
+    }
+}
+
 /// Writes the owner's pattern into every byte of shared pages.
 pub(crate) fn write(memfd: &GuestMemfd, pages: PgoffRange, owner: u64) {
     for page in pages.iter() {
-        memfd.write(page.offset(), &page_of(owner, page.get())).unwrap();
+        settled(|| memfd.write(page.offset(), &page_of(owner, page.get()))).unwrap();
     }
 }
 
 /// Gives all of the pages frames, and sees to it that nobody's bytes are in there.
 pub(crate) fn assert_nobodys(memfd: &GuestMemfd, pages: PgoffRange, what: &str) {
-    memfd.allocate(pages).unwrap();
+    settled(|| memfd.allocate(pages)).unwrap();
     let (zeroes, mut bytes) = ([0; 4096], [0; 4096]);
     for page in pages.iter() {
-        memfd.read(page.offset(), &mut bytes).unwrap();
+        settled(|| memfd.read(page.offset(), &mut bytes)).unwrap();
         assert!(bytes == zeroes, "{what}: page {page} has {}", describe(&bytes));
     }
 }
@@ -38,7 +49,7 @@ pub(crate) fn assert_nobodys(memfd: &GuestMemfd, pages: PgoffRange, what: &str) 
 pub(crate) fn assert_owners(memfd: &GuestMemfd, pages: PgoffRange, owner: u64, what: &str) {
     let mut bytes = [0; 4096];
     for page in pages.iter() {
-        memfd.read(page.offset(), &mut bytes).unwrap();
+        settled(|| memfd.read(page.offset(), &mut bytes)).unwrap();
         let is_right = bytes[..] == page_of(owner, page.get());
         assert!(is_right, "{what}: page {page} of owner {owner} has {}", describe(&bytes));
     }
