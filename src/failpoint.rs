@@ -18,8 +18,10 @@ pub enum FailPoint {
     View,
     /// The hypervisor.
     Hypervisor,
-    /// A scrub that is under way.
+    /// A scrub.
     Scrub,
+    /// The same, by a panic of whoever scrubs.
+    ScrubPanic,
 }
 
 #[cfg(not(any(test, feature = "oracle")))]
@@ -28,8 +30,18 @@ pub(crate) const fn fails(_: FailPoint) -> bool {
     false
 }
 
+#[cfg(not(any(test, feature = "oracle")))]
+#[inline(always)]
+pub(crate) const fn panics(_: FailPoint) {}
+
+#[cfg(not(any(test, feature = "oracle")))]
+#[inline(always)]
+pub(crate) fn heir<T>(body: impl FnOnce() -> T) -> impl FnOnce() -> T {
+    body
+}
+
 #[cfg(any(test, feature = "oracle"))]
-pub(crate) use armed::fails;
+pub(crate) use armed::{fails, heir, panics};
 
 #[cfg(any(test, feature = "oracle"))]
 pub use armed::{Armed, arm};
@@ -72,6 +84,22 @@ mod armed {
     impl Drop for Armed {
         fn drop(&mut self) {
             PLAN.set(None);
+        }
+    }
+
+    /// Panics where [`fails`] would say that a step fails.
+    pub(crate) fn panics(point: FailPoint) {
+        if fails(point) {
+            std::panic::panic_any("made to panic");
+        }
+    }
+
+    /// What is to run on another thread, with the same failures ahead as here.
+    pub(crate) fn heir<T>(body: impl FnOnce() -> T) -> impl FnOnce() -> T {
+        let plan = PLAN.get();
+        move || {
+            PLAN.set(plan);
+            body()
         }
     }
 

@@ -73,9 +73,9 @@ pub use crate::folio::{
     PrivatePlacement, Scrubber, Unscrubbed, Zone,
 };
 pub use crate::gmem::{
-    ContentPolicy, Conversion, ConvertOptions, GuestMemfd, GuestMemfdBuilder, HostFault, HostView,
-    Migration, ObjectStat, OwnerTag, PageInfo, PageStatus, PinGuard, PinMode, Punched, Residency,
-    Subscriber, Subscription, Touch,
+    Collapse, ContentPolicy, Conversion, ConvertOptions, GuestMemfd, GuestMemfdBuilder, HostFault,
+    HostView, Migration, ObjectStat, OwnerTag, PageInfo, PageStatus, PinGuard, PinMode, Punched,
+    Residency, Subscriber, Subscription, Touch,
 };
 pub use crate::os::sigbus::{FaultCause, SigbusHandler};
 pub use crate::state::{CancelToken, Visibility, Wait};

@@ -50,6 +50,24 @@ impl Arena {
         ByteSize::from_bytes(self.parts.iter().map(|part| part.committed().get()).sum())
     }
 
+    /// How much has no memory where it should always have some.
+    pub(crate) fn missing(&self) -> ByteSize {
+        self.uncommitted(|part| part.backing != ArenaBacking::Memfd)
+    }
+
+    /// How much has no memory where [`release`](Self::release) gives it back.
+    pub(crate) fn released(&self) -> ByteSize {
+        self.uncommitted(|part| part.backing == ArenaBacking::Memfd)
+    }
+
+    fn uncommitted(&self, of: impl Fn(&Part) -> bool) -> ByteSize {
+        let lacks = |part: &&Part| of(part);
+        let parts = self.parts.iter().filter(lacks);
+        let lacking =
+            |part: &Part| part.frames.len_bytes().get().saturating_sub(part.committed().get());
+        ByteSize::from_bytes(parts.map(lacking).sum())
+    }
+
     fn addresses(&self, frames: PfnRange) -> Range<u64> {
         let (at, len) = bytes(frames);
         let start = self.base().addr().get() + at;

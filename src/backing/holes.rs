@@ -129,6 +129,20 @@ impl Arena {
         outcome
     }
 
+    /// Sees to it that frames which are to be touched have memory, where the host may have none for a touch:
+    /// of its hugetlb pages there are so many, and somebody may have punched a hole from outside.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exhausted`], [`ErrorKind::Os`].
+    pub(crate) fn require(&self, op: Op, frames: PfnRange) -> Result<(), Error> {
+        let is_hugetlb = |part: &super::Part| part.backing.is_hugetlb();
+        if !self.part_of(frames.start()).is_some_and(is_hugetlb) {
+            return Ok(());
+        }
+        let (fd, at) = self.file_of(frames).ok_or_else(|| Error::new(op, ErrorKind::OutOfRange))?;
+        sparse::commit(op, fd, at, frames.len_bytes())
+    }
+
     fn commit_run(&self, op: Op, run: PfnRange) -> Result<(), Error> {
         if fails(FailPoint::Commit) {
             return Err(Error::new(op, ErrorKind::Exhausted));

@@ -137,10 +137,14 @@ impl Frames {
                 None => return Taken::Nothing,
             }
         }
-        let taken = self.take_unpromised(size, home);
-        if !matches!(taken, Taken::Clean(_) | Taken::Dirty(_)) {
-            self.promised = before;
+        let after = self.promised;
+        if promise == Promise::Kept && !self.free().keep(&before) {
+            // Memory failed that was promised. Who comes first is served, and not nobody.
+            self.promised = Blocks::default();
         }
+        let taken = self.take_unpromised(size, home);
+        let is_taken = matches!(taken, Taken::Clean(_) | Taken::Dirty(_));
+        self.promised = if is_taken { after } else { before };
         taken
     }
 
@@ -220,16 +224,22 @@ impl Frames {
         self.free_around_poison(start, size);
     }
 
-    /// Takes back a block that is still dirty. If a frame of it has failed meanwhile nobody may have it whole,
-    /// and there are no dirty pieces: then it is quarantined.
-    pub(super) fn not_scrubbed(&mut self, start: u64, size: FolioSize) -> IsQuarantined {
+    /// Takes back a block that is still dirty. It has no poisoned frames.
+    pub(super) fn not_scrubbed(&mut self, start: u64, size: FolioSize) {
         self.leave_hands(size);
-        if self.poisoned_in(start, size.nr_pages()).is_empty() {
-            self.dirty.set(start, size);
-            return IsQuarantined::No;
-        }
-        self.quarantine(start, size);
-        IsQuarantined::Yes
+        self.dirty.set(start, size);
+    }
+
+    /// A block that is in hands is so many blocks of 2 MiB from now on.
+    pub(super) fn cut_in_hands(&mut self, size: FolioSize) {
+        self.leave_hands(size);
+        self.dirty.in_hands.huge += size.nr_pages() / HUGE_PAGES;
+    }
+
+    /// Takes back a block of 2 MiB that nobody can scrub: it is quarantined.
+    pub(super) fn never_scrubbed(&mut self, start: u64) {
+        self.leave_hands(Huge2M);
+        self.quarantine(start, Huge2M);
     }
 
     fn leave_hands(&mut self, size: FolioSize) {

@@ -33,11 +33,14 @@ pub(crate) enum Side {
     Any,
 }
 
-/// Somebody who can move his folios to other frames when asked.
+/// Somebody who does to his folios what the pool asks for.
 pub(crate) trait Mover: Send + Sync + fmt::Debug {
     /// Moves the folio that holds the pages from `page` on out of the frame that it is in, which must be
     /// `from`, to any other of the same zone.
     fn move_away(&self, page: Pgoff, from: Pfn) -> Result<(), Error>;
+
+    /// Keeps everybody from a page whose frame failed, if it is still there.
+    fn fence(&self, page: Pgoff, frame: Pfn) -> Result<(), Error>;
 }
 
 /// What is wanted of a pool for an object.

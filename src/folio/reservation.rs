@@ -101,7 +101,14 @@ impl Reservation {
         loop {
             let mut state = self.pool.state();
             match take(&mut state)? {
-                Got::Clean(pfn) => return Ok(pfn),
+                Got::Clean(pfn) => {
+                    let is_short = state.is_short_of_clean();
+                    drop(state);
+                    if is_short {
+                        self.pool.wake_scrubbers();
+                    }
+                    return Ok(pfn);
+                }
                 Got::Dirty(pfn) => {
                     drop(state);
                     return self.scrub(pfn, size);
@@ -127,33 +134,47 @@ impl Reservation {
 
     /// Gives a folio back, and is promised another. Scrubs it, unless somebody does that in the background.
     pub(crate) fn give_back(&self, pfn: Pfn, size: FolioSize) {
-        self.scrubbed_back(pfn, size, State::give_back);
+        if self.scrubbed_back(pfn, size, State::give_back).is_err() {
+            self.quarantine(pfn);
+        }
     }
 
     /// Gives a folio back whose contents are in another of the object's.
     pub(crate) fn moved_out(&self, gone: Pfn, stays: Pfn, size: FolioSize) {
-        self.scrubbed_back(gone, size, |state, pfn, bytes| state.moved_out(pfn, stays, bytes));
+        let back = |state: &mut State, pfn, bytes| state.moved_out(pfn, stays, bytes);
+        if self.scrubbed_back(gone, size, back).is_err() {
+            self.quarantine(gone);
+        }
     }
 
-    fn scrubbed_back(&self, pfn: Pfn, size: FolioSize, back: impl Fn(&mut State, Pfn, Bytes)) {
+    fn scrubbed_back(
+        &self,
+        pfn: Pfn,
+        size: FolioSize,
+        back: impl Fn(&mut State, Pfn, Bytes),
+    ) -> Result<(), Error> {
         if size != FolioSize::Base {
             let mut state = self.pool.state();
-            if !state.scrubbers.is_empty() && state.poisoned_in(pfn, size).is_empty() {
+            if !state.scrubbers.is_empty() && state.poisoned_in(pfn, size.nr_pages()).is_empty() {
                 back(&mut state, pfn, Bytes::Dirty);
                 drop(state);
                 self.pool.wake_scrubbers();
-                return;
+                return Ok(());
             }
         }
-        match self.pool.scrub_frames(pfn, size) {
-            Ok(()) => back(&mut self.pool.state(), pfn, Bytes::Zero),
-            Err(_) => self.quarantine(pfn),
-        }
+        self.pool.scrub_frames(pfn, size)?;
+        back(&mut self.pool.state(), pfn, Bytes::Zero);
+        Ok(())
     }
 
     /// Says who moves the object's folios when the pool wants room.
     pub(crate) fn set_mover(&self, mover: Weak<dyn Mover>) {
         self.pool.state().set_mover(self.key, mover);
+    }
+
+    /// The frames of a folio that failed, in ascending order.
+    pub(crate) fn failed_in(&self, pfn: Pfn, nr_pages: u64) -> Vec<Pfn> {
+        self.pool.state().poisoned_in(pfn, nr_pages)
     }
 
     /// In which zone a frame is.

@@ -7,10 +7,10 @@
 use std::thread::{Builder, JoinHandle};
 
 use super::pool::FolioPool;
-use super::state::{Order, State};
+use super::state::{Order, State, Watch};
 use crate::addr::{ByteSize, Pfn};
 use crate::error::{Error, ErrorKind, Op};
-use crate::failpoint::{FailPoint, fails};
+use crate::failpoint::{FailPoint, fails, heir, panics};
 use crate::geometry::{FolioSize, HUGE_PAGES};
 use crate::range::PfnRange;
 use crate::sync::MutexGuard;
@@ -38,13 +38,21 @@ impl Drop for InHands<'_> {
         }
         drop(state);
         self.pool.returned().wake_all();
+        if self.outcome == Outcome::Dirty {
+            // Whoever had it in hands may be no scrubber, or one that is about to end.
+            self.pool.wake_scrubbers();
+        }
     }
 }
 
 impl FolioPool {
     /// Fills a folio that nobody reaches with zeroes, but for frames that failed.
     pub(super) fn scrub_frames(&self, pfn: Pfn, size: FolioSize) -> Result<(), Error> {
-        let poisoned = self.state().poisoned_in(pfn, size);
+        if fails(FailPoint::Scrub) {
+            return Err(Error::new(Op::Scrub, ErrorKind::Os).because("made to fail"));
+        }
+        self.arena().require(Op::Scrub, PfnRange::new(pfn, size.nr_pages())?)?;
+        let poisoned = self.state().poisoned_in(pfn, size.nr_pages());
         let end = pfn.get() + size.nr_pages();
         let mut from = pfn.get();
         for bad in poisoned.iter().map(|bad| bad.get()).chain([end]) {
@@ -59,9 +67,7 @@ impl FolioPool {
     /// Scrubs a block that the caller has taken out of the state, and gives it back there.
     pub(super) fn scrub_in_hands(&self, pfn: Pfn, size: FolioSize) -> Option<ByteSize> {
         let mut block = InHands { pool: self, pfn, size, outcome: Outcome::Dirty };
-        if fails(FailPoint::Scrub) {
-            return None;
-        }
+        panics(FailPoint::ScrubPanic);
         self.scrub_frames(pfn, size).ok()?;
         block.outcome = Outcome::Scrubbed;
         Some(size.bytes())
@@ -103,18 +109,18 @@ impl FolioPool {
     /// # Errors
     /// [`ErrorKind::Os`] if the host gives no thread.
     pub fn start_scrubber(&self, keep_clean: ByteSize) -> Result<Scrubber, Error> {
+        let keep_clean = keep_clean.whole_pages() / HUGE_PAGES;
         let key = {
             let mut state = self.state();
             state.nr_scrubbers += 1;
             let key = state.nr_scrubbers;
-            state.scrubbers.insert(key, Order::Work);
+            state.scrubbers.insert(key, Watch { order: Order::Work, keep_clean });
             key
         };
-        let keep_clean = keep_clean.whole_pages() / HUGE_PAGES;
-        let mut running = Running { pool: self.clone(), key, keep_clean };
+        let mut running = Running { pool: self.clone(), key };
         let thread = Builder::new()
             .name(String::from("gmem-scrub"))
-            .spawn(move || running.clean())
+            .spawn(heir(move || running.clean()))
             .map_err(|error| {
                 Error::new(Op::Scrub, ErrorKind::Os).because(format!("no thread: {error}"))
             })?;
@@ -141,8 +147,8 @@ impl Scrubber {
 
 impl Drop for Scrubber {
     fn drop(&mut self) {
-        if let Some(order) = self.pool.state().scrubbers.get_mut(&self.key) {
-            *order = Order::End;
+        if let Some(watch) = self.pool.state().scrubbers.get_mut(&self.key) {
+            watch.order = Order::End;
         }
         self.pool.wake_scrubbers();
         if let Some(thread) = self.thread.take() {
@@ -156,8 +162,6 @@ impl Drop for Scrubber {
 struct Running {
     pool: FolioPool,
     key: u64,
-    /// Folios of 2 MiB.
-    keep_clean: u64,
 }
 
 impl Running {
@@ -172,10 +176,11 @@ impl Running {
     fn next(&self) -> Option<(Pfn, FolioSize)> {
         let mut state = self.pool.state();
         loop {
-            if state.scrubbers.get(&self.key) != Some(&Order::Work) {
+            let watch = *state.scrubbers.get(&self.key)?;
+            if watch.order == Order::End {
                 return None;
             }
-            if state.nr_clean_huge() < self.keep_clean {
+            if state.nr_clean_huge() < watch.keep_clean {
                 if let Some(next) = state.next_dirty() {
                     return Some(next);
                 }
@@ -190,3 +195,6 @@ impl Drop for Running {
         self.pool.state().scrubbers.remove(&self.key);
     }
 }
+
+#[cfg(test)]
+mod tests;

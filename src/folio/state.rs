@@ -1,13 +1,14 @@
 //! All that a pool's lock guards: parts, owners and accounts. No bytes.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use slab::Slab;
 
 use super::account::Charge;
 use super::frames::{IsQuarantined, Promise, Taken};
 use super::ledger::Blocks;
-use super::owner::{Owner, Side};
+use super::owner::{Mover, Owner, Side};
 use super::part::{Bytes, Got, PartState, Zone, part_of};
 use super::record::{Record, Use};
 use crate::addr::{Pfn, Pgoff};
@@ -28,13 +29,21 @@ pub(super) enum Order {
     End,
 }
 
+/// A thread that cleans dirty folios.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Watch {
+    pub(super) order: Order,
+    /// How many folios of 2 MiB are to be clean.
+    pub(super) keep_clean: u64,
+}
+
 #[derive(Debug, Default)]
 pub(super) struct State {
     pub(super) parts: Vec<PartState>,
     pub(super) owners: Slab<Owner>,
     pub(super) accounts: Slab<Charge>,
     /// The threads that clean dirty folios, and what they are to do.
-    pub(super) scrubbers: BTreeMap<u64, Order>,
+    pub(super) scrubbers: BTreeMap<u64, Watch>,
     /// How many there ever were: each has a number of its own.
     pub(super) nr_scrubbers: u64,
 }
@@ -297,11 +306,11 @@ impl State {
     }
 
     /// The frames of a folio that are not to be touched, in ascending order.
-    pub(super) fn poisoned_in(&self, pfn: Pfn, size: FolioSize) -> Vec<Pfn> {
+    pub(super) fn poisoned_in(&self, pfn: Pfn, nr_pages: u64) -> Vec<Pfn> {
         let Some(part) = self.parts.iter().find(|part| part.covers(pfn)) else {
             return Vec::new();
         };
-        let bad = part.frames.poisoned_in(pfn.get() - part.start, size.nr_pages());
+        let bad = part.frames.poisoned_in(pfn.get() - part.start, nr_pages);
         bad.iter().map(|&frame| part.pfn(frame)).collect()
     }
 
@@ -325,6 +334,15 @@ impl State {
         })
     }
 
+    /// Who has a frame, and the page that is in it.
+    pub(super) fn who_has(&self, pfn: Pfn) -> Option<(Arc<dyn Mover>, Pgoff)> {
+        let part = self.parts.iter().find(|part| part.covers(pfn))?;
+        let frame = pfn.get() - part.start;
+        let record = part.records.containing(frame)?;
+        let (owner, first) = self.mover_of(record)?;
+        Some((owner, Pgoff::new(first.get() + (frame - record.start))))
+    }
+
     /// A dirty block to scrub, in the caller's hands.
     pub(super) fn next_dirty(&mut self) -> Option<(Pfn, FolioSize)> {
         self.parts.iter_mut().find_map(|part| {
@@ -342,12 +360,17 @@ impl State {
 
     /// Takes a block back that is as dirty as it was.
     pub(super) fn not_scrubbed(&mut self, pfn: Pfn, size: FolioSize) {
-        let Some((_, part)) = part_of(&mut self.parts, pfn) else { return };
-        let start = pfn.get() - part.start;
-        if part.frames.not_scrubbed(start, size) == IsQuarantined::Yes {
-            // Without host memory for that, frames of it that fail later are counted twice.
-            let _ = part.records.insert(Record { start, size, state: Use::Quarantined });
+        if let Some((_, part)) = part_of(&mut self.parts, pfn) {
+            part.not_scrubbed(pfn.get() - part.start, size);
         }
+    }
+
+    /// Whether less is clean than a scrubber is to keep, and something could be cleaned.
+    #[inline]
+    pub(super) fn is_short_of_clean(&self) -> bool {
+        let short = |watch: &Watch| self.nr_clean_huge() < watch.keep_clean;
+        let is_short = !self.scrubbers.is_empty() && self.scrubbers.values().any(short);
+        is_short && self.parts.iter().any(|part| part.frames.nr_dirty() > 0)
     }
 
     /// Free memory in whole clean folios of 2 MiB.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use super::object::GuestMemfd;
 use crate::addr::{Pfn, Pgoff};
+use crate::range::{PfnRange, PgoffRange};
 use crate::state::{Phase, Visibility, Word};
 
 impl GuestMemfd {
@@ -17,6 +18,13 @@ impl GuestMemfd {
             findings.push(format!("{} page {page}: {what}", object.name));
         };
 
+        let is_sound = |frames: PfnRange| {
+            object.reservation.failed_in(frames.start(), frames.nr_pages()).is_empty()
+        };
+        let has_failed = |page: Pgoff| {
+            let folios = PgoffRange::single(page).map(|page| object.frames.folios(page));
+            folios.is_ok_and(|mut folios| folios.any(|(_, frames)| !is_sound(frames)))
+        };
         let mut held: BTreeMap<Pgoff, u32> = BTreeMap::new();
         for page in object.ledger.held().iter().flat_map(|range| range.iter()) {
             *held.entry(page).or_default() += 1;
@@ -30,7 +38,7 @@ impl GuestMemfd {
             if counted > 0 && !word.is_open() {
                 say(page, format!("pinned though it is {word:?}"));
             }
-            if word.phase() != Phase::Settled {
+            if word.phase() != Phase::Settled && !has_failed(page) {
                 say(page, format!("not settled: {word:?}"));
             }
         }
@@ -47,6 +55,7 @@ impl GuestMemfd {
             }
             // Memory that went back to the host would be had again by a look.
             let is_kept = object.arena.why_kept(frames).is_some();
+            let is_kept = is_kept && is_sound(frames);
             if is_kept && !matches!(object.arena.is_zero(frames), Ok(true)) {
                 say(pages.start(), format!("a hole of {} pages is not zero", pages.nr_pages()));
             }

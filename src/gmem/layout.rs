@@ -12,7 +12,7 @@ use slab::Slab;
 use super::host_view::{NotInstalled, ViewMap};
 use super::object::{Inner, runs};
 use super::subscriber::Subscriber;
-use crate::addr::{Gfn, Pfn};
+use crate::addr::{Gfn, Pfn, Pgoff};
 use crate::error::{Error, ErrorKind, Op};
 use crate::failpoint::{FailPoint, fails};
 use crate::folio::Slot;
@@ -156,15 +156,18 @@ impl Inner {
             return Err(Error::new(Op::Allocate, ErrorKind::Exhausted));
         }
         let pfn = self.reservation.take(slot.size(), slot.pages().start(), self.side_of(slot))?;
+        let frames = PfnRange::new(pfn, slot.size().nr_pages())?;
+        if let Err(error) = self.arena.require(Op::Allocate, frames) {
+            self.reservation.give_back_clean(pfn);
+            return Err(error);
+        }
         let mut views = layout.views.iter();
         let outcome = views
             .try_for_each(|(_, view)| view.install(self, slot.pages(), pfn))
             .and_then(|()| match layout.views.is_empty() {
                 true => Ok(()),
                 // A raw pointer may have written to it while it was being installed.
-                false => PfnRange::new(pfn, slot.size().nr_pages())
-                    .and_then(|frames| self.arena.zero(frames))
-                    .map_err(NotInstalled::Left),
+                false => self.arena.zero(frames).map_err(NotInstalled::Left),
             });
         match outcome {
             Ok(()) => Ok(pfn),
@@ -211,22 +214,28 @@ impl Inner {
                     layout.views.iter().for_each(|(_, view)| view.show(pages));
                 }
             }
-            FolioSize::Huge2M | FolioSize::Huge1G => {
+            granule => {
                 let becomes = |pages: PgoffRange| {
                     becoming_shared.iter().any(|becoming| becoming.covers(&pages))
                 };
-                let is_shared = |slot: &Slot| {
-                    self.spans(slot.pages()).all(|(pages, word)| {
+                let is_shared = |pages: &PgoffRange| {
+                    self.spans(*pages).all(|(pages, word)| {
                         let shared = word.visibility() == Visibility::Shared;
                         shared && word.phase() != Phase::Quarantined || becomes(pages)
                     })
                 };
-                let resident = |slot: &Slot| self.is_resident(slot.pages());
-                for slot in self.frames.shape().slots(pages).filter(resident).filter(is_shared) {
-                    layout.views.iter().for_each(|(_, view)| view.show(slot.pages()));
+                let resident = |pages: &PgoffRange| self.is_resident(*pages);
+                for pages in granules(pages, granule).filter(resident).filter(is_shared) {
+                    layout.views.iter().for_each(|(_, view)| view.show(pages));
                 }
             }
         }
+    }
+
+    /// Shows again what went out of the views together with a page.
+    pub(super) fn show_beside(&self, layout: &Layout, page: PgoffRange) {
+        granules(page, self.reservation.pool().view_granule())
+            .for_each(|pages| self.show_shared(layout, pages));
     }
 
     /// Takes the pages out of every view, and with them whatever a view cannot tell from them.
@@ -238,13 +247,20 @@ impl Inner {
             }
             match granule {
                 FolioSize::Base => view.hide(pages)?,
-                FolioSize::Huge2M | FolioSize::Huge1G => {
-                    for slot in self.frames.shape().slots(pages) {
-                        view.hide(slot.pages())?;
-                    }
-                }
+                granule => granules(pages, granule).try_for_each(|pages| view.hide(pages))?,
             }
         }
         Ok(())
     }
+}
+
+/// What views map at once of a range, or more: whatever holds one of its pages. Where that is more than a page
+/// the object is made of nothing else.
+fn granules(pages: PgoffRange, granule: FolioSize) -> impl Iterator<Item = PgoffRange> {
+    let first = pages.start().get() >> granule.order();
+    let behind = pages.end().get().div_ceil(granule.nr_pages());
+    let pages = move |place: u64| {
+        PgoffRange::new(Pgoff::new(place << granule.order()), granule.nr_pages()).ok()
+    };
+    (first..behind).filter_map(pages)
 }

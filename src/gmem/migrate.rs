@@ -63,6 +63,10 @@ impl Mover for Inner {
         }
         Ok(())
     }
+
+    fn fence(&self, page: Pgoff, frame: Pfn) -> Result<(), Error> {
+        self.quarantine_failed(page, frame)
+    }
 }
 
 /// Which folio is to move; any other stays.
@@ -220,6 +224,7 @@ impl Inner {
         slot: &Slot,
         way: (Pfn, Zone),
     ) -> Result<(), Error> {
+        self.check_sound(Op::Migrate, slot.pages(), way.0)?;
         // What goes back to the pool is committed, holes and all.
         self.commit_holes(Op::Migrate, slot.pages())?;
         let outcome = self.replace_committed(layout, guest, slot, way);

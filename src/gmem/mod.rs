@@ -7,6 +7,8 @@
 //! | `punch` | where memory goes back: hole punching |
 //! | `convert` | where a conversion is ordered, step by step |
 //! | `migrate` | a folio moves to other frames |
+//! | `collapse` | the kernel makes huge pages of folios |
+//! | `poison` | memory that failed |
 //! | `pin` | where a pin is taken, and by whom |
 //! | `access` | checked reads, writes and atomics of the host |
 //! | `host_view` | the object mapped into the VMM, where private memory faults |
@@ -17,6 +19,7 @@
 
 mod access;
 mod allocate;
+mod collapse;
 mod convert;
 mod guest_fault;
 mod host_view;
@@ -25,9 +28,11 @@ mod layout;
 mod migrate;
 mod object;
 mod pin;
+mod poison;
 mod punch;
 mod subscriber;
 
+pub use collapse::Collapse;
 pub use convert::{ContentPolicy, Conversion, ConvertOptions};
 pub(crate) use guest_fault::BindingId;
 pub use host_view::{HostFault, HostView, Touch};

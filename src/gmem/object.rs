@@ -13,7 +13,7 @@ use crate::folio::{
     Account, Behind, Commitment, FolioMap, FolioPool, PrivatePlacement, Reservation, Shape, Wanted,
     Zone,
 };
-use crate::geometry::{FolioSize, HUGE_PAGES, MAX_BYTES};
+use crate::geometry::{FolioSize, MAX_BYTES};
 use crate::os::memfd;
 use crate::range::{PfnRange, PgoffRange};
 use crate::state::{
@@ -140,15 +140,12 @@ impl GuestMemfdBuilder {
         let nr_pages = self.size.whole_pages();
         let pages = PgoffRange::new(Pgoff::new(0), nr_pages)
             .map_err(|_| Error::new(op, ErrorKind::InvalidSize))?;
-        if self.folio_size == FolioSize::Huge1G {
-            return Err(Error::new(op, ErrorKind::Unsupported)
-                .because("the pool has no folios of 1 GiB yet"));
-        }
-        if pool.view_granule() != FolioSize::Base
-            && (self.folio_size != FolioSize::Huge2M || nr_pages % HUGE_PAGES != 0)
-        {
-            return Err(Error::new(op, ErrorKind::InvalidSize)
-                .because("on hugetlb an object is made of whole folios of 2 MiB"));
+        let granule = pool.view_granule();
+        if self.folio_size < granule || nr_pages % granule.nr_pages() != 0 {
+            return Err(Error::new(op, ErrorKind::InvalidSize).because(format!(
+                "on such hugetlb pages an object is made of whole folios of {} MiB or more",
+                granule.bytes().get() >> 20
+            )));
         }
         let shape = Shape::new(nr_pages, self.folio_size);
         // First, so that nothing is sized by a number that the pool has not vouched for.
@@ -493,7 +490,15 @@ impl Drop for Inner {
             let Some(pfn) = self.frames.get(&slot) else { continue };
             // A pin whose guard was forgotten may be a device that is still at work there.
             let unknown = |word: Word| word.phase() == Phase::Quarantined || word.is_held();
-            let is_unknown = self.spans(slot.pages()).any(|(_, word)| unknown(word));
+            let spans = self.spans(slot.pages()).filter(|&(_, word)| unknown(word));
+            // What failed is out of use by itself.
+            let failed = self.reservation.failed_in(pfn, slot.pages().nr_pages());
+            let has_failed = |page: Pgoff| {
+                let skip = page.get() - slot.pages().start().get();
+                pfn.checked_add(skip).is_some_and(|pfn| failed.binary_search(&pfn).is_ok())
+            };
+            let is_unknown =
+                spans.flat_map(|(pages, _)| pages.iter()).any(|page| !has_failed(page));
             // The pool's memory is all committed. What the host keeps to itself is lost.
             if is_unknown || self.commit_holes(Op::Allocate, slot.pages()).is_err() {
                 self.reservation.quarantine(pfn);

@@ -1,0 +1,251 @@
+//! Folios of 1 GiB, and huge pages on demand.
+
+mod common;
+#[path = "common/setting.rs"]
+mod setting;
+
+use std::fs;
+
+use common::Capability;
+use common::probe::NR_GIANT_PAGES;
+use gmem::addr::{Access, ByteSize, Offset, Pgoff};
+use gmem::audit;
+use gmem::error::ErrorKind;
+use gmem::geometry::FolioSize;
+use gmem::range::PgoffRange;
+use gmem::{
+    ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, HostView, PinMode, SigbusHandler, Touch,
+    Visibility,
+};
+use setting::{NR_HUGEPAGES, SHMEM_ENABLED, Setting};
+
+const PRESERVE: ContentPolicy = ContentPolicy::Preserve;
+const FOLIO: u64 = 512;
+const GIANT: u64 = 512 * 512;
+
+fn range(start: u64, nr_pages: u64) -> PgoffRange {
+    PgoffRange::new(Pgoff::new(start), nr_pages).unwrap()
+}
+
+fn at(page: u64) -> Offset {
+    Offset::new(page << 12)
+}
+
+fn is_readable(view: &HostView, page: u64) -> bool {
+    let handler = SigbusHandler::install().unwrap();
+    matches!(view.touch(handler, at(page), Access::Read).unwrap(), Touch::Byte(_))
+}
+
+fn shared(pool: &FolioPool, nr_pages: u64, size: FolioSize) -> GuestMemfd {
+    let builder = GuestMemfd::builder(ByteSize::from_pages(nr_pages)).folio_size(size);
+    builder.initial(Visibility::Shared).create(pool).unwrap()
+}
+
+fn assert_clean(pool: &FolioPool, memfd: &GuestMemfd) {
+    assert_eq!(audit::check(pool, &[memfd]).to_string(), "clean");
+}
+
+/// Writes a byte here and there.
+fn mark(memfd: &GuestMemfd, pages: impl Iterator<Item = u64>) {
+    pages.for_each(|page| memfd.write(at(page), &[page as u8 | 1]).unwrap());
+}
+
+fn is_marked(memfd: &GuestMemfd, page: u64) -> bool {
+    let mut byte = [0];
+    memfd.read(at(page), &mut byte).unwrap();
+    byte == [page as u8 | 1]
+}
+
+/// What a folio of 1 GiB has to stand, on pages of 4 KiB or of 1 GiB.
+fn live_in_a_gib(pool: &FolioPool, has_view: bool) {
+    let is_hugetlb = pool.backing() == ArenaBacking::MemfdHugetlb1G;
+    let memfd = shared(pool, GIANT, FolioSize::Huge1G);
+    let here = || [0, 3, 777, GIANT - 1].into_iter();
+    mark(&memfd, here());
+    assert_eq!(memfd.stat().resident, FolioSize::Huge1G.bytes(), "one touch, one folio");
+    let view = has_view.then(|| memfd.map_view().unwrap());
+    for page in [3, 100_000] {
+        let _ = memfd.convert(range(page, 1), Visibility::Private, PRESERVE).unwrap();
+    }
+    if let Some(view) = &view {
+        assert!(!is_readable(view, 3));
+        assert_eq!(is_readable(view, 4), !is_hugetlb, "views go by what the pages are");
+        assert_eq!(is_readable(view, GIANT - 1), !is_hugetlb);
+    }
+    assert!(is_marked(&memfd, 777) && is_marked(&memfd, GIANT - 1));
+    assert_eq!(memfd.read(at(3), &mut [0]).unwrap_err().kind(), ErrorKind::NotShared);
+    assert_clean(pool, &memfd);
+    for page in [3, 100_000] {
+        let _ = memfd.convert(range(page, 1), Visibility::Shared, PRESERVE).unwrap();
+    }
+    assert!(here().all(|page| is_marked(&memfd, page)));
+    assert!(view.iter().all(|view| is_readable(view, 3) && is_readable(view, 4)));
+
+    let punched = memfd.punch_hole(range(1, GIANT - 1)).unwrap();
+    assert_eq!(punched.returned(), ByteSize::default());
+    assert!(is_marked(&memfd, 0) && !is_marked(&memfd, 3));
+    assert_eq!(memfd.stat().holes, ByteSize::from_pages(GIANT - 1));
+    memfd.write(at(777), &[1]).unwrap();
+    assert_clean(pool, &memfd);
+    let punched = memfd.punch_hole(memfd.pages()).unwrap();
+    assert_eq!(punched.returned(), FolioSize::Huge1G.bytes(), "with its last page it goes");
+    mark(&memfd, here());
+    assert!(view.iter().all(|view| is_readable(view, 4)));
+    drop((view, memfd));
+    assert_eq!(pool.stat().free, pool.stat().capacity);
+    assert_eq!(pool.stat().largest_free, FolioSize::Huge1G.bytes());
+    assert_eq!(audit::check(pool, &[]).to_string(), "clean");
+}
+
+#[test]
+fn a_folio_of_a_gib_on_small_pages() {
+    let has_view = common::require(Capability::Uffd);
+    let pool = FolioPool::new(ArenaBacking::Memfd, FolioSize::Huge1G.bytes()).unwrap();
+    live_in_a_gib(&pool, has_view);
+}
+
+#[test]
+fn a_folio_of_a_gib_on_a_page_of_a_gib() {
+    if !(common::require(Capability::Hugetlb1G) && common::require(Capability::Uffd)) {
+        return;
+    }
+    assert!(fs::metadata(NR_HUGEPAGES).is_ok());
+    let _setting = Setting::set(NR_GIANT_PAGES, "1");
+    let pool = match FolioPool::new(ArenaBacking::MemfdHugetlb1G, FolioSize::Huge1G.bytes()) {
+        Ok(pool) => pool,
+        Err(error) => {
+            let _ = common::settle(Capability::Hugetlb1G, Err(error.to_string()));
+            return;
+        }
+    };
+    for (nr_pages, size) in [(GIANT, FolioSize::Huge2M), (FOLIO, FolioSize::Huge1G)] {
+        let builder = GuestMemfd::builder(ByteSize::from_pages(nr_pages)).folio_size(size);
+        let error = builder.create(&pool).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidSize);
+        assert!(error.to_string().contains("1024 MiB"), "{error}");
+    }
+    live_in_a_gib(&pool, true);
+}
+
+/// What is left behind the last whole GiB is smaller folios, and a scrubber cleans all sizes.
+#[test]
+fn a_gib_with_a_tail_and_a_scrubber() {
+    let tail = 3 * FOLIO + 5;
+    let pool = FolioPool::new(ArenaBacking::Memfd, ByteSize::from_pages(GIANT + tail)).unwrap();
+    let scrubber = pool.start_scrubber(pool.stat().capacity).unwrap();
+    let memfd = shared(&pool, GIANT + tail, FolioSize::Huge1G);
+    mark(&memfd, [5, GIANT, GIANT + FOLIO, GIANT + tail - 1].into_iter());
+    assert_eq!(memfd.stat().resident.whole_pages(), GIANT + 2 * FOLIO + 1);
+    drop(memfd);
+    while pool.stat().dirty != ByteSize::default() {
+        assert!(scrubber.is_alive());
+        std::thread::yield_now();
+    }
+    assert_eq!(pool.verify_scrubbed(), Ok(pool.stat().capacity));
+    // A failed frame costs the GiB, but not what is left of it.
+    pool.report_memory_failure(gmem::addr::Pfn::new(4)).unwrap();
+    let builder = GuestMemfd::builder(FolioSize::Huge1G.bytes()).folio_size(FolioSize::Huge1G);
+    assert_eq!(builder.create(&pool).unwrap_err().kind(), ErrorKind::Exhausted);
+    let rest = shared(&pool, GIANT - FOLIO, FolioSize::Huge2M);
+    mark(&rest, [0, GIANT - FOLIO - 1].into_iter());
+    drop((rest, scrubber));
+    assert_eq!(pool.stat().free.whole_pages(), GIANT + tail - 1);
+}
+
+/// Splits a huge page of the process's arenas from outside: a hole in it, which is filled again.
+fn split_from_outside(page: u64) {
+    use rustix::fs::{FallocateFlags, fallocate};
+    for entry in fs::read_dir("/proc/self/fd").unwrap().filter_map(Result::ok) {
+        let target = fs::read_link(entry.path()).unwrap_or_default();
+        if !target.to_string_lossy().contains("gmem-arena") {
+            continue;
+        }
+        let file = fs::File::options().read(true).write(true).open(entry.path()).unwrap();
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(&file, hole, page << 12, 4096).unwrap();
+        fallocate(&file, FallocateFlags::KEEP_SIZE, page << 12, 4096).unwrap();
+    }
+}
+
+#[test]
+fn collapse_on_demand() {
+    if !(common::require(Capability::Thp) && common::require(Capability::Uffd)) {
+        return;
+    }
+    let _setting = Setting::set(SHMEM_ENABLED, "advise");
+    let pool = FolioPool::new(ArenaBacking::MemfdThp, ByteSize::from_mib(8)).unwrap();
+    let all = pool.stat().huge;
+    if all != ByteSize::from_mib(8) {
+        let _ = common::settle(Capability::Thp, Err(format!("only {all:?} of 8 MiB were huge")));
+        return;
+    }
+    let memfd = shared(&pool, 3 * FOLIO + 9, FolioSize::Huge2M);
+    memfd.allocate(memfd.pages()).unwrap();
+    // Which takes their entries out of views: there is none yet.
+    for folio in 0..4 {
+        split_from_outside(folio * FOLIO + 100);
+    }
+    assert_eq!(pool.stat().huge, ByteSize::default());
+    let view = memfd.map_view().unwrap();
+    mark(&memfd, 0..3 * FOLIO + 9);
+    for page in [5, 700] {
+        let _ = memfd.convert(range(page, 1), Visibility::Private, PRESERVE).unwrap();
+    }
+    memfd.punch_hole(range(50, 3)).unwrap();
+    let owner = memfd.register_owner("vfio").unwrap();
+    let pin = memfd.pin(range(2 * FOLIO + 1, 1), owner, PinMode::Counted).unwrap();
+    let seen =
+        || -> Vec<bool> { (0..3 * FOLIO + 9).map(|page| is_readable(&view, page)).collect() };
+    let (before, stat) = (seen(), memfd.stat());
+    assert!(!before[5] && !before[50] && !before[700] && before[6]);
+
+    let small = pool.stat().huge;
+    let collapse = memfd.collapse(memfd.pages()).unwrap();
+    println!("{collapse:?}: {small:?} -> {:?}", pool.stat().huge);
+    assert_eq!(collapse.collapsed, ByteSize::from_mib(4));
+    let [(pages, error)] = collapse.refused.as_slice() else { panic!("{collapse:?}") };
+    assert_eq!((*pages, error.kind()), (range(2 * FOLIO, FOLIO), ErrorKind::Busy));
+    assert_eq!(pool.stat().huge.get(), small.get() + (4 << 20), "by the kernel's account");
+    assert_eq!((seen(), memfd.stat()), (before.clone(), stat));
+    assert_clean(&pool, &memfd);
+
+    drop(pin);
+    let collapse = memfd.collapse(range(2 * FOLIO + 7, 2)).unwrap();
+    assert_eq!(collapse.collapsed, ByteSize::from_mib(2));
+    assert!(collapse.refused.is_empty(), "{collapse:?}");
+    assert_eq!(seen(), before);
+    for page in [5, 700] {
+        let _ = memfd.convert(range(page, 1), Visibility::Shared, PRESERVE).unwrap();
+    }
+    let is_punched = |page: &u64| (50..53).contains(page);
+    assert!(
+        (0..3 * FOLIO + 9).filter(|page| !is_punched(page)).all(|page| is_marked(&memfd, page))
+    );
+    assert!((50..53).all(|page| !is_marked(&memfd, page)));
+    assert_clean(&pool, &memfd);
+    assert_eq!(memfd.collapse(range(0, 4 * FOLIO)).unwrap_err().kind(), ErrorKind::OutOfRange);
+
+    // Where the host does not allow it, or has failed memory there.
+    memfd.report_memory_failure(at(3)).unwrap();
+    let refused = memfd.collapse(range(0, 1)).unwrap().refused;
+    assert_eq!(refused[0].1.kind(), ErrorKind::Quarantined);
+    fs::write(SHMEM_ENABLED, "deny").unwrap();
+    let refused = memfd.collapse(range(FOLIO, 1)).unwrap().refused;
+    assert_eq!(refused[0].1.kind(), ErrorKind::MissingCapability, "{refused:?}");
+    assert!(is_readable(&view, FOLIO) && is_marked(&memfd, FOLIO));
+}
+
+#[test]
+fn other_backings_do_not_collapse() {
+    for backing in [ArenaBacking::Heap, ArenaBacking::Memfd] {
+        let pool = FolioPool::new(backing, ByteSize::from_mib(6)).unwrap();
+        let memfd = shared(&pool, 2 * FOLIO + 3, FolioSize::Huge2M);
+        mark(&memfd, [0, 2 * FOLIO].into_iter());
+        let collapse = memfd.collapse(memfd.pages()).unwrap();
+        assert_eq!(collapse.collapsed, ByteSize::default());
+        let [(pages, error)] = collapse.refused.as_slice() else { panic!("{collapse:?}") };
+        assert_eq!((*pages, error.kind()), (range(0, FOLIO), ErrorKind::Unsupported));
+        assert!(is_marked(&memfd, 0));
+        assert_clean(&pool, &memfd);
+    }
+}
