@@ -54,8 +54,7 @@ pub(crate) fn rows(bench: Bench) -> Outcome<()> {
     if bench.wants_any(&["first_touch_4k_clean", "first_touch_4k_clean_alone"]) {
         first_touches(bench, "4k", FolioSize::Base, Goal::AtMost(0.5))?;
     }
-    let on_hugetlb =
-        ["first_touch_2m_clean", "first_touch_2m_clean_alone", "migrate_2m"];
+    let on_hugetlb = ["first_touch_2m_clean", "first_touch_2m_clean_alone", "migrate_2m"];
     if bench.wants_any(&on_hugetlb) {
         with_setting("rows on hugetlb", NR_HUGEPAGES, NR_HUGEPAGES_WANTED, || {
             if bench.wants_any(&on_hugetlb[..2]) {

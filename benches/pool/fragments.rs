@@ -145,7 +145,10 @@ fn anywhere(name: &str, huge_of_100: u64, start: Start) -> Outcome<()> {
     let theirs = churn(&mut peer, huge_of_100, start);
     report(name, &tally, largest, huge_left(&mut ours));
     let left = huge_left(&mut peer);
-    println!("# {name}: buddy_system_allocator has {left} folios of 2 MiB left, with {} pages used", theirs.used);
+    println!(
+        "# {name}: buddy_system_allocator has {left} folios of 2 MiB left, with {} pages used",
+        theirs.used
+    );
     Ok(())
 }
 

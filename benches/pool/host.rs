@@ -34,19 +34,29 @@ struct Cost {
 }
 
 pub(crate) fn rows(bench: Bench, quick: bool) -> Outcome<()> {
-    let sizes = [("12gib", 12, 1), ("120gib", 120, 10), ("1200gib", 1200, 100), ("12tib", 12288, 1000)];
+    let sizes =
+        [("12gib", 12, 1), ("120gib", 120, 10), ("1200gib", 1200, 100), ("12tib", 12288, 1000)];
     let mut first = None;
     for (name, nr_gib, nr_guests) in sizes {
         if !bench.wants(&format!("host_{name}")) && first.is_some() {
             continue;
         }
-        if !bench.wants_any(&sizes.map(|(name, ..)| format!("host_{name}")).each_ref().map(String::as_str)) {
+        if !bench.wants_any(
+            &sizes.map(|(name, ..)| format!("host_{name}")).each_ref().map(String::as_str),
+        ) {
             return Ok(());
         }
         let cost = simulate(name, nr_gib, nr_guests, if quick { 400_000 } else { 4_000_000 })?;
         let base = first.get_or_insert(Cost { ..cost });
         let row = |what: &str, ours: f64, theirs: f64| {
-            print_row(&format!("host_{name}_{what}"), ours, "host_12gib", theirs, ours / theirs, Goal::None);
+            print_row(
+                &format!("host_{name}_{what}"),
+                ours,
+                "host_12gib",
+                theirs,
+                ours / theirs,
+                Goal::None,
+            );
         };
         row("folio", cost.operation, base.operation);
         row("page", cost.small, base.small);
