@@ -106,16 +106,6 @@ pub(crate) fn time<R>(nr_calls: u32, call: &mut impl FnMut() -> R) -> f64 {
     start.elapsed().as_nanos() as f64 / f64::from(nr_calls)
 }
 
-/// The same without what it takes to drop their results.
-pub(crate) fn time_and_keep<R>(nr_calls: u32, call: &mut impl FnMut() -> R) -> f64 {
-    let mut kept = Vec::with_capacity(nr_calls as usize);
-    let start = Instant::now();
-    for _ in 0..nr_calls {
-        kept.push(call());
-    }
-    start.elapsed().as_nanos() as f64 / f64::from(nr_calls)
-}
-
 /// Prints a row, and whether it reaches its goal.
 pub(crate) fn print_row(name: &str, ours: f64, peer: &str, theirs: f64, ratio: f64, goal: Goal) {
     println!("row {name} ours={ours:.1} peer={peer} peer_ns={theirs:.1} ratio={ratio:.6}");

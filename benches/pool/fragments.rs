@@ -146,26 +146,26 @@ fn anywhere(name: &str, huge_of_100: u64, start: Start) -> Outcome<()> {
     report(name, &tally, largest, huge_left(&mut ours));
     let left = huge_left(&mut peer);
     println!(
-        "# {name}: buddy_system_allocator has {left} folios of 2 MiB left, with {} pages used",
-        theirs.used
+        "# {name}: buddy_system_allocator: {left} more, with {:.1} % in use",
+        theirs.used as f64 * 100.0 / NR_PAGES as f64
     );
     Ok(())
 }
 
+/// `ratio` is how much of what is free can be had as folios of 2 MiB.
 fn report(name: &str, tally: &Tally, largest: ByteSize, left: u64) {
     let free = NR_PAGES - tally.used;
     let order = largest.whole_pages().checked_ilog2();
     let order = order.map_or_else(|| String::from("none"), |order| order.to_string());
-    let asked = tally.huge_asked;
+    let ratio = left as f64 * 512.0 / free as f64;
+    println!("row {name} ours={order} peer=- peer_ns=0 ratio={ratio:.6}");
     println!(
-        "row {name} ours={order} peer=- peer_ns=0 ratio={:.6}",
-        if asked == 0 { 0.0 } else { tally.huge_got as f64 / asked as f64 }
-    );
-    println!(
-        "# {name}: largest free order {order}; {} of {asked} allocations of 2 MiB went well; {left} more are left, \
-         which is {:.1} % of what is free",
+        "# {name}: largest free order {order}, with {:.1} % in use; {} of {} allocations of 2 MiB went well on the \
+         way; {left} more do afterwards, of {} if what is free were in one piece",
+        tally.used as f64 * 100.0 / NR_PAGES as f64,
         tally.huge_got,
-        left as f64 * 51_200.0 / free as f64
+        tally.huge_asked,
+        free / 512,
     );
 }
 
@@ -182,29 +182,32 @@ fn objects() -> Outcome<()> {
     let (mut random, mut tally) = (Random::new(), Tally::default());
     let (mut left, mut is_full) = (NR_OPERATIONS, false);
     while left > 0 {
-        left -= u64::from(is_full);
-        let nr = random.below(NR_GIB) as usize;
-        let (guest, order, slots) = &mut objects[nr];
+        // Within a folio of 2 MiB of four fifths, as soon as it has come that far.
+        let takes = tally.used + 512 <= MOST_USED;
+        is_full |= !takes;
+        let (guest, order, slots) = &mut objects[random.below(NR_GIB) as usize];
         let slot = random.below(slots.len() as u64);
-        let page = Pgoff::new(slot << *order);
         let entry = &mut slots[slot as usize];
         match entry.take() {
-            // Until it is full nothing comes back.
-            Some(pfn) if is_full => {
+            Some(pfn) if !takes => {
                 pool.give_back(pfn);
                 tally.used -= 1 << *order;
             }
-            Some(pfn) => *entry = Some(pfn),
-            None if tally.used + (1 << *order) > MOST_USED => is_full = true,
-            None => {
-                *entry = pool.take(*guest, self::size(*order), page).ok();
+            None if takes => {
+                *entry = pool.take(*guest, self::size(*order), Pgoff::new(slot << *order)).ok();
                 tally.used += u64::from(entry.is_some()) << *order;
                 if *order > 0 && is_full {
                     tally.huge_asked += 1;
                     tally.huge_got += u64::from(entry.is_some());
                 }
             }
+            as_it_was => {
+                *entry = as_it_was;
+                continue;
+            }
         }
+        // Filling up is no random operation.
+        left -= u64::from(is_full);
     }
     let (_, largest) = pool.free();
     let guest = objects[0].0;

@@ -66,14 +66,15 @@ pub(crate) fn rows(bench: Bench, quick: bool) -> Outcome<()> {
     Ok(())
 }
 
+fn reserve(pool: &FramesOnly) -> Outcome<Guest> {
+    let size = ByteSize::from_pages(NR_FOLIOS * IN_FOLIO + NR_TAIL);
+    Ok(pool.reserve(size, FolioSize::Huge2M, Commitment::Reserved)?)
+}
+
 impl Object {
-    fn new(pool: &FramesOnly) -> Outcome<Self> {
-        let size = ByteSize::from_pages(NR_FOLIOS * IN_FOLIO + NR_TAIL);
-        Ok(Self {
-            guest: pool.reserve(size, FolioSize::Huge2M, Commitment::Reserved)?,
-            folios: vec![None; NR_FOLIOS as usize],
-            tail: vec![None; NR_TAIL as usize],
-        })
+    fn new(guest: Guest) -> Self {
+        let (folios, tail) = (vec![None; NR_FOLIOS as usize], vec![None; NR_TAIL as usize]);
+        Self { guest, folios, tail }
     }
 
     /// Gives a folio back, or takes it.
@@ -115,7 +116,8 @@ fn simulate(name: &str, nr_gib: u64, nr_guests: u64, nr_operations: u32) -> Outc
     let pool = FramesOnly::new(ByteSize::from_bytes(nr_gib * GIB))?;
     let made = start.elapsed();
     let mut random = Random::new();
-    let objects: Outcome<Vec<_>> = (0..nr_guests).map(|_| Object::new(&pool)).collect();
+    let objects: Outcome<Vec<_>> =
+        (0..nr_guests).map(|_| Ok(Object::new(reserve(&pool)?))).collect();
     let mut objects = objects?;
     let start = Instant::now();
     // Four of five folios are in use, and all of the firmware.
@@ -147,9 +149,9 @@ fn simulate(name: &str, nr_gib: u64, nr_guests: u64, nr_operations: u32) -> Outc
         let gone = random.below(nr_guests) as usize;
         objects.swap_remove(gone).end(&pool);
         let start = Instant::now();
-        let object = Object::new(&pool)?;
+        let guest = reserve(&pool)?;
         reserves.push(per_operation(start, 1));
-        objects.push(object);
+        objects.push(Object::new(guest));
         let object = objects.last_mut().ok_or("no object")?;
         (0..NR_FOLIOS).filter(|_| random.below(5) != 0).for_each(|slot| object.turn(&pool, slot));
     }

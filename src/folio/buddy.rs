@@ -75,6 +75,12 @@ impl Buddy {
         (smallest..=GIANT_ORDER).find(|&order| self.get(pfn >> order << order, order))
     }
 
+    /// Whether a frame is in a free block of that order or a larger one. The largest first: for who is after
+    /// long runs, of which most of a block are in one of those.
+    pub(super) fn is_in_free(&self, pfn: u64, smallest: u8) -> bool {
+        (smallest..=GIANT_ORDER).rev().any(|order| self.get(pfn >> order << order, order))
+    }
+
     /// Gives a block back and joins it with its buddies.
     #[inline]
     pub(super) fn free(&mut self, pfn: u64, order: u8) {

@@ -68,7 +68,7 @@ impl Homes {
             }
             // First what is one look.
             let is_open = self.open.get(end);
-            match is_open && buddy.order_from(end << HUGE_ORDER, HUGE_ORDER).is_some() {
+            match is_open && buddy.is_in_free(end << HUGE_ORDER, HUGE_ORDER) {
                 true => end += 1,
                 false => {
                     start = self.open.first_from(end + 1)?.next_multiple_of(align);

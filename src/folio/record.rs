@@ -125,7 +125,21 @@ impl Records {
 
     /// The folios that begin in a run of frames, in ascending order.
     pub(super) fn within(&self, start: u64, nr_pages: u64) -> impl Iterator<Item = &Record> {
-        (start..start.saturating_add(nr_pages)).filter_map(|pfn| self.at(pfn))
+        let (mut next, end) = (start, start.saturating_add(nr_pages));
+        std::iter::from_fn(move || {
+            while next < end {
+                let pfn = next;
+                next = match self.places.get(split(pfn).0)? {
+                    Place::Cut(..) => pfn + 1,
+                    // At most one begins in these 2 MiB, at their start.
+                    Place::Empty | Place::Whole(_) => (pfn | (HUGE_PAGES - 1)) + 1,
+                };
+                if let Some(record) = self.at(pfn) {
+                    return Some(record);
+                }
+            }
+            None
+        })
     }
 
     fn key_at(&self, start: u64) -> Option<usize> {
@@ -173,6 +187,11 @@ mod tests {
         assert_eq!(records.containing(u64::MAX), None);
         let here: Vec<_> = records.within(512, 600).copied().collect();
         assert_eq!(here, [huge, one, two]);
+        let here = |start, nr_pages| records.within(start, nr_pages).copied().collect::<Vec<_>>();
+        assert_eq!(here(0, u64::MAX), [huge, one, two, giant]);
+        assert_eq!(here(513, 517), [one]);
+        assert_eq!(here(1030, 1), [two]);
+        assert_eq!(here(u64::MAX, 2), []);
         assert_eq!(records.remove(1029), Some(one));
         assert_eq!(records.remove(1029), None);
         assert_eq!(records.containing(1030), Some(&two));

@@ -75,7 +75,9 @@ impl Mapping {
     pub(crate) fn of_zeroes(op: Op, len: ByteSize) -> Result<Self, Error> {
         let len = to_usize(op, len)?;
         let prot = ProtFlags::READ | ProtFlags::WRITE;
-        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // Since Linux 6.7 a stack has no huge pages, and what is forbidden below is so already: a mapping that
+        // is split off its neighbour for that takes twice as long.
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::STACK;
         // SAFETY: no address is asked for, so nothing that exists is replaced.
         let base = unsafe { mmap_anonymous(ptr::null_mut(), len, prot, flags) }
             .map_err(|e| failed(op, "mmap", e))?;
