@@ -317,6 +317,33 @@ fn quarantined_and_failed_memory_stops_a_block_and_is_named() {
     assert_clean(&pool, &memfd);
 }
 
+/// A GiB of room, where folios of both smaller sizes lie around.
+#[test]
+fn room_of_a_gib_is_made_of_folios_of_both_sizes() {
+    let giant = FolioSize::Huge1G.bytes().whole_pages();
+    let pool = pool(ArenaBacking::Heap, &[(NORMAL, 2 * giant)]);
+    let object = |size| {
+        let builder = GuestMemfd::builder(pages(2 * giant)).initial(Visibility::Shared);
+        let builder = builder.folio_size(size).commitment(Commitment::Overcommitted);
+        builder.create(&pool).unwrap()
+    };
+    let (huge, base) = (object(HUGE), object(FolioSize::Base));
+    for page in [0, 700, giant - 1, giant, giant + FOLIO, 2 * giant - FOLIO] {
+        base.write(Offset::new(page << 12), &contents(page)).unwrap();
+        huge.write(Offset::new(page << 12), &contents(page)).unwrap();
+    }
+    assert!(pool.stat().largest_free < FolioSize::Huge1G.bytes());
+    let compaction = pool.compact(FolioSize::Huge1G, NORMAL).unwrap();
+    let made = compaction.made.unwrap();
+    assert_eq!((made.start().get() % giant, made.nr_pages()), (0, giant), "{compaction:?}");
+    assert_eq!(pool.stat().largest_free, FolioSize::Huge1G.bytes());
+    for page in [0, 700, giant - 1, giant, giant + FOLIO, 2 * giant - FOLIO] {
+        assert!(
+            read_page(&base, page) == contents(page) && read_page(&huge, page) == contents(page)
+        );
+    }
+}
+
 #[test]
 fn it_keeps_to_its_zone_and_base_folios_need_no_room() {
     let parts = [(NORMAL, FOLIO), (Zone::Movable, 2 * FOLIO)];

@@ -8,17 +8,20 @@ mod common;
 mod zoned;
 
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::Capability;
-use gmem::addr::{Access, ByteSize, Hva, Offset};
+use gmem::addr::{Access, ByteSize, Gfn, Hva, Offset};
 use gmem::audit;
 use gmem::error::{ErrorKind, Found};
 use gmem::geometry::FolioSize;
+use gmem::vm_memory::{AddressSpace, Slot};
 use gmem::{
     ArenaBacking, Commitment, FaultCause, FolioPool, GuestMemfd, PinMode, SigbusHandler, Touch,
     Visibility, Zone,
 };
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 use zoned::{
     FOLIO, assert_all_back, contents, counters, is_all_in, pages, pool, range, read_page, write_all,
 };
@@ -132,6 +135,58 @@ fn checked_accesses_and_pins_wait_for_a_move_and_lose_nothing() {
         drop(memfd);
         assert_all_back(&pool);
     }
+}
+
+/// Devices that are written against vm-memory, and conversions that nobody gave time to wait.
+#[test]
+fn slices_and_conversions_wait_for_a_move_as_well() {
+    if !common::require(Capability::Uffd) {
+        return;
+    }
+    let (pool, memfd) = object(ArenaBacking::Memfd, 4, FolioSize::Base);
+    let view = Arc::new(memfd.map_view().unwrap());
+    let slot = Slot { gfn: Gfn::new(0), view, pages: memfd.pages() };
+    let space = AddressSpace::new("virtio-blk", [slot]).unwrap();
+    let slices = |round: u64| {
+        let memory = space.memory();
+        let slice = memory.get_slice(GuestAddress(0x1ff0), 32).unwrap();
+        slice.copy_from(&[round as u8; 32]);
+        let mut found = [0_u8; 32];
+        slice.copy_to(&mut found);
+        assert_eq!(found, [round as u8; 32]);
+        drop(memory);
+        std::thread::yield_now();
+    };
+    let accesses = |round: u64| {
+        let memory = space.memory();
+        memory.write_slice(&round.to_le_bytes(), GuestAddress(64)).unwrap();
+        let mut found = [0; 8];
+        memory.read_slice(&mut found, GuestAddress(64)).unwrap();
+        assert_eq!(u64::from_le_bytes(found), round);
+        drop(memory);
+        std::thread::yield_now();
+    };
+    let converts = |_| {
+        for to in [Visibility::Private, Visibility::Shared] {
+            let _ = memfd.convert(range(3, 1), to, gmem::ContentPolicy::Preserve).unwrap();
+        }
+    };
+    let mover = || {
+        let mut moved = 0;
+        for round in 0..3_000 {
+            let to = [Zone::Normal, Zone::Movable][round % 2];
+            let migration = memfd.migrate(memfd.pages(), to).unwrap();
+            moved += migration.moved.get();
+            for (_, error) in migration.refused {
+                let fine = [ErrorKind::Busy, ErrorKind::Unsupported];
+                assert!(fine.contains(&error.kind()), "{error}");
+            }
+        }
+        assert!(moved > 0);
+    };
+    during(mover, &[&slices, &accesses, &converts]);
+    assert!(read_page(&memfd, 3) == contents(3));
+    assert_eq!(audit::check(&pool, &[&memfd]).to_string(), "clean");
 }
 
 /// What is stored through a raw pointer, by a system call that fails where a store would fault.
