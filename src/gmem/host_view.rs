@@ -300,6 +300,13 @@ impl HostView {
         std::ptr::NonNull::new(base.wrapping_add(usize::try_from(at.get()).ok()?))
     }
 
+    /// Whether all of the pages are mapped now. If they are pinned they stay so.
+    #[cfg_attr(not(feature = "vm-memory"), expect(dead_code, reason = "for the adapter"))]
+    pub(crate) fn shows(&self, pages: PgoffRange) -> bool {
+        let range = index(pages.start().get())..index(pages.end().get());
+        self.map.shown().get(range).is_some_and(|shown| shown.all())
+    }
+
     /// Copies bytes out of shared memory; as [`GuestMemfd::read`].
     ///
     /// # Errors
