@@ -192,8 +192,8 @@ fn bytes(pages: PgoffRange) -> (usize, usize) {
 ///
 /// Raw pointers into it are the caller's affair: they are valid addresses as long as the view lives,
 /// and a touch of private or absent memory is a `SIGBUS` (`BUS_ADRERR`, exact address), which kills
-/// the process unless somebody handles it. System calls on such memory get `EFAULT`. Children of a
-/// fork do not inherit the mapping.
+/// the process unless somebody handles it; in the moment in which a folio [moves](GuestMemfd::migrate) it is a `SIGSEGV`
+/// (`SEGV_ACCERR`). System calls on such memory get `EFAULT`. Children of a fork do not inherit the mapping.
 #[derive(Debug)]
 pub struct HostView {
     // Before `memfd`, since fields are dropped in this order: the object may be the last to know the
