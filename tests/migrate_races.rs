@@ -80,7 +80,7 @@ fn during(mover: impl FnOnce(), others: &[&(dyn Fn(u64) + Sync)]) {
 
 #[test]
 fn checked_accesses_and_pins_wait_for_a_move_and_lose_nothing() {
-    for (size, nr_pages, rounds) in [(FolioSize::Base, 4, 3_000), (FolioSize::Huge2M, FOLIO, 60)] {
+    for (size, nr_pages, rounds) in [(FolioSize::Base, 4, 2_000), (FolioSize::Huge2M, FOLIO, 30)] {
         let (pool, memfd) = object(ArenaBacking::Heap, nr_pages, size);
         let last = nr_pages - 1;
         let owner = memfd.register_owner("virtio-blk").unwrap();
@@ -206,7 +206,7 @@ fn raw_pointers_fault_or_mean_the_folio_of_the_moment() {
         return;
     }
     let handler = SigbusHandler::install().unwrap();
-    for (size, nr_pages, rounds) in [(FolioSize::Base, 3, 2_000), (FolioSize::Huge2M, FOLIO, 150)] {
+    for (size, nr_pages, rounds) in [(FolioSize::Base, 3, 2_000), (FolioSize::Huge2M, FOLIO, 100)] {
         let (pool, memfd) = object(ArenaBacking::Memfd, nr_pages, size);
         let views = [memfd.map_view().unwrap(), memfd.map_view().unwrap()];
         let word = Offset::new((1 << 12) + 8);
@@ -302,7 +302,7 @@ fn conversions_compactions_punches_and_moves_at_once_leave_all_right() {
         compaction.obstacles.into_iter().for_each(|obstacle| busy(Err(obstacle.error)));
     };
     let mover = || {
-        for round in 0..60 {
+        for round in 0..40 {
             let to = [Zone::Normal, Zone::Movable][round % 2];
             for memfd in [&promised, &over] {
                 // One folio outside of normal that is partly private, or on its way, is refused.
