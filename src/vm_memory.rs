@@ -41,7 +41,7 @@ use vm_memory::{
 
 use crate::addr::{ByteSize, Gfn, Offset, Pgoff};
 use crate::error::{Error, ErrorKind, Op};
-use crate::gmem::{HostView, OwnerTag, PinGuard, PinMode, Residency};
+use crate::gmem::{HostView, OwnerTag, PinGuard, PinMode};
 use crate::range::{GfnRange, PgoffRange};
 use crate::sync::Mutex;
 
@@ -194,9 +194,9 @@ impl Region {
         let pages = PgoffRange::from_bytes(Offset::new(start), ByteSize::from_bytes(end - start))?;
         self.pins.lock().add(pages, |gap| {
             let pin = object.pin(gap, self.slot.owner, PinMode::Counted)?.into_owned();
-            // A hole that was punched in shared memory is not in the view. Once it is filled, the
-            // pin keeps it from being punched again.
-            if object.snapshot(gap)?.any(|(_, page)| page.residency == Residency::Absent) {
+            // A hole that was punched in shared memory is not in the view, and one that somebody is
+            // filling is not there yet. Once it is, the pin keeps it from being punched again.
+            if !self.slot.slot.view.shows(gap) {
                 object.allocate(gap)?;
             }
             Ok(pin)

@@ -14,7 +14,7 @@ use gmem::addr::{ByteSize, Pgoff};
 use gmem::audit;
 use gmem::error::{Error, ErrorKind};
 use gmem::range::PgoffRange;
-use gmem::{ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, Visibility};
+use gmem::{ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, PartSpec, Visibility, Zone};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 const CHILD: &str = "GMEM_TEST_LIMITED_CHILD";
@@ -147,6 +147,37 @@ fn locked_memory_is_hidden_all_the_same() {
         let _ = memfd.convert(half, private, ContentPolicy::Preserve).unwrap();
         assert_eq!(memfd.stat().mapped, ByteSize::from_mib(2));
         // Which asks the kernel's page tables.
+        assert_eq!(audit::check(&pool, &[&memfd]).to_string(), "clean");
+        drop(view);
+    });
+}
+
+#[test]
+fn locked_memory_moves_and_shows_what_it_showed() {
+    if !(common::require(Capability::Uffd) && common::require(Capability::Mlock)) {
+        return;
+    }
+    let unlimited = u64::MAX;
+    under("locked_memory_moves_and_shows_what_it_showed", Resource::Memlock, unlimited, || {
+        use rustix::mm::{MlockAllFlags, mlockall};
+        mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE).unwrap();
+        let part = || PartSpec::new([ArenaBacking::Memfd], ByteSize::from_mib(4));
+        let builder = FolioPool::builder().part(part(), Zone::Normal).part(part(), Zone::Movable);
+        let pool = builder.create().unwrap();
+        let builder = GuestMemfd::builder(ByteSize::from_mib(4)).initial(Visibility::Shared);
+        let memfd = builder.zones(&[Zone::Movable]).create(&pool).unwrap();
+        let view = memfd.map_view().unwrap();
+        let half = PgoffRange::new(Pgoff::new(256), 512).unwrap();
+        let holes = PgoffRange::new(Pgoff::new(3), 5).unwrap();
+        memfd.punch_hole(holes).unwrap();
+        for to in [Zone::Normal, Zone::Movable] {
+            assert_eq!(memfd.migrate(memfd.pages(), to).unwrap().moved, memfd.size());
+            assert_eq!(memfd.stat().mapped.get(), memfd.size().get() - (5 << 12));
+            assert_eq!(audit::check(&pool, &[&memfd]).to_string(), "clean");
+        }
+        let private = Visibility::Private;
+        let _ = memfd.convert(half, private, ContentPolicy::Preserve).unwrap();
+        assert_eq!(memfd.stat().mapped.get(), memfd.size().get() - (517 << 12));
         assert_eq!(audit::check(&pool, &[&memfd]).to_string(), "clean");
         drop(view);
     });

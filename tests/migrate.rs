@@ -1,6 +1,8 @@
 //! Folios that move from zone to zone: who sees what of it, and what makes them stay.
 
 mod common;
+#[path = "common/setting.rs"]
+mod setting;
 #[path = "common/zoned.rs"]
 mod zoned;
 
@@ -16,9 +18,10 @@ use gmem::geometry::FolioSize;
 use gmem::hyp::pkvm::Hypervisor;
 use gmem::range::PgoffRange;
 use gmem::{
-    ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, HostView, PinMode, PrivatePlacement,
-    Residency, SigbusHandler, Subscriber, Touch, Visibility, Zone,
+    ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, HostView, PartSpec, PinMode,
+    PrivatePlacement, Residency, SigbusHandler, Subscriber, Touch, Visibility, Zone,
 };
+use setting::{NR_HUGEPAGES, SHMEM_ENABLED, Setting};
 use zoned::{
     FOLIO, assert_all_back, contents, counters, is_all_in, pages, pool, range, read_page,
     write_all, zones_of,
@@ -172,6 +175,70 @@ fn views_show_the_same_bytes_at_the_same_addresses() {
         }
         assert!(places == views.iter().map(HostView::hva).collect::<Vec<_>>());
         drop((views, memfd));
+        assert_all_back(&pool);
+    }
+}
+
+#[test]
+fn transparent_huge_pages_move_as_they_are() {
+    if !(common::require(Capability::Uffd) && common::require(Capability::Thp)) {
+        return;
+    }
+    let _setting = Setting::set(SHMEM_ENABLED, "advise");
+    let (pool, memfd) = object(ArenaBacking::MemfdThp, 2 * FOLIO, FolioSize::Huge2M);
+    write_all(&memfd);
+    let view = memfd.map_view().unwrap();
+    memfd.punch_hole(range(3, 2)).unwrap();
+    let huge = pool.stat().huge;
+    for to in [Zone::Normal, Zone::Movable] {
+        assert_eq!(memfd.migrate(memfd.pages(), to).unwrap().moved, pages(2 * FOLIO));
+        assert_eq!((memfd.stat().holes, memfd.stat().released), (pages(2), pages(0)));
+        assert_eq!((touch(&view, 2), touch(&view, 3)), (Some(contents(2)[17]), None));
+        assert_eq!(pool.stat().huge, huge, "a move split a huge page");
+        assert_clean(&pool, &memfd);
+    }
+    memfd.allocate(range(3, 1)).unwrap();
+    assert_eq!((touch(&view, 3), touch(&view, 4)), (Some(0), None));
+    drop((view, memfd));
+    assert_all_back(&pool);
+}
+
+/// Huge pages of the kernel in one zone, and small ones in the other: holes are memory there, and none here.
+#[test]
+fn folios_move_between_kinds_of_memory() {
+    if !(common::require(Capability::Uffd) && common::require(Capability::Hugetlb)) {
+        return;
+    }
+    let _setting = Setting::set(NR_HUGEPAGES, "8");
+    let part = |backing| PartSpec::new([backing], pages(2 * FOLIO));
+    for backings in [
+        [ArenaBacking::Memfd, ArenaBacking::MemfdHugetlb2M],
+        [ArenaBacking::MemfdHugetlb2M, ArenaBacking::Memfd],
+        [ArenaBacking::MemfdHugetlb2M, ArenaBacking::MemfdHugetlb2M],
+    ] {
+        let [normal, movable] = backings;
+        let builder = FolioPool::builder().part(part(normal), Zone::Normal);
+        let pool = builder.part(part(movable), Zone::Movable).create().unwrap();
+        let builder = GuestMemfd::builder(pages(2 * FOLIO)).initial(Visibility::Shared);
+        let memfd = builder.zones(&[Zone::Movable]).create(&pool).unwrap();
+        write_all(&memfd);
+        let view = memfd.map_view().unwrap();
+        memfd.punch_hole(range(3, 2)).unwrap();
+        for to in [Zone::Normal, Zone::Movable, Zone::Normal] {
+            let migration = memfd.migrate(memfd.pages(), to).unwrap();
+            assert_eq!(migration.moved, pages(2 * FOLIO), "{migration:?}");
+            let backing = if to == Zone::Normal { normal } else { movable };
+            let released = if backing == ArenaBacking::Memfd { pages(2) } else { pages(0) };
+            assert_eq!((memfd.stat().holes, memfd.stat().released), (pages(2), released));
+            for page in 0..2 * FOLIO {
+                let wanted = if [3, 4].contains(&page) { [0; 4096] } else { contents(page) };
+                assert!(read_page(&memfd, page) == wanted, "{page} in {to}");
+            }
+            // On hugetlb a view shows a folio without holes, or nothing of it; so with any part on it.
+            assert_eq!((touch(&view, 2), touch(&view, FOLIO)), (None, Some(contents(FOLIO)[17])));
+            assert_clean(&pool, &memfd);
+        }
+        drop((view, memfd));
         assert_all_back(&pool);
     }
 }

@@ -8,17 +8,20 @@ mod common;
 mod zoned;
 
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::Capability;
-use gmem::addr::{Access, ByteSize, Hva, Offset};
+use gmem::addr::{Access, ByteSize, Gfn, Hva, Offset};
 use gmem::audit;
 use gmem::error::{ErrorKind, Found};
 use gmem::geometry::FolioSize;
+use gmem::vm_memory::{AddressSpace, Slot};
 use gmem::{
     ArenaBacking, Commitment, FaultCause, FolioPool, GuestMemfd, PinMode, SigbusHandler, Touch,
     Visibility, Zone,
 };
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 use zoned::{
     FOLIO, assert_all_back, contents, counters, is_all_in, pages, pool, range, read_page, write_all,
 };
@@ -77,7 +80,7 @@ fn during(mover: impl FnOnce(), others: &[&(dyn Fn(u64) + Sync)]) {
 
 #[test]
 fn checked_accesses_and_pins_wait_for_a_move_and_lose_nothing() {
-    for (size, nr_pages, rounds) in [(FolioSize::Base, 4, 3_000), (FolioSize::Huge2M, FOLIO, 60)] {
+    for (size, nr_pages, rounds) in [(FolioSize::Base, 4, 2_000), (FolioSize::Huge2M, FOLIO, 30)] {
         let (pool, memfd) = object(ArenaBacking::Heap, nr_pages, size);
         let last = nr_pages - 1;
         let owner = memfd.register_owner("virtio-blk").unwrap();
@@ -134,6 +137,58 @@ fn checked_accesses_and_pins_wait_for_a_move_and_lose_nothing() {
     }
 }
 
+/// Devices that are written against vm-memory, and conversions that nobody gave time to wait.
+#[test]
+fn slices_and_conversions_wait_for_a_move_as_well() {
+    if !common::require(Capability::Uffd) {
+        return;
+    }
+    let (pool, memfd) = object(ArenaBacking::Memfd, 4, FolioSize::Base);
+    let view = Arc::new(memfd.map_view().unwrap());
+    let slot = Slot { gfn: Gfn::new(0), view, pages: memfd.pages() };
+    let space = AddressSpace::new("virtio-blk", [slot]).unwrap();
+    let slices = |round: u64| {
+        let memory = space.memory();
+        let slice = memory.get_slice(GuestAddress(0x1ff0), 32).unwrap();
+        slice.copy_from(&[round as u8; 32]);
+        let mut found = [0_u8; 32];
+        slice.copy_to(&mut found);
+        assert_eq!(found, [round as u8; 32]);
+        drop(memory);
+        std::thread::yield_now();
+    };
+    let accesses = |round: u64| {
+        let memory = space.memory();
+        memory.write_slice(&round.to_le_bytes(), GuestAddress(64)).unwrap();
+        let mut found = [0; 8];
+        memory.read_slice(&mut found, GuestAddress(64)).unwrap();
+        assert_eq!(u64::from_le_bytes(found), round);
+        drop(memory);
+        std::thread::yield_now();
+    };
+    let converts = |_| {
+        for to in [Visibility::Private, Visibility::Shared] {
+            let _ = memfd.convert(range(3, 1), to, gmem::ContentPolicy::Preserve).unwrap();
+        }
+    };
+    let mover = || {
+        let mut moved = 0;
+        for round in 0..3_000 {
+            let to = [Zone::Normal, Zone::Movable][round % 2];
+            let migration = memfd.migrate(memfd.pages(), to).unwrap();
+            moved += migration.moved.get();
+            for (_, error) in migration.refused {
+                let fine = [ErrorKind::Busy, ErrorKind::Unsupported];
+                assert!(fine.contains(&error.kind()), "{error}");
+            }
+        }
+        assert!(moved > 0);
+    };
+    during(mover, &[&slices, &accesses, &converts]);
+    assert!(read_page(&memfd, 3) == contents(3));
+    assert_eq!(audit::check(&pool, &[&memfd]).to_string(), "clean");
+}
+
 /// What is stored through a raw pointer, by a system call that fails where a store would fault.
 fn poke(at: Hva, value: u64) -> bool {
     let (out, into) = rustix::pipe::pipe().unwrap();
@@ -151,7 +206,7 @@ fn raw_pointers_fault_or_mean_the_folio_of_the_moment() {
         return;
     }
     let handler = SigbusHandler::install().unwrap();
-    for (size, nr_pages, rounds) in [(FolioSize::Base, 3, 2_000), (FolioSize::Huge2M, FOLIO, 150)] {
+    for (size, nr_pages, rounds) in [(FolioSize::Base, 3, 2_000), (FolioSize::Huge2M, FOLIO, 100)] {
         let (pool, memfd) = object(ArenaBacking::Memfd, nr_pages, size);
         let views = [memfd.map_view().unwrap(), memfd.map_view().unwrap()];
         let word = Offset::new((1 << 12) + 8);
@@ -247,7 +302,7 @@ fn conversions_compactions_punches_and_moves_at_once_leave_all_right() {
         compaction.obstacles.into_iter().for_each(|obstacle| busy(Err(obstacle.error)));
     };
     let mover = || {
-        for round in 0..60 {
+        for round in 0..40 {
             let to = [Zone::Normal, Zone::Movable][round % 2];
             for memfd in [&promised, &over] {
                 // One folio outside of normal that is partly private, or on its way, is refused.

@@ -161,6 +161,45 @@ fn a_refused_punch_leaves_the_view_as_it_was() {
     assert_eq!(audit::check_under(&pool, &[&memfd], &host).to_string(), "clean");
 }
 
+/// Who pins a page after a punch was refused finds it in the view.
+#[test]
+fn a_refused_punch_is_over_when_its_pages_can_be_pinned() {
+    if !common::require(Capability::Uffd) {
+        return;
+    }
+    let (pool, memfd) = object(Visibility::Shared);
+    memfd.write(Offset::new(0), &[1; 2 << 20]).unwrap();
+    let view = memfd.map_view().unwrap();
+    let host = Hypervisor::new(&pool).unwrap();
+    let vm = host.create_vm().unwrap();
+    vm.bind(Gfn::new(0), &memfd, memfd.pages()).unwrap();
+    let guests = PgoffRange::new(Pgoff::new(5), 1).unwrap();
+    let _ = memfd.convert(guests, Visibility::Private, ContentPolicy::Preserve).unwrap();
+    vm.create_vcpu().unwrap().store(Ipa::new(5 << 12), &[SECRET]).unwrap();
+    let owner = memfd.register_owner("disk").unwrap();
+    let neighbour = PgoffRange::new(Pgoff::new(6), 1).unwrap();
+    let at = view.hva_of(Offset::new(6 << 12)).unwrap();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let pinner = scope.spawn(|| {
+            while !done.load(Ordering::Acquire) {
+                let pin = memfd.pin(neighbour, owner, PinMode::Counted).unwrap();
+                assert_eq!(peek(at), Some(1), "pinned, and not there");
+                drop(pin);
+                std::thread::yield_now();
+            }
+        });
+        let both = PgoffRange::new(Pgoff::new(5), 2).unwrap();
+        for _ in 0..5_000 {
+            let error = memfd.punch_hole(both).unwrap_err();
+            assert!(matches!(error.errno(), Errno::EBUSY | Errno::EAGAIN), "{error}");
+        }
+        done.store(true, Ordering::Release);
+        pinner.join().unwrap();
+    });
+    assert_eq!(audit::check_under(&pool, &[&memfd], &host).to_string(), "clean");
+}
+
 /// Collapsing a view into huge pages would map what is hidden in it.
 #[test]
 fn a_view_cannot_be_collapsed() {

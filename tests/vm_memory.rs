@@ -395,3 +395,35 @@ fn a_descriptor_that_points_at_private_memory_fails_alone() {
         other => panic!("{other}"),
     }
 }
+
+/// Whoever else fills a hole, a slice of it can be touched: also while he has not got to it in the view.
+#[test]
+fn a_slice_of_a_page_that_is_just_being_filled_can_be_touched() {
+    if !require(Capability::Uffd) {
+        return;
+    }
+    let pool = FolioPool::new(ArenaBacking::Memfd, ByteSize::from_mib(2)).unwrap();
+    let builder = GuestMemfd::builder(ByteSize::from_mib(2)).initial(Visibility::Shared);
+    let memfd = builder.create(&pool).unwrap();
+    let view = Arc::new(memfd.map_view().unwrap());
+    let slot = Slot { gfn: Gfn::new(0), view, pages: memfd.pages() };
+    let space = AddressSpace::new("virtio-blk", [slot]).unwrap();
+    let holes = PgoffRange::new(Pgoff::new(1), 511).unwrap();
+    std::thread::scope(|scope| {
+        let filler = scope.spawn(|| {
+            for _ in 0..500 {
+                // Refused while the slice is there.
+                let _ = memfd.punch_hole(holes);
+                memfd.allocate(holes).unwrap();
+            }
+        });
+        while !filler.is_finished() {
+            let memory = space.memory();
+            let slice = memory.get_slice(GuestAddress(511 * PAGE), 8).unwrap();
+            slice.copy_from(&[7_u8; 8]);
+            drop(memory);
+            std::thread::yield_now();
+        }
+    });
+    assert_eq!(gmem::audit::check(&pool, &[&memfd]).to_string(), "clean");
+}

@@ -298,9 +298,10 @@ fn a_refused_move_costs_an_account_nothing() {
 
 #[test]
 fn a_zone_listed_twice_is_promised_once() {
-    let pool = pool(ArenaBacking::Heap, &[(Zone::Normal, FOLIO)]);
+    let pool = pool(ArenaBacking::Heap, &[(Zone::Normal, 4 * FOLIO)]);
     let builder = GuestMemfd::builder(pages(FOLIO)).initial(Visibility::Shared);
-    let memfd = builder.zones(&[Zone::Normal, Zone::Normal]).create(&pool).unwrap();
+    let memfd = builder.clone().zones(&[Zone::Normal, Zone::Normal]).create(&pool).unwrap();
+    let other = builder.create(&pool).unwrap();
     let promised = counters(&pool, Zone::Normal);
     for _ in 0..3 {
         memfd.allocate(memfd.pages()).unwrap();
@@ -308,6 +309,8 @@ fn a_zone_listed_twice_is_promised_once() {
         assert_eq!(counters(&pool, Zone::Normal), promised);
     }
     drop(memfd);
+    assert_eq!(pool.stat().reserved, pages(FOLIO), "the other's promise stands");
+    drop(other);
     assert_all_back(&pool);
 }
 

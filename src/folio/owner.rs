@@ -86,9 +86,7 @@ impl State {
             && demand.zones.iter().any(|&zone| zone != Zone::Normal);
         let (mut parts, mut opportune) = (Vec::new(), Vec::new());
         for (nr, part) in demand.zones.iter().flat_map(|&zone| self.of_zone(zone)) {
-            let is_known = opportune.contains(&nr) || parts.iter().any(|&(other, _)| other == nr);
             match floats && part.zone != Zone::Normal {
-                _ if is_known => {}
                 true => opportune.push(nr),
                 false => parts.push((nr, Blocks::default())),
             }

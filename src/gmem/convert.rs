@@ -11,7 +11,7 @@ use crate::failpoint::{FailPoint, fails};
 use crate::geometry::FolioSize;
 use crate::range::PgoffRange;
 use crate::stage2::{GuestRun, Stage2};
-use crate::state::{Frozen, Phase, Reader, Stop, Visibility, Wait, Wanted, with_reader};
+use crate::state::{Frozen, Phase, Reader, Refusal, Stop, Visibility, Wait, Wanted, with_reader};
 
 /// What a conversion does with the bytes of the pages that change sides.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -169,10 +169,16 @@ impl Inner {
         to: Visibility,
         options: &ConvertOptions,
     ) -> Result<Conversion, Error> {
-        let frozen = self
-            .tree
-            .freeze(reader, ranges, Wanted::Other(to), &options.wait)
-            .map_err(|stop| self.not_frozen(op, ranges, to, stop, options.most_culprits))?;
+        let freeze = || self.tree.freeze(reader, ranges, Wanted::Other(to), &options.wait);
+        let frozen = match freeze() {
+            Err(Stop::At(_, Refusal::Converting)) if options.wait.is_never() => {
+                // As in a checked access: who moves the folio is waited for, and shut out.
+                let _layout = self.layout.read();
+                freeze()
+            }
+            outcome => outcome,
+        }
+        .map_err(|stop| self.not_frozen(op, ranges, to, stop, options.most_culprits))?;
         if frozen.runs().is_empty() {
             frozen.thaw();
             return Ok(Conversion::default());

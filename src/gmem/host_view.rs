@@ -192,8 +192,8 @@ fn bytes(pages: PgoffRange) -> (usize, usize) {
 ///
 /// Raw pointers into it are the caller's affair: they are valid addresses as long as the view lives,
 /// and a touch of private or absent memory is a `SIGBUS` (`BUS_ADRERR`, exact address), which kills
-/// the process unless somebody handles it. System calls on such memory get `EFAULT`. Children of a
-/// fork do not inherit the mapping.
+/// the process unless somebody handles it; in the moment in which a folio [moves](GuestMemfd::migrate) it is a `SIGSEGV`
+/// (`SEGV_ACCERR`). System calls on such memory get `EFAULT`. Children of a fork do not inherit the mapping.
 #[derive(Debug)]
 pub struct HostView {
     // Before `memfd`, since fields are dropped in this order: the object may be the last to know the
@@ -298,6 +298,13 @@ impl HostView {
         }
         let base = self.map.map.base().as_ptr();
         std::ptr::NonNull::new(base.wrapping_add(usize::try_from(at.get()).ok()?))
+    }
+
+    /// Whether all of the pages are mapped now. If they are pinned they stay so.
+    #[cfg_attr(not(feature = "vm-memory"), expect(dead_code, reason = "for the adapter"))]
+    pub(crate) fn shows(&self, pages: PgoffRange) -> bool {
+        let range = index(pages.start().get())..index(pages.end().get());
+        self.map.shown().get(range).is_some_and(|shown| shown.all())
     }
 
     /// Copies bytes out of shared memory; as [`GuestMemfd::read`].

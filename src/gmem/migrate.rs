@@ -186,9 +186,9 @@ impl Inner {
                 return Err(misplaced(op).on(slot.pages()));
             }
             let outcome = self.migrate_frozen(reader, layout, &mut frozen, slot, (old, to));
-            // Conversions need the lock to go on, so nothing turns private between the two.
-            frozen.thaw();
+            // Before anybody can pin them, who would rely on finding them there.
             self.show_shared(layout, slot.pages());
+            frozen.thaw();
             outcome.map_err(|error| error.of(op).on(slot.pages()))?;
             Ok(Moved::Yes)
         })

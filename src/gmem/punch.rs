@@ -92,9 +92,9 @@ impl GuestMemfd {
             let _hidden = HidesIfPanicking { object, layout };
             let (mut frozen, reach) = object.freeze_to_punch(reader, range)?;
             let outcome = object.punch_frozen(reader, layout, &mut frozen, range, reach);
-            // Conversions need the lock to go on, so nothing turns private between the two.
-            frozen.thaw();
+            // Before anybody can pin them, who would rely on finding them there.
             object.show_shared(layout, range);
+            frozen.thaw();
             outcome.map_err(|error| error.on(range))
         })
     }
