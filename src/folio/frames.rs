@@ -6,6 +6,7 @@ use super::buddy::Buddy;
 use super::ledger::Blocks;
 use crate::error::{Error, ErrorKind, Op};
 use crate::geometry::{FolioSize, HUGE_PAGES, index};
+use crate::state::{Flaw, seeded};
 use FolioSize::{Base, Huge1G, Huge2M};
 
 /// What came of an attempt to take a folio.
@@ -168,7 +169,8 @@ impl Frames {
     /// Whether promises are kept if a folio is cut out of a block of a class.
     #[inline]
     fn may_cut(&self, from: FolioSize, size: FolioSize) -> bool {
-        self.free().cut(from, size).is_some_and(|left| left.keep(&self.promised))
+        let keeps = |left: Blocks| left.keep(&self.promised) || seeded(Flaw::TakesWhatIsPromised);
+        self.free().cut(from, size).is_some_and(keeps)
     }
 
     fn take_at(&mut self, home: u64, size: FolioSize) -> Option<Taken> {
@@ -207,7 +209,9 @@ impl Frames {
     pub(super) fn next_dirty(&mut self) -> Option<(u64, FolioSize)> {
         let of = |size| self.dirty.first(size).map(|block| (block, size));
         let (block, size) = of(Huge2M).or_else(|| of(Huge1G))?;
-        self.dirty.clear(block, size);
+        if !seeded(Flaw::ScrubsInPlace) {
+            self.dirty.clear(block, size);
+        }
         *self.dirty.in_hands.of_mut(size) += 1;
         Some((block, size))
     }

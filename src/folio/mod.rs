@@ -28,6 +28,8 @@ mod holes;
 mod home;
 mod ledger;
 mod map;
+#[cfg(all(loom, feature = "loom"))]
+pub mod modelled;
 mod owner;
 mod part;
 mod pool;
