@@ -1,6 +1,9 @@
 //! The frames of one arena: which are free, clean, dirty, promised or poisoned. Arithmetic alone: no
 //! bytes, no locks. Frames are counted from the start of the arena.
 
+#[cfg(feature = "oracle")]
+pub(crate) mod naive;
+
 use super::bits::Bits;
 use super::buddy::Buddy;
 use super::ledger::Blocks;
@@ -219,6 +222,9 @@ impl Frames {
     /// Takes back a block that is all zeroes now, but for poisoned frames.
     pub(super) fn scrubbed(&mut self, start: u64, size: FolioSize) {
         self.leave_hands(size);
+        if seeded(Flaw::ScrubsInPlace) {
+            self.dirty.clear(start, size);
+        }
         self.free_around_poison(start, size);
     }
 

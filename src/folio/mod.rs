@@ -41,6 +41,8 @@ mod state;
 pub use account::{Account, AccountStat};
 pub(crate) use bits::try_bits;
 pub use compact::{Compaction, Obstacle};
+#[cfg(feature = "oracle")]
+pub(crate) use frames::naive::compare_frames;
 pub(crate) use map::{Behind, FolioMap, Shape, Slot};
 pub use owner::PrivatePlacement;
 pub(crate) use owner::{Mover, Side};

@@ -1,5 +1,7 @@
 //! What the loom models of pools drive: the promise of an object without the object.
 
+use std::sync::Arc;
+
 use super::map::{FolioMap, Shape};
 use super::owner::{PrivatePlacement, Side};
 use super::part::Zone;
@@ -11,7 +13,7 @@ use crate::backing::ArenaBacking;
 use crate::error::Error;
 use crate::geometry::FolioSize;
 use crate::range::{PfnRange, PgoffRange};
-use crate::sync::{Arc, Mutex};
+use crate::sync::Mutex;
 
 /// A pool of so many frames.
 ///

@@ -43,7 +43,7 @@ pub enum Flaw {
     /// Neither side of a grace period runs a fence. With membarrier readers run none; models seed this
     /// where the words alone have to order what happens.
     SectionsWithoutFences,
-    /// A block that somebody scrubs stays where others look for dirty ones.
+    /// A block that somebody scrubs stays where others look for dirty ones until it is scrubbed.
     ScrubsInPlace,
     /// Who waits for a block that is scrubbed is woken before it is back.
     WakesBeforeItIsBack,

@@ -4,13 +4,14 @@
 //! Judges: a frame's mark is where its owner left it; two owners of a frame race at its cell; the counters
 //! add up in the end; a sleeper whom nobody wakes is a deadlock, which loom finds.
 
+use std::sync::Arc;
+
 use gmem::addr::{Pfn, Pgoff};
 use gmem::error::ErrorKind;
 use gmem::geometry::FolioSize;
 use gmem::modelled::Flaw;
 use gmem::modelled::pool::{Guest, Look, Scrubber, give_up_a_scrub, pool};
 use gmem::{FolioPool, PoolStat};
-use loom::sync::Arc;
 use loom::thread;
 use loom_tests::{Memory, explore, must_be_caught, must_notice};
 
