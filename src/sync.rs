@@ -49,6 +49,13 @@ use std::time::Instant;
 /// Whether loom has really taken the place of `std`: models assert it first.
 pub const MODELLED: bool = cfg!(all(loom, feature = "loom"));
 
+/// Whether a model has failed and unwinds: whoever waits for a lock then lets another thread run into the same
+/// mistake, and a second panic aborts the process.
+#[inline]
+pub(crate) fn is_over() -> bool {
+    MODELLED && std::thread::panicking()
+}
+
 /// A mutex without poisoning.
 #[derive(Debug)]
 pub(crate) struct Mutex<T>(RawMutex<T>);

@@ -1,11 +1,15 @@
 //! The frames of one arena: which are free, clean, dirty, promised or poisoned. Arithmetic alone: no
 //! bytes, no locks. Frames are counted from the start of the arena.
 
+#[cfg(feature = "oracle")]
+pub(crate) mod naive;
+
 use super::bits::Bits;
 use super::buddy::Buddy;
 use super::ledger::Blocks;
 use crate::error::{Error, ErrorKind, Op};
 use crate::geometry::{FolioSize, HUGE_PAGES, index};
+use crate::state::{Flaw, seeded};
 use FolioSize::{Base, Huge1G, Huge2M};
 
 /// What came of an attempt to take a folio.
@@ -172,7 +176,8 @@ impl Frames {
     /// Whether promises are kept if a folio is cut out of a block of a class.
     #[inline]
     fn may_cut(&self, from: FolioSize, size: FolioSize) -> bool {
-        self.free().cut(from, size).is_some_and(|left| left.keep(&self.promised))
+        let keeps = |left: Blocks| left.keep(&self.promised) || seeded(Flaw::TakesWhatIsPromised);
+        self.free().cut(from, size).is_some_and(keeps)
     }
 
     fn take_at(&mut self, home: u64, size: FolioSize) -> Option<Taken> {
@@ -213,7 +218,9 @@ impl Frames {
     pub(super) fn next_dirty(&mut self) -> Option<(u64, FolioSize)> {
         let of = |size| self.dirty.first(size).map(|block| (block, size));
         let (block, size) = of(Huge2M).or_else(|| of(Huge1G))?;
-        self.dirty.clear(block, size);
+        if !seeded(Flaw::ScrubsInPlace) {
+            self.dirty.clear(block, size);
+        }
         *self.dirty.in_hands.of_mut(size) += 1;
         Some((block, size))
     }
@@ -221,25 +228,33 @@ impl Frames {
     /// Takes back a block that is all zeroes now, but for poisoned frames.
     pub(super) fn scrubbed(&mut self, start: u64, size: FolioSize) {
         self.leave_hands(size);
+        if seeded(Flaw::ScrubsInPlace) {
+            self.dirty.clear(start, size);
+        }
         self.free_around_poison(start, size);
     }
 
-    /// Takes back a block that is still dirty. It has no poisoned frames.
-    pub(super) fn not_scrubbed(&mut self, start: u64, size: FolioSize) {
+    /// Takes back a block that is still dirty. What is dirty is handed out in whole blocks, which a block of
+    /// 2 MiB with a failed frame cannot be: those are quarantined, and `quarantined` is told.
+    pub(super) fn not_scrubbed(
+        &mut self,
+        start: u64,
+        size: FolioSize,
+        mut quarantined: impl FnMut(u64),
+    ) {
         self.leave_hands(size);
-        self.dirty.set(start, size);
-    }
-
-    /// A block that is in hands is so many blocks of 2 MiB from now on.
-    pub(super) fn cut_in_hands(&mut self, size: FolioSize) {
-        self.leave_hands(size);
-        self.dirty.in_hands.huge += size.nr_pages() / HUGE_PAGES;
-    }
-
-    /// Takes back a block of 2 MiB that nobody can scrub: it is quarantined.
-    pub(super) fn never_scrubbed(&mut self, start: u64) {
-        self.leave_hands(Huge2M);
-        self.quarantine(start, Huge2M);
+        if self.poisoned_in(start, size.nr_pages()).is_empty() {
+            self.dirty.set(start, size);
+            return;
+        }
+        for huge in (start..start + size.nr_pages()).step_by(index(HUGE_PAGES)) {
+            if self.poisoned_in(huge, HUGE_PAGES).is_empty() {
+                self.dirty.set(huge, Huge2M);
+            } else {
+                self.quarantine(huge, Huge2M);
+                quarantined(huge);
+            }
+        }
     }
 
     fn leave_hands(&mut self, size: FolioSize) {

@@ -1,7 +1,7 @@
 //! Which frames hold an object: one entry for each of its folios.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use super::holes::Holes;
 use super::ledger::Blocks;
@@ -9,6 +9,8 @@ use crate::addr::{Pfn, Pgoff};
 use crate::error::{Error, ErrorKind, Op};
 use crate::geometry::{FolioSize, GIANT_ORDER, HUGE_ORDER, HUGE_PAGES, MAX_PAGES, index};
 use crate::range::{PfnRange, PgoffRange};
+use crate::state::{Flaw, seeded};
+use crate::sync::AtomicU64;
 
 /// How an object is cut into folios: as many of the wanted size from the start on as there can be, then
 /// as many of the next smaller one, down to 4 KiB.
@@ -192,6 +194,10 @@ impl FolioMap {
 
     fn set_entry(&self, place: usize, to: Entry) {
         if let Some(entry) = self.slots.get(place) {
+            if seeded(Flaw::PublishesFoliosEarly) {
+                // Relaxed: pairs with nothing; the models are to notice.
+                return entry.store(to.0, Ordering::Relaxed);
+            }
             // Release: pairs with the Acquire in `entry`.
             entry.store(to.0, Ordering::Release);
         }

@@ -31,6 +31,8 @@ mod holes;
 mod home;
 mod ledger;
 mod map;
+#[cfg(all(loom, feature = "loom"))]
+pub mod modelled;
 mod owner;
 mod part;
 mod pool;
@@ -42,6 +44,8 @@ mod state;
 pub use account::{Account, AccountStat};
 pub(crate) use bits::try_bits;
 pub use compact::{Compaction, Obstacle};
+#[cfg(feature = "oracle")]
+pub(crate) use frames::naive::compare_frames;
 pub(crate) use map::{Behind, FolioMap, Shape, Slot};
 pub use owner::PrivatePlacement;
 pub(crate) use owner::{Mover, Side};

@@ -7,7 +7,7 @@ use super::home::Homes;
 use super::record::{Record, Records, Use};
 use crate::addr::{PageNumber, Pfn, Pgoff};
 use crate::error::Error;
-use crate::geometry::{FolioSize, HUGE_PAGES, index};
+use crate::geometry::FolioSize;
 use crate::range::PfnRange;
 
 /// What kind of frames a part has, after the kernel's zones.
@@ -132,24 +132,12 @@ impl PartState {
 
     /// Takes a block back, out of the hands of somebody who could not scrub it.
     pub(super) fn not_scrubbed(&mut self, start: u64, size: FolioSize) {
-        if self.frames.poisoned_in(start, size.nr_pages()).is_empty() {
-            self.frames.not_scrubbed(start, size);
-            return;
-        }
-        // What is dirty is handed out in whole blocks, which a block with a failed frame cannot be.
-        self.frames.cut_in_hands(size);
-        let blocks = start..start + size.nr_pages();
-        for start in blocks.step_by(index(HUGE_PAGES)) {
-            if self.frames.poisoned_in(start, HUGE_PAGES).is_empty() {
-                self.frames.not_scrubbed(start, FolioSize::Huge2M);
-                continue;
-            }
-            let state = Use::Quarantined;
-            let record = Record { start, size: FolioSize::Huge2M, state };
+        let Self { frames, records, .. } = self;
+        frames.not_scrubbed(start, size, |start| {
+            let record = Record { start, size: FolioSize::Huge2M, state: Use::Quarantined };
             // Without memory to write it down it is out of use all the same.
-            let _ = self.records.insert(record);
-            self.frames.never_scrubbed(start);
-        }
+            let _ = records.insert(record);
+        });
     }
 
     pub(super) fn covers(&self, pfn: Pfn) -> bool {

@@ -12,6 +12,7 @@ use super::state::State;
 use crate::addr::{Pfn, Pgoff};
 use crate::error::{Error, ErrorKind, Op};
 use crate::geometry::FolioSize;
+use crate::sync::is_over;
 
 /// Whether an object is promised what it may ever hold.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -196,7 +197,9 @@ impl Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        self.pool.state().leave(self.key);
+        if !is_over() {
+            self.pool.state().leave(self.key);
+        }
     }
 }
 

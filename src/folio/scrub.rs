@@ -13,7 +13,8 @@ use crate::error::{Error, ErrorKind, Op};
 use crate::failpoint::{FailPoint, fails, heir, panics};
 use crate::geometry::{FolioSize, HUGE_PAGES};
 use crate::range::PfnRange;
-use crate::sync::MutexGuard;
+use crate::state::{Flaw, seeded};
+use crate::sync::{MutexGuard, is_over};
 
 /// A dirty block that nobody else reaches; dirty again unless it was scrubbed before this is dropped.
 struct InHands<'a> {
@@ -31,13 +32,22 @@ enum Outcome {
 
 impl Drop for InHands<'_> {
     fn drop(&mut self) {
+        if is_over() {
+            return;
+        }
+        if seeded(Flaw::WakesBeforeItIsBack) {
+            self.pool.returned().wake_all();
+        }
         let mut state = self.pool.state();
         match self.outcome {
+            Outcome::Dirty if seeded(Flaw::KeepsWhatWasNotScrubbed) => {}
             Outcome::Scrubbed => state.scrubbed(self.pfn, self.size),
             Outcome::Dirty => state.not_scrubbed(self.pfn, self.size),
         }
         drop(state);
-        self.pool.returned().wake_all();
+        if !seeded(Flaw::WakesBeforeItIsBack) {
+            self.pool.returned().wake_all();
+        }
         if self.outcome == Outcome::Dirty {
             // Whoever had it in hands may be no scrubber, or one that is about to end.
             self.pool.wake_scrubbers();
@@ -62,6 +72,14 @@ impl FolioPool {
             from = bad + 1;
         }
         Ok(())
+    }
+
+    /// For models: what is left of one who dies with a block in hands.
+    #[cfg(all(loom, feature = "loom"))]
+    pub(super) fn give_up_a_scrub(&self) -> bool {
+        let next = self.state().next_dirty();
+        let outcome = Outcome::Dirty;
+        next.map(|(pfn, size)| drop(InHands { pool: self, pfn, size, outcome })).is_some()
     }
 
     /// Scrubs a block that the caller has taken out of the state, and gives it back there.
@@ -109,15 +127,8 @@ impl FolioPool {
     /// # Errors
     /// [`ErrorKind::Os`] if the host gives no thread.
     pub fn start_scrubber(&self, keep_clean: ByteSize) -> Result<Scrubber, Error> {
-        let keep_clean = keep_clean.whole_pages() / HUGE_PAGES;
-        let key = {
-            let mut state = self.state();
-            state.nr_scrubbers += 1;
-            let key = state.nr_scrubbers;
-            state.scrubbers.insert(key, Watch { order: Order::Work, keep_clean });
-            key
-        };
-        let mut running = Running { pool: self.clone(), key };
+        let mut running = self.hire_scrubber(keep_clean);
+        let key = running.key;
         let thread = Builder::new()
             .name(String::from("gmem-scrub"))
             .spawn(heir(move || running.clean()))
@@ -125,6 +136,24 @@ impl FolioPool {
                 Error::new(Op::Scrub, ErrorKind::Os).because(format!("no thread: {error}"))
             })?;
         Ok(Scrubber { pool: self.clone(), key, thread: Some(thread) })
+    }
+
+    /// What such a thread is to run.
+    pub(super) fn hire_scrubber(&self, keep_clean: ByteSize) -> Running {
+        let mut state = self.state();
+        state.nr_scrubbers += 1;
+        let key = state.nr_scrubbers;
+        let keep_clean = keep_clean.whole_pages() / HUGE_PAGES;
+        state.scrubbers.insert(key, Watch { order: Order::Work, keep_clean });
+        Running { pool: self.clone(), key }
+    }
+
+    /// Tells a scrubber to end.
+    pub(super) fn dismiss_scrubber(&self, key: u64) {
+        if let Some(watch) = self.state().scrubbers.get_mut(&key) {
+            watch.order = Order::End;
+        }
+        self.wake_scrubbers();
     }
 }
 
@@ -147,10 +176,7 @@ impl Scrubber {
 
 impl Drop for Scrubber {
     fn drop(&mut self) {
-        if let Some(watch) = self.pool.state().scrubbers.get_mut(&self.key) {
-            watch.order = Order::End;
-        }
-        self.pool.wake_scrubbers();
+        self.pool.dismiss_scrubber(self.key);
         if let Some(thread) = self.thread.take() {
             // Should it have died, it has put back what it held.
             let _: std::thread::Result<()> = thread.join();
@@ -159,13 +185,13 @@ impl Drop for Scrubber {
 }
 
 /// The thread's own: counted among the scrubbers for as long as it lives.
-struct Running {
+pub(super) struct Running {
     pool: FolioPool,
-    key: u64,
+    pub(super) key: u64,
 }
 
 impl Running {
-    fn clean(&mut self) {
+    pub(super) fn clean(&mut self) {
         while let Some((pfn, size)) = self.next() {
             if self.pool.scrub_in_hands(pfn, size).is_none() {
                 return;
@@ -185,6 +211,10 @@ impl Running {
                     return Some(next);
                 }
             }
+            if seeded(Flaw::SleepsOnOldNews) {
+                drop(state);
+                state = self.pool.state();
+            }
             state = self.pool.work().wait_until(state, None);
         }
     }
@@ -192,7 +222,9 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.pool.state().scrubbers.remove(&self.key);
+        if !is_over() {
+            self.pool.state().scrubbers.remove(&self.key);
+        }
     }
 }
 

@@ -35,6 +35,6 @@ pub use action::{Action, ByteClaim, Door, Patience, Question, RangeClaim, SizeCl
 pub use mistake::Mistake;
 pub use pool::{
     Amount, FrameClaim, Limit, PoolAction, PoolCoverage, PoolDisagreement, PoolMistake, Zones,
-    run_pool, run_pool_mistaken, shrink_pool,
+    compare_frames, run_pool, run_pool_mistaken, shrink_pool,
 };
 pub use run::{Coverage, Disagreement, Inspect, run, run_inspected, run_mistaken, shrink};

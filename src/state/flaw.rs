@@ -43,16 +43,28 @@ pub enum Flaw {
     /// Neither side of a grace period runs a fence. With membarrier readers run none; models seed this
     /// where the words alone have to order what happens.
     SectionsWithoutFences,
+    /// A block that somebody scrubs stays where others look for dirty ones until it is scrubbed.
+    ScrubsInPlace,
+    /// Who waits for a block that is scrubbed is woken before it is back.
+    WakesBeforeItIsBack,
+    /// A block whose scrub has failed stays in the hands of whoever tried.
+    KeepsWhatWasNotScrubbed,
+    /// A scrubber goes to sleep on what it saw before it let go of the lock.
+    SleepsOnOldNews,
+    /// Who was promised nothing takes what others were.
+    TakesWhatIsPromised,
+    /// A folio is to be seen in its object before what was done to it is.
+    PublishesFoliosEarly,
 }
 
 #[cfg(not(all(loom, feature = "loom")))]
 #[inline(always)]
-pub(super) const fn seeded(_: Flaw) -> bool {
+pub(crate) const fn seeded(_: Flaw) -> bool {
     false
 }
 
 #[cfg(all(loom, feature = "loom"))]
-pub(super) use modelled::seeded;
+pub(crate) use modelled::seeded;
 
 #[cfg(all(loom, feature = "loom"))]
 pub use modelled::seed;
@@ -73,7 +85,7 @@ mod modelled {
         SEEDED.set(flaw);
     }
 
-    pub(in crate::state) fn seeded(flaw: Flaw) -> bool {
+    pub(crate) fn seeded(flaw: Flaw) -> bool {
         // While a panic unwinds nobody can be woken: the model has come to its end.
         let over = flaw == Flaw::WakesNobody && std::thread::panicking();
         over || SEEDED.get() == Some(flaw)

@@ -39,6 +39,7 @@ mod waiting;
 mod word;
 
 pub(crate) use epoch::Reader;
+pub(crate) use flaw::{Flaw, seeded};
 pub(crate) use freeze::Wanted;
 pub(crate) use frozen::Frozen;
 pub(crate) use holders::{ObjectId, OwnerId, Record};
@@ -67,4 +68,6 @@ pub mod modelled {
     pub use super::tree::{Counted, Stop, Tree};
     pub use super::waiting::{CancelToken, Wait, Waiters};
     pub use super::word::{AnyWord, Phase, Visibility, Word};
+    #[cfg(all(loom, feature = "loom"))]
+    pub use crate::folio::modelled as pool;
 }

@@ -17,6 +17,7 @@
 //! | `handover` | who sees whose bytes when memory changes hands |
 //! | `quarantine` | a change that was given up half way |
 //! | `holders` | who holds a pin, asked while records are written |
+//! | `pool` | a pool's frames under takers, scrubbers and first touches |
 //! | `exploration` | is any order left out? |
 
 #![cfg(loom)]
@@ -31,6 +32,7 @@ mod merge;
 mod overlap;
 mod page_pin;
 mod pin_convert;
+mod pool;
 mod quarantine;
 mod split;
 mod transient;

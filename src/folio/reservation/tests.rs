@@ -263,6 +263,79 @@ fn a_scrub_that_ends_early_leaves_the_block_dirty() {
     assert_eq!(pool.scrub(), HUGE.pages_size());
 }
 
+/// The peak is what was charged, not what was asked for.
+#[test]
+fn a_take_in_vain_leaves_no_peak() {
+    let pool = pool(512);
+    let account = pool.open_account(None);
+    let careful = pool.reserve(wanted(0, 512)).unwrap();
+    let greedy = Wanted { account: Some(account.clone()), ..overcommitted() };
+    let greedy = pool.reserve(greedy).unwrap();
+    let error = greedy.take(FolioSize::Huge2M, page(0), Side::Any).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Exhausted);
+    assert_eq!(account.stat().peak.get(), 0);
+    drop(careful);
+}
+
+#[test]
+fn what_is_quarantined_is_used_by_nobody() {
+    let pool = pool(512);
+    let account = pool.open_account(None);
+    let one = pool.reserve(Wanted { account: Some(account.clone()), ..wanted(1, 0) }).unwrap();
+    let pfn = one.take(FolioSize::Huge2M, page(0), Side::Any).unwrap();
+    one.quarantine(pfn);
+    one.quarantine(pfn);
+    assert_eq!((account.stat().used.get(), stat(&pool)), (0, [0, 0, 0, 512, 0]));
+}
+
+/// A part that is named twice would be owed twice, and others' promises end with this one's.
+#[test]
+fn a_zone_that_is_named_twice_is_one() {
+    let pool = pool(4 * 512);
+    let zones = &[Zone::Normal, Zone::Normal];
+    let one = pool.reserve(Wanted { zones, ..wanted(1, 0) }).unwrap();
+    let two = pool.reserve(wanted(2, 0)).unwrap();
+    let pfn = one.take(FolioSize::Huge2M, page(0), Side::Any).unwrap();
+    one.give_back(pfn, FolioSize::Huge2M);
+    assert_eq!(stat(&pool), [512, 3 * 512, 0, 0, 0]);
+    drop(one);
+    assert_eq!(stat(&pool), [2 * 512, 2 * 512, 0, 0, 0]);
+    drop(two);
+}
+
+/// Where there is a block to be scrubbed with a failed frame in it, and the scrub fails, nobody gets it.
+#[test]
+fn a_failed_frame_in_a_block_that_stays_dirty_is_not_handed_out() {
+    let pool = pool(512);
+    let one = pool.reserve(wanted(1, 0)).unwrap();
+    let scrubber = pool.start_scrubber(ByteSize::from_bytes(0)).unwrap();
+    let pfn = one.take(FolioSize::Huge2M, page(0), Side::Any).unwrap();
+    one.give_back(pfn, FolioSize::Huge2M);
+    let armed = arm(FailPoint::Scrub, 0);
+    pool.report_memory_failure(Pfn::new(5)).unwrap();
+    assert!(armed.has_fired());
+    assert_eq!(stat(&pool), [0, 0, 0, 511, 1]);
+    let error = one.take(FolioSize::Huge2M, page(0), Side::Any).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Exhausted);
+    pool.report_memory_failure(Pfn::new(6)).unwrap();
+    drop((one, scrubber));
+    assert_eq!(stat(&pool), [0, 0, 0, 510, 2]);
+}
+
+/// A frame that fails while a compaction has it out of everybody's reach does not come back with the rest.
+#[test]
+fn a_frame_that_fails_while_it_is_isolated_stays_out() {
+    let mut frames = crate::folio::frames::Frames::new(512).unwrap();
+    frames.take(FolioSize::Base, None, Promise::None);
+    let runs = frames.isolate(0, FolioSize::Huge2M).unwrap();
+    let no = crate::folio::frames::IsQuarantined::No;
+    assert_eq!(frames.poison(7, no), Ok(true));
+    for (start, nr_pages) in runs {
+        frames.free_run(start, nr_pages);
+    }
+    assert_eq!((frames.free().pages(), frames.is_free(7), frames.is_free(8)), (510, false, true));
+}
+
 impl Blocks {
     fn pages_size(&self) -> ByteSize {
         ByteSize::from_pages(self.pages())

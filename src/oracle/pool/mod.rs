@@ -25,4 +25,6 @@ mod run;
 
 pub use action::{Amount, FrameClaim, Limit, PoolAction, Zones};
 pub use mistake::PoolMistake;
-pub use run::{PoolCoverage, PoolDisagreement, run_pool, run_pool_mistaken, shrink_pool};
+pub use run::{
+    PoolCoverage, PoolDisagreement, compare_frames, run_pool, run_pool_mistaken, shrink_pool,
+};

@@ -81,6 +81,15 @@ pub fn run_pool(actions: &[PoolAction]) -> Result<PoolCoverage, PoolDisagreement
     run(actions, None)
 }
 
+/// Does what the bytes say to the arithmetic below a pool, blocks of absurd orders among it, and to a list of
+/// frames.
+///
+/// # Errors
+/// The first difference.
+pub fn compare_frames(bytes: &[u8]) -> Result<(), String> {
+    crate::folio::compare_frames(bytes)
+}
+
 /// [`run_pool`] against a model that gets a rule wrong, to see that the comparison notices.
 ///
 /// # Errors
