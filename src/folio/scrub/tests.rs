@@ -39,7 +39,7 @@ fn all_dirty(pool: &FolioPool) {
     let lazy = pool.start_scrubber(ByteSize::from_bytes(0)).unwrap();
     for pfn in taken {
         (0..HUGE_PAGES).for_each(|at| {
-            pool.arena().write(Pfn::new(pfn.get() + at).pa(), &[0xaa; 4096]).unwrap();
+            pool.arena().write(Pfn::new(pfn.get() + at).pa(), &[0xaa; 8]).unwrap();
         });
         writer.give_back(pfn, HUGE);
     }
