@@ -2,8 +2,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use super::*;
-use crate::ArenaBacking;
 use crate::addr::Pgoff;
+use crate::backing::ArenaBacking;
 use crate::failpoint::arm;
 use crate::folio::owner::{PrivatePlacement, Side};
 use crate::folio::part::Zone;
