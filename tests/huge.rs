@@ -109,7 +109,6 @@ fn a_folio_of_a_gib_on_a_page_of_a_gib() {
     if !(common::require(Capability::Hugetlb1G) && common::require(Capability::Uffd)) {
         return;
     }
-    assert!(fs::metadata(NR_HUGEPAGES).is_ok());
     let _setting = Setting::set(NR_GIANT_PAGES, "1");
     let pool = match FolioPool::new(ArenaBacking::MemfdHugetlb1G, FolioSize::Huge1G.bytes()) {
         Ok(pool) => pool,
@@ -125,6 +124,36 @@ fn a_folio_of_a_gib_on_a_page_of_a_gib() {
         assert!(error.to_string().contains("1024 MiB"), "{error}");
     }
     live_in_a_gib(&pool, true);
+}
+
+/// Views go by what the pages are, and not by what the folios are.
+#[test]
+fn a_folio_of_a_gib_on_pages_of_2_mib() {
+    if !(common::require(Capability::Hugetlb) && common::require(Capability::Uffd)) {
+        return;
+    }
+    let _setting = Setting::set(NR_HUGEPAGES, "512");
+    let pool = match FolioPool::new(ArenaBacking::MemfdHugetlb2M, FolioSize::Huge1G.bytes()) {
+        Ok(pool) => pool,
+        Err(error) => {
+            let _ = common::settle(Capability::Hugetlb, Err(error.to_string()));
+            return;
+        }
+    };
+    let memfd = shared(&pool, GIANT, FolioSize::Huge1G);
+    let view = memfd.map_view().unwrap();
+    let _ = memfd.convert(range(3, 1), Visibility::Private, PRESERVE).unwrap();
+    memfd.punch_hole(range(5 * FOLIO, 7)).unwrap();
+    for (page, is_shown) in [(0, false), (3, false), (FOLIO, true), (5 * FOLIO + 9, false)] {
+        assert_eq!(is_readable(&view, page), is_shown, "{page}");
+    }
+    assert_eq!(memfd.stat().mapped, ByteSize::from_pages(GIANT - 2 * FOLIO));
+    let _ = memfd.convert(range(3, 1), Visibility::Shared, PRESERVE).unwrap();
+    mark(&memfd, 5 * FOLIO..5 * FOLIO + 7);
+    assert!(is_readable(&view, 3) && is_readable(&view, 5 * FOLIO));
+    assert_clean(&pool, &memfd);
+    drop((view, memfd));
+    assert_eq!(pool.stat().largest_free, FolioSize::Huge1G.bytes());
 }
 
 /// What is left behind the last whole GiB is smaller folios, and a scrubber cleans all sizes.

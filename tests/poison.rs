@@ -1,6 +1,8 @@
 //! Memory that fails: fenced off, counted, and nobody's ever again; the rest of its folio is.
 
 mod common;
+#[path = "common/setting.rs"]
+mod setting;
 #[path = "common/taint.rs"]
 mod taint;
 
@@ -15,6 +17,7 @@ use gmem::{
     ArenaBacking, Commitment, ContentPolicy, FolioPool, GuestMemfd, HostView, PageStatus, PartSpec,
     PinMode, SigbusHandler, Subscriber, Touch, Visibility, Zone,
 };
+use setting::{NR_HUGEPAGES, SHMEM_ENABLED, Setting};
 use taint::{assert_nobodys, assert_owners, at, range, write};
 
 const PRESERVE: ContentPolicy = ContentPolicy::Preserve;
@@ -74,6 +77,24 @@ fn assert_fenced(memfd: &GuestMemfd, page: u64, view: Option<&HostView>) {
             assert!(matches!(touch, Touch::Fault(fault) if fault.offset == here), "{touch:?}");
         }
     }
+}
+
+/// The kernel splits a transparent huge page when a frame of it fails: the others are as good as before.
+#[test]
+fn of_transparent_huge_pages_one_frame_is_gone() {
+    if !common::require(Capability::Thp) {
+        return;
+    }
+    let _setting = Setting::set(SHMEM_ENABLED, "advise");
+    let pool = pool(ArenaBacking::MemfdThp, 2);
+    let memfd = shared(&pool, FOLIO, FolioSize::Huge2M).unwrap();
+    write(&memfd, memfd.pages(), 1);
+    memfd.report_memory_failure(at(8)).unwrap();
+    assert_fenced(&memfd, 8, None);
+    assert_owners(&memfd, range(9, 100), 1, "beside it");
+    drop(memfd);
+    assert_eq!(counted(&pool), [2 * FOLIO - 1, 0, 0, 1]);
+    assert_rest_is_usable(&pool, 2 * FOLIO - 1);
 }
 
 #[test]
@@ -287,6 +308,42 @@ fn a_folio_with_a_failed_frame_does_not_move() {
         assert_eq!(counted(&pool), [2 * FOLIO - 1, 0, 0, 1]);
         assert_clean(&pool, &[]);
     }
+}
+
+/// The kernel gives up a hugetlb page as a whole, whichever of its frames failed.
+#[test]
+fn on_hugetlb_the_whole_page_is_gone() {
+    if !(common::require(Capability::Hugetlb) && common::require(Capability::Uffd)) {
+        return;
+    }
+    let _setting = Setting::set(NR_HUGEPAGES, "3");
+    let pool = match FolioPool::new(ArenaBacking::MemfdHugetlb2M, ByteSize::from_mib(6)) {
+        Ok(pool) => pool,
+        Err(error) => {
+            let _ = common::settle(Capability::Hugetlb, Err(error.to_string()));
+            return;
+        }
+    };
+    let memfd = shared(&pool, 2 * FOLIO, FolioSize::Huge2M).unwrap();
+    write(&memfd, memfd.pages(), 1);
+    let view = memfd.map_view().unwrap();
+    for page in [700, 700, 513] {
+        memfd.report_memory_failure(at(page)).unwrap();
+    }
+    assert_eq!(memfd.stat().quarantined, ByteSize::from_mib(2));
+    for page in [512, 700, 1023] {
+        assert_fenced(&memfd, page, Some(&view));
+    }
+    assert_owners(&memfd, range(0, FOLIO), 1, "the other folio");
+    let handler = SigbusHandler::install().unwrap();
+    assert!(matches!(view.touch(handler, at(3), Access::Read).unwrap(), Touch::Byte(_)));
+    assert_eq!(counted(&pool), [FOLIO, FOLIO, 0, FOLIO]);
+    assert_clean(&pool, &[&memfd]);
+    drop((view, memfd));
+    assert_eq!(counted(&pool), [2 * FOLIO, 0, 0, FOLIO]);
+    let rest = shared(&pool, 2 * FOLIO, FolioSize::Huge2M).unwrap();
+    assert_nobodys(&rest, rest.pages(), "beside a failed page");
+    assert_clean(&pool, &[&rest]);
 }
 
 #[derive(Debug)]

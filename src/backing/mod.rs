@@ -38,6 +38,7 @@ pub(crate) use probe::probe;
 pub use probe::{HostOffer, Offer};
 
 use crate::addr::{ByteSize, Pfn};
+use crate::error::{Error, ErrorKind, Op};
 use crate::geometry::FolioSize;
 use crate::os::mapping::Mapping;
 use crate::range::PfnRange;
@@ -87,6 +88,18 @@ impl Arena {
         let parts = self.parts.get(first..).unwrap_or_default().iter();
         let backed = parts.map_while(|part| part.frames.intersection(&frames));
         backed.map(|backed| backed.nr_pages()).sum::<u64>() == frames.nr_pages()
+    }
+
+    /// The frames that are one page of the host's with this one, where such a page is made once and for all.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`].
+    pub(crate) fn page_of(&self, pfn: Pfn) -> Result<PfnRange, Error> {
+        let out_of_range = || Error::new(Op::Poison, ErrorKind::OutOfRange);
+        let part = self.part_of(pfn).ok_or_else(out_of_range)?;
+        let unit = part.backing.view_granule().nr_pages();
+        let start = pfn.get() - (pfn.get() - part.frames.start().get()) % unit;
+        PfnRange::new(Pfn::new(start), unit)
     }
 
     /// Whether there are files behind the arena, which views can map.

@@ -318,25 +318,33 @@ impl Frames {
         self.quarantined_poisoned += self.poisoned_in(start, size.nr_pages()).len() as u64;
     }
 
-    /// Keeps a frame out of use from now on; `false` if it was already, or is none of ours. A frame in use
-    /// stays there until its folio comes back.
+    /// Keeps frames out of use from now on; `false` if they were already. Frames in use stay there until
+    /// their folio comes back.
     ///
     /// # Errors
-    /// [`ErrorKind::Exhausted`] without host memory to remember it.
+    /// [`ErrorKind::Exhausted`] without host memory to remember them.
     pub(super) fn poison(
         &mut self,
-        pfn: u64,
+        start: u64,
+        nr_pages: u64,
         is_quarantined: IsQuarantined,
     ) -> Result<bool, Error> {
-        let Err(at) = self.poisoned.binary_search(&pfn) else { return Ok(false) };
-        if pfn >= self.nr_pages {
+        let frames = start..start + nr_pages;
+        let known = self.poisoned_in(start, nr_pages).len();
+        let nr_new = nr_pages - known as u64;
+        if nr_new == 0 {
             return Ok(false);
         }
         let exhausted = |_| Error::new(Op::Poison, ErrorKind::Exhausted);
-        self.poisoned.try_reserve(1).map_err(exhausted)?;
-        self.poisoned.insert(at, pfn);
-        self.quarantined_poisoned += u64::from(is_quarantined == IsQuarantined::Yes);
-        self.buddy.allocate_at(pfn, 0);
+        self.poisoned.try_reserve(index(nr_new)).map_err(exhausted)?;
+        let first = self.poisoned.partition_point(|&pfn| pfn < start);
+        self.poisoned.splice(first..first + known, frames.clone());
+        if is_quarantined == IsQuarantined::Yes {
+            self.quarantined_poisoned += nr_new;
+        }
+        for pfn in frames {
+            self.buddy.allocate_at(pfn, 0);
+        }
         Ok(true)
     }
 

@@ -12,6 +12,7 @@ use super::state::State;
 use crate::addr::{ByteSize, Pfn, Pgoff};
 use crate::error::{Error, ErrorKind, Op};
 use crate::geometry::FolioSize;
+use crate::range::PfnRange;
 
 /// What becomes of private memory of an object whose folios may be outside of [`Zone::Normal`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -39,8 +40,8 @@ pub(crate) trait Mover: Send + Sync + fmt::Debug {
     /// `from`, to any other of the same zone.
     fn move_away(&self, page: Pgoff, from: Pfn) -> Result<(), Error>;
 
-    /// Keeps everybody from a page whose frame failed, if it is still there.
-    fn fence(&self, page: Pgoff, frame: Pfn) -> Result<(), Error>;
+    /// Keeps everybody from the pages from `page` on, whose frames failed, if they are still there.
+    fn fence(&self, page: Pgoff, frames: PfnRange) -> Result<(), Error>;
 }
 
 /// What is wanted of a pool for an object.

@@ -258,21 +258,22 @@ impl FolioPool {
     /// Keeps a frame out of use for good, because its memory failed: the kernel says so by a `SIGBUS` with
     /// `BUS_MCEERR_AO` or `BUS_MCEERR_AR`. A frame in use stays in its folio until that comes back, and the page
     /// in it is quarantined, as by [`GuestMemfd::report_memory_failure`](crate::GuestMemfd::report_memory_failure);
-    /// the rest of the folio is used again then. What was promised and cannot be kept any more fails when it
-    /// is taken: first come, first served.
+    /// the rest of the folio is used again then. Of hugetlb the kernel gives up the whole page, and so do we.
+    /// What was promised and cannot be kept any more fails when it is taken: first come, first served.
     ///
     /// # Errors
     /// [`ErrorKind::OutOfRange`] for a frame that the pool does not have; [`ErrorKind::Exhausted`] without host
     /// memory to remember it. If the page of a frame in use cannot be quarantined now, why not: the frame is
     /// kept out of use all the same, and another call tries again.
     pub fn report_memory_failure(&self, pfn: Pfn) -> Result<(), Error> {
-        let outcome = self.state().poison(pfn)?;
+        let frames = self.arena().page_of(pfn)?;
+        let outcome = self.state().poison(frames)?;
         if let Poisoned::ScrubAround(block, size) = outcome {
             self.scrub_in_hands(block, size);
         }
         // Not under the lock: whoever has it takes his own locks first.
-        let owner = self.state().who_has(pfn);
-        owner.map_or(Ok(()), |(owner, page)| owner.fence(page, pfn))
+        let owner = self.state().who_has(frames.start());
+        owner.map_or(Ok(()), |(owner, page)| owner.fence(page, frames))
     }
 
     /// Whether a frame is free.

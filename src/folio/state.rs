@@ -14,6 +14,7 @@ use super::record::{Record, Use};
 use crate::addr::{Pfn, Pgoff};
 use crate::error::{Error, ErrorKind, Op};
 use crate::geometry::{FolioSize, HUGE_ORDER};
+use crate::range::PfnRange;
 
 /// Whether a folio comes or goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -314,18 +315,19 @@ impl State {
         bad.iter().map(|&frame| part.pfn(frame)).collect()
     }
 
-    /// Keeps a frame out of use. If it was in a dirty block, the caller has that to scrub now.
-    pub(super) fn poison(&mut self, pfn: Pfn) -> Result<Poisoned, Error> {
-        let Some((_, part)) = part_of(&mut self.parts, pfn) else {
+    /// Keeps frames of one part out of use, which are one page of the host. If they were in a dirty block, the
+    /// caller has that to scrub now.
+    pub(super) fn poison(&mut self, frames: PfnRange) -> Result<Poisoned, Error> {
+        let Some((_, part)) = part_of(&mut self.parts, frames.start()) else {
             return Err(Error::new(Op::Poison, ErrorKind::OutOfRange));
         };
-        let frame = pfn.get() - part.start;
+        let frame = frames.start().get() - part.start;
         let record = part.records.containing(frame);
         let is_quarantined = match record.map(|record| record.state) {
             Some(Use::Quarantined) => IsQuarantined::Yes,
             _ => IsQuarantined::No,
         };
-        if !part.frames.poison(frame, is_quarantined)? {
+        if !part.frames.poison(frame, frames.nr_pages(), is_quarantined)? {
             return Ok(Poisoned::Already);
         }
         Ok(match part.frames.dirty_around(frame) {

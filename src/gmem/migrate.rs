@@ -6,7 +6,7 @@ use crate::addr::{ByteSize, Pfn, Pgoff};
 use crate::error::{Errno, Error, ErrorKind, Op};
 use crate::failpoint::{FailPoint, fails};
 use crate::folio::{Mover, PrivatePlacement, Side, Slot, Zone};
-use crate::range::PgoffRange;
+use crate::range::{PfnRange, PgoffRange};
 use crate::stage2::{GuestMove, GuestRun};
 use crate::state::{Frozen, Reader, Visibility, Wait, Wanted, Word, with_reader};
 
@@ -64,8 +64,8 @@ impl Mover for Inner {
         Ok(())
     }
 
-    fn fence(&self, page: Pgoff, frame: Pfn) -> Result<(), Error> {
-        self.quarantine_failed(page, frame)
+    fn fence(&self, page: Pgoff, frames: PfnRange) -> Result<(), Error> {
+        self.quarantine_failed(page, frames)
     }
 }
 

@@ -1,12 +1,13 @@
 //! Memory that failed under an object: what the kernel says by a `SIGBUS` of the kinds `BUS_MCEERR_AO` and
 //! `BUS_MCEERR_AR`.
 
-use super::object::{GuestMemfd, Inner};
+use super::layout::Layout;
+use super::object::{GuestMemfd, Inner, runs};
 use crate::addr::{Offset, Pfn, Pgoff};
 use crate::error::{Error, ErrorKind, Found, Op};
 use crate::failpoint::{FailPoint, fails};
 use crate::folio::Behind;
-use crate::range::PgoffRange;
+use crate::range::{PfnRange, PgoffRange};
 use crate::state::{Phase, Reader, Wait, Wanted, with_reader};
 
 impl GuestMemfd {
@@ -15,7 +16,8 @@ impl GuestMemfd {
     ///
     /// The page is quarantined: every access gets [`ErrorKind::Quarantined`], views fault there, and
     /// nobody reads, zeroes or moves its frame any more. Its folio stays where it is. When that goes back, the
-    /// rest of it is used again, and the frame never is: it is [poisoned](crate::PoolStat::poisoned). A
+    /// rest of it is used again, and the frame never is: it is [poisoned](crate::PoolStat::poisoned). On hugetlb
+    /// all of that is said of the whole huge page, because the kernel gives up no less. A
     /// guest that has the page for its own learns of the failure from its hypervisor.
     ///
     /// # Errors
@@ -40,27 +42,29 @@ impl GuestMemfd {
 }
 
 impl Inner {
-    /// Quarantines a page whose frame failed, if it has moved nowhere else meanwhile.
-    pub(super) fn quarantine_failed(&self, page: Pgoff, frame: Pfn) -> Result<(), Error> {
+    /// Quarantines pages of one folio whose frames failed, if they have moved nowhere else meanwhile.
+    pub(super) fn quarantine_failed(&self, page: Pgoff, frames: PfnRange) -> Result<(), Error> {
         let op = Op::Poison;
-        let pages = PgoffRange::single(page)?;
+        let pages = PgoffRange::new(page, frames.nr_pages())?;
         self.check_range(op, pages)?;
-        let layout = &mut *self.layout.write();
-        let is_there = |(_, behind)| match behind {
-            Behind::Frames(frames) | Behind::Holes(frames) => frames.start() == frame,
-            Behind::Nothing => false,
-        };
-        let is_out = |word: crate::state::Word| word.phase() == Phase::Quarantined;
-        if !self.frames.parts(pages).any(is_there) || self.word(page).is_none_or(is_out) {
+        let layout = &*self.layout.write();
+        let mut folios = self.frames.folios(pages);
+        if folios.next() != Some((pages, frames)) {
             return Ok(());
         }
-        with_reader(|reader| self.freeze_failed(reader, layout, pages))
+        // An earlier failure may have been of some of them.
+        let left = self.spans(pages).filter(|(_, word)| word.phase() != Phase::Quarantined);
+        let left: Vec<PgoffRange> =
+            runs(left.map(|(pages, _)| (pages, ()))).map(|it| it.0).collect();
+        with_reader(|reader| {
+            left.iter().try_for_each(|&pages| self.freeze_failed(reader, layout, pages))
+        })
     }
 
     fn freeze_failed(
         &self,
         reader: &Reader,
-        layout: &super::layout::Layout,
+        layout: &Layout,
         pages: PgoffRange,
     ) -> Result<(), Error> {
         let op = Op::Poison;

@@ -2,8 +2,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use super::*;
-use crate::ArenaBacking;
 use crate::addr::Pgoff;
+use crate::backing::ArenaBacking;
 use crate::failpoint::arm;
 use crate::folio::owner::{PrivatePlacement, Side};
 use crate::folio::part::Zone;
@@ -39,7 +39,7 @@ fn all_dirty(pool: &FolioPool) {
     let lazy = pool.start_scrubber(ByteSize::from_bytes(0)).unwrap();
     for pfn in taken {
         (0..HUGE_PAGES).for_each(|at| {
-            pool.arena().write(Pfn::new(pfn.get() + at).pa(), &[0xaa; 4096]).unwrap();
+            pool.arena().write(Pfn::new(pfn.get() + at).pa(), &[0xaa; 8]).unwrap();
         });
         writer.give_back(pfn, HUGE);
     }
