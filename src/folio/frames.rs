@@ -318,8 +318,8 @@ impl Frames {
         self.quarantined_poisoned += self.poisoned_in(start, size.nr_pages()).len() as u64;
     }
 
-    /// Keeps frames out of use from now on; `false` if they were already. Frames in use stay there until
-    /// their folio comes back.
+    /// Keeps frames out of use from now on; `false` if they were already, or are not all ours. Frames in use stay
+    /// there until their folio comes back.
     ///
     /// # Errors
     /// [`ErrorKind::Exhausted`] without host memory to remember them.
@@ -329,12 +329,13 @@ impl Frames {
         nr_pages: u64,
         is_quarantined: IsQuarantined,
     ) -> Result<bool, Error> {
-        let frames = start..start + nr_pages;
         let known = self.poisoned_in(start, nr_pages).len();
         let nr_new = nr_pages - known as u64;
-        if nr_new == 0 {
+        let is_ours = start.checked_add(nr_pages).is_some_and(|end| end <= self.nr_pages);
+        if nr_new == 0 || !is_ours {
             return Ok(false);
         }
+        let frames = start..start + nr_pages;
         let exhausted = |_| Error::new(Op::Poison, ErrorKind::Exhausted);
         self.poisoned.try_reserve(index(nr_new)).map_err(exhausted)?;
         let first = self.poisoned.partition_point(|&pfn| pfn < start);

@@ -285,7 +285,7 @@ impl Both {
             _ => IsQuarantined::No,
         };
         let is_news = self.has_failed.get(index(pfn)) == Some(&false);
-        let found = self.frames.poison(pfn, quarantined);
+        let found = self.frames.poison(pfn, 1, quarantined);
         self.expect("a failure is news", found == Ok(is_news));
         if let Some(failed) = self.has_failed.get_mut(index(pfn)) {
             *failed = true;
