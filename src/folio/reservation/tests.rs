@@ -329,7 +329,7 @@ fn a_frame_that_fails_while_it_is_isolated_stays_out() {
     frames.take(FolioSize::Base, None, Promise::None);
     let runs = frames.isolate(0, FolioSize::Huge2M).unwrap();
     let no = crate::folio::frames::IsQuarantined::No;
-    assert_eq!(frames.poison(7, no), Ok(true));
+    assert_eq!(frames.poison(7, 1, no), Ok(true));
     for (start, nr_pages) in runs {
         frames.free_run(start, nr_pages);
     }
