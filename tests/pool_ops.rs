@@ -30,7 +30,27 @@ fn nr_seeds() -> u64 {
     env::var("GMEM_POOL_SEEDS").map_or(30, |wanted| wanted.parse().expect("a number"))
 }
 
-const EVERYWHERE: [&str; 1] = ["Allocate Ok"];
+const EVERYWHERE: [&str; 19] = [
+    "Allocate Exhausted",
+    "Allocate Ok",
+    "Allocate Unsupported",
+    "Compact Ok",
+    "CompactMade Ok",
+    "Convert Ok",
+    "Create Exhausted",
+    "Create InvalidSize",
+    "Create LimitReached",
+    "Create Ok",
+    "Drop Ok",
+    "ForgetPin Ok",
+    "Migrate Ok",
+    "Migrate Unsupported",
+    "Poison Ok",
+    "Poison OutOfRange",
+    "Punch Ok",
+    "Write LimitReached",
+    "Write Ok",
+];
 
 #[test]
 fn a_pool_does_what_the_model_does() {

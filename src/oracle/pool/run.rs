@@ -363,7 +363,7 @@ impl Runner {
         let Some(model) = self.model.objects.get(at) else { return Ok(()) };
         let (name, outcome) = match *action {
             PoolAction::Allocate { fails_after, .. } => {
-                let spared = fails_after.checked_sub(240).map(u32::from);
+                let spared = fails_after.checked_sub(208).map(|spared| u32::from(spared / 16));
                 let armed = spared.map(|spared| arm(FailPoint::Folio, spared));
                 let outcome = kind(object.allocate(range));
                 let has_fired = armed.is_some_and(|armed| armed.has_fired());
