@@ -399,9 +399,7 @@ impl Model {
                 let is_hole = |page: &Page| page.is_hole && !page.is_pinned;
                 !inside(page) && !object.page(page).is_some_and(is_hole)
             };
-            let mut outside = (slot.0..slot.0 + slot.1).filter(|&page| !inside(page)).peekable();
-            let keeps = self.makes(PoolMistake::KeepsFoliosOfHoles) && outside.peek().is_some();
-            if !keeps && !outside.any(stays) {
+            if !(slot.0..slot.0 + slot.1).any(stays) {
                 self.give_back(at, slot)?;
                 continue;
             }
