@@ -41,7 +41,7 @@ pub enum FolioSize {
     /// 2 MiB. What is left of an object behind its last whole 2 MiB is made of 4 KiB folios.
     #[default]
     Huge2M,
-    /// 1 GiB.
+    /// 1 GiB. What is left of an object behind its last whole GiB is made of folios of 2 MiB, and of 4 KiB.
     Huge1G,
 }
 

@@ -125,7 +125,8 @@ impl GuestMemfdBuilder {
     ///
     /// # Errors
     /// [`ErrorKind::InvalidSize`] for a size that is zero, no multiple of 4 KiB or above 2^63 - 1
-    /// (the kernel's `EINVAL`); [`ErrorKind::Exhausted`] if the pool cannot promise that much, with
+    /// (the kernel's `EINVAL`), and on hugetlb for one that is not made of whole folios of its pages' size or
+    /// more; [`ErrorKind::Exhausted`] if the pool cannot promise that much, with
     /// how much it can; [`ErrorKind::Unsupported`] for a name that is too long or has a zero byte;
     /// [`ErrorKind::Os`] without a free file descriptor.
     pub fn create(self, pool: &FolioPool) -> Result<GuestMemfd, Error> {
