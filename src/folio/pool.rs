@@ -168,6 +168,11 @@ impl FolioPool {
 
     /// The counters.
     pub fn stat(&self) -> PoolStat {
+        PoolStat { huge: self.0.arena.huge_bytes(), ..self.counted() }
+    }
+
+    /// The counters but for `huge`, which the kernel takes long to tell.
+    pub(crate) fn counted(&self) -> PoolStat {
         let pages = ByteSize::from_pages;
         let mut sum = [0; 8];
         let mut largest = 0;
@@ -201,7 +206,7 @@ impl FolioPool {
             poisoned: pages(poisoned),
             dirty: pages(dirty),
             largest_free: pages(largest),
-            huge: self.0.arena.huge_bytes(),
+            huge: ByteSize::default(),
             metadata: ByteSize::from_bytes(metadata),
         }
     }

@@ -308,7 +308,7 @@ impl Runner {
     }
 
     fn scrub(&mut self) -> Verdict {
-        let dirty = self.pool.stat().dirty;
+        let dirty = self.pool.counted().dirty;
         let done = self.pool.scrub();
         if done != dirty {
             return Err(format!("scrubbed {done:?} of {dirty:?}"));
@@ -490,7 +490,7 @@ impl Runner {
     }
 
     fn compare_counters(&self) -> Verdict {
-        let stat = self.pool.stat();
+        let stat = self.pool.counted();
         let parts = &self.model.parts;
         let (mut free, mut reserved) = (0, 0);
         for part in parts {
@@ -561,7 +561,7 @@ impl Runner {
         }
         self.scrub()?;
         self.look()?;
-        let stat = self.pool.stat();
+        let stat = self.pool.counted();
         let out = stat.quarantined.get() + stat.poisoned.get();
         if stat.free.get() + out != stat.capacity.get() {
             return Err(format!("not all is back: {stat:?}"));
