@@ -98,7 +98,7 @@ fn check_objects<'a>(
 }
 
 fn check_pool(pool: &FolioPool, findings: &mut Vec<String>) {
-    let stat = pool.stat();
+    let stat = pool.counted();
     let parts = [stat.free, stat.reserved, stat.used, stat.quarantined, stat.poisoned];
     if parts.iter().map(|part| part.get()).sum::<u64>() != stat.capacity.get() {
         findings.push(format!("the pool's counters do not add up: {stat:?}"));

@@ -59,6 +59,9 @@ mod sync;
 #[cfg(feature = "vm-memory")]
 pub mod vm_memory;
 
+#[cfg(all(loom, feature = "loom"))]
+#[doc(hidden)]
+pub use crate::folio::modelled as modelled_pool;
 #[cfg(any(feature = "oracle", all(loom, feature = "loom")))]
 #[doc(hidden)]
 pub use crate::state::modelled;

@@ -7,9 +7,16 @@ use std::env;
 use gmem::oracle::{
     PoolAction, PoolCoverage, PoolMistake, run_pool, run_pool_mistaken, shrink_pool,
 };
+use gmem::{FolioPool, GuestMemfd, audit};
 
 /// Bytes for one list: some 100 actions.
 const NR_BYTES: usize = 800;
+
+/// The audit, for the comparison.
+fn audited(pool: &FolioPool, objects: &[&GuestMemfd]) -> Result<(), String> {
+    let report = audit::check(pool, objects);
+    if report.is_clean() { Ok(()) } else { Err(report.to_string()) }
+}
 
 /// Actions that are a function of the seed.
 fn actions(seed: u64) -> Vec<PoolAction> {
@@ -59,11 +66,11 @@ fn a_pool_does_what_the_model_does() {
         // Shown if the test fails, also by a panic of the library.
         println!("seed {seed}");
         let actions = actions(seed);
-        match run_pool(&actions) {
+        match run_pool(&actions, audited) {
             Ok(more) => coverage.add(more),
             Err(disagreement) => {
-                let few = shrink_pool(&actions);
-                let last = run_pool(&few).expect_err("it was seen to fail");
+                let few = shrink_pool(&actions, audited);
+                let last = run_pool(&few, audited).expect_err("it was seen to fail");
                 panic!("{disagreement}\n\nof these it takes {few:#?}\n\n{last}");
             }
         }

@@ -116,15 +116,15 @@ impl Guest {
     }
 
     /// Writes into the first page of a folio.
-    pub fn write(&self, pfn: Pfn, byte: u8) {
+    pub fn write(&self, pfn: Pfn, Mark(byte): Mark) {
         let _: Result<(), Error> = self.reservation.pool().arena().write(pfn.pa(), &[byte; 8]);
     }
 
     /// The first byte of a folio, if the next seven are the same.
-    pub fn read(&self, pfn: Pfn) -> Option<u8> {
+    pub fn read(&self, pfn: Pfn) -> Option<Mark> {
         let mut bytes = [0; 8];
         self.reservation.pool().arena().read(pfn.pa(), &mut bytes).ok()?;
-        bytes.iter().all(|&byte| byte == bytes[0]).then_some(bytes[0])
+        bytes.iter().all(|&byte| byte == bytes[0]).then_some(Mark(bytes[0]))
     }
 
     /// Whether all of a folio is zero.
@@ -133,6 +133,10 @@ impl Guest {
         frames.and_then(|frames| self.reservation.pool().arena().is_zero(frames)) == Ok(true)
     }
 }
+
+/// A byte that somebody leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mark(pub u8);
 
 /// When somebody looks whether there is a folio already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -189,6 +189,11 @@ impl FolioPool {
         self.state().zone_of(pfn)
     }
 
+    /// The counters but for `huge`, which the kernel takes long to tell.
+    pub(crate) fn counted(&self) -> PoolStat {
+        self.stat_of(|_| true, |_| ByteSize::default())
+    }
+
     fn stat_of(
         &self,
         counts: impl Fn(&PartState) -> bool,

@@ -34,7 +34,7 @@ mod step;
 pub use action::{Action, ByteClaim, Door, Patience, Question, RangeClaim, SizeClaim, ViewChange};
 pub use mistake::Mistake;
 pub use pool::{
-    Amount, FrameClaim, Limit, PoolAction, PoolCoverage, PoolDisagreement, PoolMistake, Zones,
-    compare_frames, run_pool, run_pool_mistaken, shrink_pool,
+    Amount, FrameClaim, Limit, PoolAction, PoolCoverage, PoolDisagreement, PoolInspect,
+    PoolMistake, Zones, compare_frames, run_pool, run_pool_mistaken, shrink_pool,
 };
 pub use run::{Coverage, Disagreement, Inspect, run, run_inspected, run_mistaken, shrink};

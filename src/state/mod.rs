@@ -68,6 +68,4 @@ pub mod modelled {
     pub use super::tree::{Counted, Stop, Tree};
     pub use super::waiting::{CancelToken, Wait, Waiters};
     pub use super::word::{AnyWord, Phase, Visibility, Word};
-    #[cfg(all(loom, feature = "loom"))]
-    pub use crate::folio::modelled as pool;
 }

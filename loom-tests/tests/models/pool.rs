@@ -10,7 +10,7 @@ use gmem::addr::{Pfn, Pgoff};
 use gmem::error::ErrorKind;
 use gmem::geometry::FolioSize;
 use gmem::modelled::Flaw;
-use gmem::modelled::pool::{Guest, Look, Scrubber, give_up_a_scrub, pool};
+use gmem::modelled_pool::{Guest, Look, Mark, Scrubber, give_up_a_scrub, pool};
 use gmem::{FolioPool, PoolStat};
 use loom::thread;
 use loom_tests::{Memory, explore, must_be_caught, must_notice};
@@ -31,9 +31,9 @@ fn use_up(guest: &Guest, memory: &Memory, pfn: Pfn, mark: u8) {
     assert!(guest.is_zero(pfn), "not scrubbed");
     let cell = Pgoff::new(pfn.get() % HUGE % 4);
     memory.write(cell, u64::from(mark));
-    guest.write(pfn, mark);
+    guest.write(pfn, Mark(mark));
     thread::yield_now();
-    assert_eq!(guest.read(pfn), Some(mark), "somebody else wrote");
+    assert_eq!(guest.read(pfn), Some(Mark(mark)), "somebody else wrote");
     assert_eq!(memory.read(cell), u64::from(mark), "somebody else wrote");
 }
 
@@ -99,7 +99,7 @@ fn scrubber_and(wanted: FolioSize) {
     {
         let before = Guest::new(&pool, Huge2M, Some(1)).unwrap();
         let pfn = before.take().unwrap();
-        before.write(pfn, 9);
+        before.write(pfn, Mark(9));
         before.give_back(pfn);
         assert_eq!(pages(&pool), [0, HUGE, 0, HUGE]);
     }
@@ -109,7 +109,7 @@ fn scrubber_and(wanted: FolioSize) {
     use_up(&guest, &memory, pfn, 1);
     end();
     scrubbing.join().unwrap();
-    assert_eq!(guest.read(pfn), Some(1), "somebody else wrote");
+    assert_eq!(guest.read(pfn), Some(Mark(1)), "somebody else wrote");
     let taken = if wanted == Base { 1 } else { HUGE };
     let [free, reserved, used, _] = pages(&pool);
     assert_eq!([free, reserved, used], [HUGE - taken, 0, taken], "frames are lost");
@@ -155,7 +155,7 @@ fn dead_scrubber() {
     {
         let before = Guest::new(&pool, Huge2M, Some(1)).unwrap();
         let pfn = before.take().unwrap();
-        before.write(pfn, 9);
+        before.write(pfn, Mark(9));
         before.give_back(pfn);
     }
     drop(scrubber);
@@ -169,7 +169,7 @@ fn dead_scrubber() {
     dying.join().unwrap();
     let second = taker.join().unwrap();
     assert_ne!(pfn, second, "one frame for two");
-    assert_eq!(guest.read(second), Some(0), "not scrubbed");
+    assert_eq!(guest.read(second), Some(Mark(0)), "not scrubbed");
     assert_eq!(pages(&pool), [HUGE - 2, 0, 2, 0]);
 }
 

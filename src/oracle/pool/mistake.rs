@@ -27,8 +27,6 @@ pub enum PoolMistake {
     IgnoresPins,
     /// A range that could not be allocated whole stays allocated in part.
     KeepsHalfAnAllocation,
-    /// Punched pages keep their bytes.
-    PunchKeepsBytes,
     /// What moves to another zone loses its bytes.
     MovesLoseBytes,
     /// What moves is counted where it was and where it is.
@@ -45,8 +43,7 @@ pub enum PoolMistake {
 
 impl PoolMistake {
     /// All of them.
-    pub const ALL: [Self; 19] = [
-        Self::PunchKeepsBytes,
+    pub const ALL: [Self; 18] = [
         Self::MovesLoseBytes,
         Self::MovesUseTwice,
         Self::PrivateAnywhere,

@@ -26,5 +26,6 @@ mod run;
 pub use action::{Amount, FrameClaim, Limit, PoolAction, Zones};
 pub use mistake::PoolMistake;
 pub use run::{
-    PoolCoverage, PoolDisagreement, compare_frames, run_pool, run_pool_mistaken, shrink_pool,
+    PoolCoverage, PoolDisagreement, PoolInspect, compare_frames, run_pool, run_pool_mistaken,
+    shrink_pool,
 };

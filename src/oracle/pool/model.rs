@@ -403,11 +403,10 @@ impl Model {
                 self.give_back(at, slot)?;
                 continue;
             }
-            let keeps_bytes = self.makes(PoolMistake::PunchKeepsBytes);
             for page in (slot.0..slot.0 + slot.1).filter(|&page| inside(page)) {
                 for page in self.object_mut(at)?.pages_mut((page, 1)) {
                     page.is_hole = true;
-                    page.byte = if keeps_bytes { page.byte } else { 0 };
+                    page.byte = 0;
                 }
             }
         }

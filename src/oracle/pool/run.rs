@@ -9,7 +9,6 @@ use super::mistake::PoolMistake;
 use super::model::{Birth, Model, Outcome, Seen, Verdict, must_be};
 use super::object::{Charges, Page, Run};
 use crate::addr::{ByteSize, Offset, Pfn, Pgoff};
-use crate::audit;
 use crate::backing::{ArenaBacking, PartSpec};
 use crate::error::{Error, ErrorKind};
 use crate::failpoint::{FailPoint, arm};
@@ -77,8 +76,11 @@ impl PoolCoverage {
 ///
 /// # Errors
 /// The first difference.
-pub fn run_pool(actions: &[PoolAction]) -> Result<PoolCoverage, PoolDisagreement> {
-    run(actions, None)
+pub fn run_pool(
+    actions: &[PoolAction],
+    inspect: PoolInspect,
+) -> Result<PoolCoverage, PoolDisagreement> {
+    run(actions, None, inspect)
 }
 
 /// Does what the bytes say to the arithmetic below a pool, blocks of absurd orders among it, and to a list of
@@ -98,19 +100,19 @@ pub fn run_pool_mistaken(
     actions: &[PoolAction],
     mistake: PoolMistake,
 ) -> Result<PoolCoverage, PoolDisagreement> {
-    run(actions, Some(mistake))
+    run(actions, Some(mistake), |_, _| Ok(()))
 }
 
 /// The actions without those that a disagreement does not need. All of them if there is none.
-pub fn shrink_pool(actions: &[PoolAction]) -> Vec<PoolAction> {
+pub fn shrink_pool(actions: &[PoolAction], inspect: PoolInspect) -> Vec<PoolAction> {
     let mut kept = actions.to_vec();
-    let mut chunk = if run_pool(&kept).is_err() { kept.len().div_ceil(2) } else { 0 };
+    let mut chunk = if run_pool(&kept, inspect).is_err() { kept.len().div_ceil(2) } else { 0 };
     while chunk > 0 {
         let mut at = 0;
         while at < kept.len() {
             let mut fewer = kept.clone();
             fewer.drain(at..kept.len().min(at + chunk));
-            match run_pool(&fewer) {
+            match run_pool(&fewer, inspect) {
                 Ok(_) => at += chunk,
                 Err(_) => kept = fewer,
             }
@@ -123,6 +125,7 @@ pub fn shrink_pool(actions: &[PoolAction]) -> Vec<PoolAction> {
 fn run(
     actions: &[PoolAction],
     mistake: Option<PoolMistake>,
+    inspect: PoolInspect,
 ) -> Result<PoolCoverage, PoolDisagreement> {
     let differ = |at: usize, action: &dyn fmt::Debug, what: String| PoolDisagreement {
         at,
@@ -130,7 +133,7 @@ fn run(
         what,
     };
     let mut runner =
-        Runner::new(mistake).map_err(|error| differ(0, &"a pool", error.to_string()))?;
+        Runner::new(mistake, inspect).map_err(|error| differ(0, &"a pool", error.to_string()))?;
     for (at, action) in actions.iter().enumerate() {
         let verdict = runner.act(action).and_then(|()| runner.look());
         let all = if at % STRIDE == STRIDE - 1 { runner.look_at_bytes() } else { Ok(()) };
@@ -140,7 +143,11 @@ fn run(
     Ok(runner.coverage)
 }
 
+/// Looks at a pool and all of its objects, and says what is wrong.
+pub type PoolInspect = fn(&FolioPool, &[&GuestMemfd]) -> Result<(), String>;
+
 struct Runner {
+    inspect: PoolInspect,
     model: Model,
     pool: FolioPool,
     objects: Vec<GuestMemfd>,
@@ -152,7 +159,7 @@ struct Runner {
 }
 
 impl Runner {
-    fn new(mistake: Option<PoolMistake>) -> Result<Self, Error> {
+    fn new(mistake: Option<PoolMistake>, inspect: PoolInspect) -> Result<Self, Error> {
         let builder = PARTS.iter().fold(FolioPool::builder(), |builder, &(nr_pages, zone)| {
             let size = ByteSize::from_pages(nr_pages);
             builder.part(PartSpec::new([ArenaBacking::Heap], size), zone)
@@ -170,6 +177,7 @@ impl Runner {
             mistake,
         };
         Ok(Self {
+            inspect,
             model,
             pool,
             objects: Vec::new(),
@@ -308,7 +316,7 @@ impl Runner {
     }
 
     fn scrub(&mut self) -> Verdict {
-        let dirty = self.pool.stat().dirty;
+        let dirty = self.pool.counted().dirty;
         let done = self.pool.scrub();
         if done != dirty {
             return Err(format!("scrubbed {done:?} of {dirty:?}"));
@@ -490,7 +498,7 @@ impl Runner {
     }
 
     fn compare_counters(&self) -> Verdict {
-        let stat = self.pool.stat();
+        let stat = self.pool.counted();
         let parts = &self.model.parts;
         let (mut free, mut reserved) = (0, 0);
         for part in parts {
@@ -545,11 +553,7 @@ impl Runner {
             }
         }
         let objects: Vec<&GuestMemfd> = self.objects.iter().collect();
-        let report = audit::check(&self.pool, &objects);
-        if !report.is_clean() {
-            return Err(format!("the audit: {report}"));
-        }
-        Ok(())
+        (self.inspect)(&self.pool, &objects)
     }
 
     /// Everything goes, and what is out of use alone is missing then.
@@ -561,7 +565,7 @@ impl Runner {
         }
         self.scrub()?;
         self.look()?;
-        let stat = self.pool.stat();
+        let stat = self.pool.counted();
         let out = stat.quarantined.get() + stat.poisoned.get();
         if stat.free.get() + out != stat.capacity.get() {
             return Err(format!("not all is back: {stat:?}"));
