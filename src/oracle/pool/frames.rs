@@ -34,7 +34,7 @@ impl Count {
     }
 
     /// Whether so much free memory is enough for these promises, at the worst.
-    fn keeps(self, promised: Self) -> bool {
+    pub(super) fn keeps(self, promised: Self) -> bool {
         self.huge >= promised.huge
             && (self.huge - promised.huge) * HUGE_PAGES + self.base >= promised.base
     }

@@ -187,6 +187,10 @@ impl Model {
                     continue;
                 }
                 *promised.of_mut(slot.1) -= 1;
+                if !part.free().keeps(part.promised) {
+                    // Memory failed that was promised: who comes first is served.
+                    promised = Count::default();
+                }
             } else if self.makes(PoolMistake::TakesWhatIsPromised) {
                 promised = Count::default();
             }

@@ -1,7 +1,7 @@
 //! The calls that move folios: each to where the pool has found room, never out of the zone that was
 //! meant.
 
-use super::frames::Use;
+use super::frames::{Part, Use};
 use super::mistake::PoolMistake;
 use super::model::{Model, Outcome, Seen, Source, Verdict, must_be};
 use super::object::Run;
@@ -146,7 +146,9 @@ impl Model {
         must_be(wanted, outcome.map(|_| ()))?;
         let Ok(made) = outcome else { return Ok(()) };
         let mut of_zone = self.parts.iter().filter(|part| part.zone == zone);
-        let is_there = size == FolioSize::Huge2M && of_zone.any(|part| part.free().huge > 0);
+        let can_spare =
+            |part: &Part| part.free().huge > 0 && part.can_spare(HUGE_PAGES, part.promised);
+        let is_there = size == FolioSize::Huge2M && of_zone.any(can_spare);
         let before = self.objects.clone();
         self.moved_within(zone, seen)?;
         self.most_dirty = 0;
