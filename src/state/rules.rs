@@ -249,6 +249,8 @@ pub(super) enum Standing {
 
 #[cfg(all(test, not(loom)))]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     /// A word of twelve bits: pins up to 3, three splits.
@@ -296,6 +298,16 @@ mod tests {
         Narrow::fold,
         Narrow::unfold,
     ];
+
+    /// What the other tests measure with.
+    #[test]
+    fn the_yardsticks_tell_words_apart() {
+        assert_eq!(all_words().count(), 1 << 12);
+        // A split bit, and two numbers of two bits.
+        assert_eq!(all_words().map(tree_part).collect::<BTreeSet<_>>().len(), 32);
+        // Not held: two sides and eight phases. Held: shared, two phases, three counts or exclusively.
+        assert_eq!(all_words().filter(|&word| is_legal(word)).count(), 32 * (2 * 8 + 2 * (3 + 1)));
+    }
 
     #[test]
     fn a_rule_leads_from_legal_words_to_legal_words_only() {

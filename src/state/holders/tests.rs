@@ -38,9 +38,14 @@ fn what_is_noted_is_seen_until_it_is_cleared() {
 
     let first = records.note(mine, range(1, 2), OwnerId(3)).unwrap();
     let second = records.note(mine, range(4, 5), OwnerId(u32::MAX)).unwrap();
-    let third = records.note(other, range(6, 7), OwnerId(0)).unwrap();
+    let third = records.note(other, range(6, 1), OwnerId(0)).unwrap();
+    let whole = [first, second, third].map(|record| record.range().unwrap());
+    assert_eq!(whole, [range(1, 2), range(4, 5), range(6, 1)]);
+    let starts = [first, second, third].map(|record| record.start().get());
+    assert_eq!(starts, [1, 4, 6]);
+    assert_eq!([first, third].map(|record| record.owner().0), [3, 0]);
     assert_eq!(seen(&holders, mine), BTreeSet::from([(1, 2, 3), (4, 5, u32::MAX)]));
-    assert_eq!(seen(&holders, other), BTreeSet::from([(6, 7, 0)]));
+    assert_eq!(seen(&holders, other), BTreeSet::from([(6, 1, 0)]));
     first.clear();
     assert_eq!(seen(&holders, mine), BTreeSet::from([(4, 5, u32::MAX)]));
     second.clear();
@@ -211,6 +216,23 @@ fn churn_does_not_grow() {
         churn(nr_rounds);
         assert_eq!(capacity(&holders), settled, "{nr_alive}");
         assert_eq!(seen(&holders, object).len() as u64, nr_alive);
+    }
+}
+
+/// Or each note would look at all the live ones again.
+#[test]
+fn where_nearly_all_is_live_there_will_be_more() {
+    for nr_alive in [49, 60, 63] {
+        let holders = holders();
+        let records = Holders::register(&holders);
+        let object = ObjectId::new_unique();
+        let note = |at| records.note(object, range(at, 1), OwnerId(1)).unwrap();
+        (0..nr_alive).for_each(|at| {
+            note(at);
+        });
+        assert_eq!(capacity(&holders), FIRST_BLOCK);
+        (0..FIRST_BLOCK as u64).map(note).for_each(Record::clear);
+        assert_eq!(capacity(&holders), 2 * FIRST_BLOCK, "{nr_alive}");
     }
 }
 
