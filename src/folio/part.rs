@@ -72,7 +72,7 @@ pub(super) enum Got {
     Clean(Pfn),
     /// To be scrubbed by the caller.
     Dirty(Pfn),
-    /// The caller scrubs this block of 2 MiB, gives it to [`State::scrubbed`], and tries again.
+    /// The caller scrubs this block of 2 MiB, gives it to [`State::scrubbed`](super::state::State::scrubbed), and tries again.
     ScrubFirst(Pfn),
     /// The caller waits until a scrub has ended, and tries again.
     Wait,
