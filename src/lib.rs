@@ -48,6 +48,7 @@ mod folio;
 pub mod geometry;
 mod gmem;
 pub mod hyp;
+mod identity;
 #[cfg(feature = "oracle")]
 pub mod oracle;
 mod os;
@@ -69,11 +70,12 @@ pub use crate::folio::{
     PrivatePlacement, Scrubber, Unscrubbed, Zone,
 };
 pub use crate::gmem::{
-    ContentPolicy, Conversion, ConvertOptions, GuestMemfd, GuestMemfdBuilder, HostFault, HostView,
+    ContentPolicy, Conversion, ConvertOptions, GuestMemfd, GuestMemfdBuilder, HostView,
     Migration, ObjectStat, OwnerTag, PageInfo, PageStatus, PinGuard, PinMode, Punched, Residency,
     Subscriber, Subscription, Touch,
 };
-pub use crate::os::sigbus::{FaultCause, SigbusHandler};
+pub use crate::identity::{ObjectId, ViewId};
+pub use crate::os::sigbus::{FaultAnswer, FaultCause, FaultReason, HostFault, SigbusHandler};
 pub use crate::state::{CancelToken, Visibility, Wait};
 #[doc(hidden)]
 pub use crate::sync::MODELLED;

@@ -13,7 +13,15 @@ pub(crate) mod sparse;
 pub(crate) mod thp;
 pub(crate) mod uffd;
 pub(crate) mod words;
-
+#[cfg_attr(
+    any(
+        miri,
+        not(target_pointer_width = "64"),
+        not(any(target_arch = "x86_64", target_arch = "aarch64"))
+    ),
+    path = "recoverable/atomics.rs"
+)]
+pub(crate) mod recoverable;
 pub(crate) mod sigbus;
 
 use crate::error::{Errno, Error, ErrorKind, Op};

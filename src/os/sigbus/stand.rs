@@ -1,0 +1,291 @@
+//! Getting the handler in front of others, and handing on to them what is theirs.
+
+// UNSAFETY: sigaction, and calls of what other handlers left there.
+#![expect(unsafe_code, reason = "signal handling is outside of what safe Rust can say")]
+
+use std::mem::MaybeUninit;
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use libc::{c_int, c_void, siginfo_t};
+
+use super::{FaultAnswer, FaultCause, HostFault, mask, views};
+use crate::addr::Hva;
+use crate::error::{Errno, Error, ErrorKind, Op};
+use crate::os::recoverable;
+
+/// Proof that the handler stands. It stays for the life of the process, since a handler that was
+/// installed later may chain to it.
+#[derive(Clone, Copy, Debug)]
+pub struct SigbusHandler(());
+
+type Entry = extern "C" fn(c_int, *mut siginfo_t, *mut c_void);
+type Callback = fn(&HostFault) -> FaultAnswer;
+
+/// One for each time that the handler is put on top of others. Each knows its own predecessor: were it one
+/// function, it and another that chains to it would call each other for ever.
+static ENTRIES: [Entry; 8] = [
+    entry::<0>,
+    entry::<1>,
+    entry::<2>,
+    entry::<3>,
+    entry::<4>,
+    entry::<5>,
+    entry::<6>,
+    entry::<7>,
+];
+
+/// The action that stood before an entry, never freed; written before the entry is installed, so that
+/// it finds one always.
+static PREVIOUS: [AtomicPtr<libc::sigaction>; ENTRIES.len()] =
+    [const { AtomicPtr::new(ptr::null_mut()) }; ENTRIES.len()];
+/// Whether that one wanted to be called once, and was.
+static SPENT: [AtomicBool; ENTRIES.len()] = [const { AtomicBool::new(false) }; ENTRIES.len()];
+/// The entry that the kernel calls, if nobody has put another handler in front of it.
+static TOP: AtomicUsize = AtomicUsize::new(0);
+/// A [`Callback`], or null.
+static CALLBACK: AtomicPtr<()> = AtomicPtr::new(ptr::null_mut());
+/// How many entries were used.
+static NR_USED: Mutex<usize> = Mutex::new(0);
+
+impl SigbusHandler {
+    /// Sees to it that the handler stands, in front of any that was installed since the library did so
+    /// last. The first pool on files has installed it already, so that accesses recover.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] on architectures other than x86_64 and aarch64; [`ErrorKind::Os`] if
+    /// `sigaction` fails; [`ErrorKind::Saturated`] if others have replaced it eight times.
+    pub fn install() -> Result<Self, Error> {
+        let op = Op::InstallSigbusHandler;
+        if !recoverable::RECOVERS {
+            return Err(Error::new(op, ErrorKind::Unsupported).because("unknown architecture"));
+        }
+        let mut nr_used = NR_USED.lock().unwrap_or_else(PoisonError::into_inner);
+        let standing = sigaction(None).map_err(|errno| failed(op, errno))?;
+        match ENTRIES.iter().position(|&entry| entry as usize == standing.sa_sigaction) {
+            // Relaxed: only says whose turn it is to ask, and a handler that is late asks once more.
+            Some(level) => TOP.store(level, Ordering::Relaxed),
+            None => put_on_top(op, &mut nr_used, standing)?,
+        }
+        Ok(Self(()))
+    }
+
+    /// Lets `decide` say what becomes of a `SIGBUS` that a raw pointer into a view runs into, in place of any
+    /// callback before it. Without one, and for every other fault, the handler that stood before decides, or
+    /// the process dies.
+    ///
+    /// It is called on the thread that touched the memory, with the signal blocked, once for each time the instruction
+    /// faults. It may wait for another thread that converts the page, by what means a signal handler has
+    /// (a futex, a pipe), if the thread that touched the memory held nothing that the other one needs.
+    ///
+    /// # Safety
+    /// `decide` is async-signal-safe (signal-safety(7)): it allocates nothing, takes no lock, does not panic,
+    /// and calls nothing of this library, except for reading what it was passed. It touches no memory of a
+    /// view: a fault in it kills the process.
+    pub unsafe fn decide_by(self, decide: fn(&HostFault) -> FaultAnswer) {
+        let callback: Callback = decide;
+        // Release: pairs with the Acquire in `asked`.
+        CALLBACK.store(callback as *mut (), Ordering::Release);
+    }
+}
+
+/// Installs the handler unless that has been done. What happens without it: a fault of an access kills.
+///
+/// # Errors
+/// [`ErrorKind::Os`].
+pub(crate) fn stand_once(op: Op) -> Result<(), Error> {
+    let mut nr_used = NR_USED.lock().unwrap_or_else(PoisonError::into_inner);
+    if !recoverable::RECOVERS || *nr_used > 0 {
+        return Ok(());
+    }
+    let standing = sigaction(None).map_err(|errno| failed(op, errno))?;
+    put_on_top(op, &mut nr_used, standing)
+}
+
+fn put_on_top(op: Op, nr_used: &mut usize, standing: libc::sigaction) -> Result<(), Error> {
+    let level = *nr_used;
+    let Some(&entry) = ENTRIES.get(level) else {
+        return Err(Error::new(op, ErrorKind::Saturated).because("replaced eight times"));
+    };
+    let ours = action_of(entry, &standing);
+    remember(level, standing);
+    let replaced = sigaction(Some(&ours)).map_err(|errno| failed(op, errno))?;
+    // Once more: somebody may have installed another in between.
+    remember(level, replaced);
+    *nr_used += 1;
+    // Relaxed: as in `install`.
+    TOP.store(level, Ordering::Relaxed);
+    Ok(())
+}
+
+fn remember(level: usize, previous: libc::sigaction) {
+    // Release: pairs with the Acquire in `hand_on`.
+    PREVIOUS[level].store(Box::into_raw(Box::new(previous)), Ordering::Release);
+}
+
+fn failed(op: Op, errno: Errno) -> Error {
+    Error::new(op, ErrorKind::Os).errno_is(errno).because("sigaction")
+}
+
+fn action_of(entry: Entry, before: &libc::sigaction) -> libc::sigaction {
+    // SAFETY: all-zero is a valid `sigaction`: no flags, an empty mask, the default action.
+    let mut action: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
+    action.sa_sigaction = entry as usize;
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+    // A signal that somebody sends interrupts system calls as it did, or does not.
+    if before.sa_flags & libc::SA_RESTART != 0 || before.sa_sigaction == libc::SIG_IGN {
+        action.sa_flags |= libc::SA_RESTART;
+    }
+    action
+}
+
+/// Sets the action of SIGBUS where one is given; returns the one that stood before.
+fn sigaction(new: Option<&libc::sigaction>) -> Result<libc::sigaction, Errno> {
+    let new = new.map_or(ptr::null(), ptr::from_ref);
+    let mut old = MaybeUninit::uninit();
+    // SAFETY: both pointers are null or valid for the call; the handler that may be installed is
+    // async-signal-safe (see `serve`).
+    if unsafe { libc::sigaction(libc::SIGBUS, new, old.as_mut_ptr()) } != 0 {
+        let raw = std::io::Error::last_os_error().raw_os_error().unwrap_or(0);
+        return Err(Errno::new(raw));
+    }
+    // SAFETY: the call succeeded, so it has written the old action.
+    Ok(unsafe { old.assume_init() })
+}
+
+/// What the kernel calls, or a handler that chains to this one.
+extern "C" fn entry<const LEVEL: usize>(
+    signal: c_int,
+    info: *mut siginfo_t,
+    context: *mut c_void,
+) {
+    // SAFETY: passed on as it came.
+    unsafe { serve(LEVEL, signal, info, context) };
+}
+
+/// The handler. Async-signal-safe: it loads atomics, edits the saved registers, reads the words of a page, or
+/// calls `pthread_sigmask`, `sigaction` and `raise`, which POSIX lists as safe.
+///
+/// # Safety
+/// The arguments are what the kernel passes to an SA_SIGINFO handler.
+unsafe fn serve(level: usize, signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
+    // SAFETY: the kernel passes a valid siginfo.
+    let details = unsafe { &*info };
+    // BUS_ADRALN, BUS_ADRERR, BUS_OBJERR and BUS_MCEERR_AR are faults of the interrupted
+    // instruction; BUS_MCEERR_AO and what others send are not.
+    let is_fault = (1..=libc::BUS_MCEERR_AR).contains(&details.si_code);
+    if is_fault {
+        // SAFETY: the kernel passes a valid ucontext, and nobody else refers to it while we run.
+        if unsafe { recoverable::recover(context, details) } {
+            return;
+        }
+        // Relaxed: as in `install`. An entry further down has been asked by the one on top.
+        let is_on_top = level == TOP.load(Ordering::Relaxed);
+        if is_on_top && asked(details) == Some(FaultAnswer::Retry) {
+            return;
+        }
+    }
+    // SAFETY: the caller's promise.
+    unsafe { hand_on(level, signal, info, context, is_fault) };
+}
+
+/// What the callback says of a fault in a view; `None` without one, and for any other address.
+fn asked(details: &siginfo_t) -> Option<FaultAnswer> {
+    // Acquire: pairs with the Release in `decide_by`.
+    let callback = CALLBACK.load(Ordering::Acquire);
+    if callback.is_null() {
+        return None;
+    }
+    // SAFETY: stored by `decide_by` from a function of this type.
+    let callback = unsafe { std::mem::transmute::<*mut (), Callback>(callback) };
+    let cause = FaultCause::of(usize::try_from(details.si_code).unwrap_or(0));
+    // SAFETY: the caller has checked that this is a fault, which has an address.
+    let hva = Hva::new(unsafe { details.si_addr() }.addr());
+    let fault = views::decode(hva, cause)?;
+    // SAFETY: takes nothing, and the result is this thread's for as long as it runs.
+    let errno = unsafe { libc::__errno_location() };
+    // SAFETY: as above.
+    let before = unsafe { *errno };
+    let answer = callback(&fault);
+    // SAFETY: as above.
+    unsafe { *errno = before };
+    Some(answer)
+}
+
+/// # Safety
+/// As for `serve`.
+unsafe fn hand_on(
+    level: usize,
+    signal: c_int,
+    info: *mut siginfo_t,
+    context: *mut c_void,
+    is_fault: bool,
+) {
+    // Acquire: pairs with the Release in `remember`.
+    let previous = PREVIOUS[level].load(Ordering::Acquire);
+    // SAFETY: null or a leaked box, which nobody changes.
+    match unsafe { previous.as_ref() } {
+        Some(previous) if previous.sa_sigaction == libc::SIG_IGN && !is_fault => {}
+        Some(previous)
+            if !matches!(previous.sa_sigaction, libc::SIG_DFL | libc::SIG_IGN)
+                && !is_spent(level, previous) =>
+        {
+            let before = take_mask_of(previous);
+            // SAFETY: the previous owner installed this function for exactly this call.
+            unsafe { call(previous, signal, info, context) };
+            mask::restore(&before);
+        }
+        _ => die(signal, is_fault),
+    }
+}
+
+/// Whether the handler wanted to be called only once, and has been before.
+fn is_spent(level: usize, previous: &libc::sigaction) -> bool {
+    let once = previous.sa_flags & libc::SA_RESETHAND != 0;
+    // Relaxed: one of two threads that come at once is the first, and nothing hangs on the order.
+    once && SPENT[level].swap(true, Ordering::Relaxed)
+}
+
+/// Gives this thread the mask that the kernel would have given it for the handler; the one before.
+fn take_mask_of(previous: &libc::sigaction) -> Option<libc::sigset_t> {
+    let before = mask::block(&previous.sa_mask);
+    if previous.sa_flags & libc::SA_NODEFER != 0 {
+        // The signal could not have come here if it had been blocked.
+        mask::unblock();
+    }
+    before
+}
+
+/// # Safety
+/// `previous` must be an action with a handler function, called with what the kernel passed.
+unsafe fn call(
+    previous: &libc::sigaction,
+    signal: c_int,
+    info: *mut siginfo_t,
+    context: *mut c_void,
+) {
+    let handler = ptr::with_exposed_provenance::<c_void>(previous.sa_sigaction);
+    if previous.sa_flags & libc::SA_SIGINFO != 0 {
+        // SAFETY: the flag says that the function has this signature.
+        let handler = unsafe { std::mem::transmute::<*const c_void, Entry>(handler) };
+        handler(signal, info, context);
+    } else {
+        type Plain = extern "C" fn(c_int);
+        // SAFETY: without the flag it has this one.
+        let handler = unsafe { std::mem::transmute::<*const c_void, Plain>(handler) };
+        handler(signal);
+    }
+}
+
+/// Puts the default action back. The instruction then faults again and the process dies of the
+/// fault itself; a signal that was sent has to be sent again.
+fn die(signal: c_int, is_fault: bool) {
+    // SAFETY: all-zero is the default action.
+    let default: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
+    let _ = sigaction(Some(&default));
+    if !is_fault {
+        // SAFETY: raise takes no pointers.
+        unsafe { libc::raise(signal) };
+    }
+}
