@@ -20,6 +20,8 @@ pub enum FailPoint {
     Hypervisor,
     /// A scrub that is under way.
     Scrub,
+    /// What keeps the file of an arena at its size: left out, and nothing fails yet.
+    Seal,
 }
 
 #[cfg(not(any(test, feature = "oracle")))]
