@@ -70,9 +70,9 @@ pub use crate::folio::{
     PrivatePlacement, Scrubber, Unscrubbed, Zone,
 };
 pub use crate::gmem::{
-    ContentPolicy, Conversion, ConvertOptions, GuestMemfd, GuestMemfdBuilder, HostView,
-    Migration, ObjectStat, OwnerTag, PageInfo, PageStatus, PinGuard, PinMode, Punched, Residency,
-    Subscriber, Subscription, Touch,
+    ContentPolicy, Conversion, ConvertOptions, GuestMemfd, GuestMemfdBuilder, HostView, Migration,
+    ObjectStat, OwnerTag, PageInfo, PageStatus, PinGuard, PinMode, Punched, Residency, Subscriber,
+    Subscription, Touch,
 };
 pub use crate::identity::{ObjectId, ViewId};
 pub use crate::os::sigbus::{FaultAnswer, FaultCause, FaultReason, HostFault, SigbusHandler};

@@ -227,9 +227,8 @@ fn foreign() -> &'static mut [u8] {
     file.set_len(PAGE).unwrap();
     let prot = libc::PROT_READ | libc::PROT_WRITE;
     // SAFETY: no address is asked for, so nothing that exists is replaced.
-    let map = unsafe {
-        libc::mmap(ptr::null_mut(), 4096, prot, libc::MAP_SHARED, file.as_raw_fd(), 0)
-    };
+    let map =
+        unsafe { libc::mmap(ptr::null_mut(), 4096, prot, libc::MAP_SHARED, file.as_raw_fd(), 0) };
     assert_ne!(map, libc::MAP_FAILED);
     file.set_len(0).unwrap();
     // SAFETY: mapped until the process ends. That a touch faults is what is tested.

@@ -8,11 +8,6 @@ pub(crate) mod memfd;
 pub(crate) mod memory;
 pub(crate) mod numa;
 pub(crate) mod pagemap;
-pub(crate) mod smaps;
-pub(crate) mod sparse;
-pub(crate) mod thp;
-pub(crate) mod uffd;
-pub(crate) mod words;
 #[cfg_attr(
     any(
         miri,
@@ -23,6 +18,11 @@ pub(crate) mod words;
 )]
 pub(crate) mod recoverable;
 pub(crate) mod sigbus;
+pub(crate) mod smaps;
+pub(crate) mod sparse;
+pub(crate) mod thp;
+pub(crate) mod uffd;
+pub(crate) mod words;
 
 use crate::error::{Errno, Error, ErrorKind, Op};
 

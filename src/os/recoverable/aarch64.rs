@@ -203,11 +203,7 @@ global_asm!(
 pub(super) fn interrupted(context: &ucontext_t) -> Interrupted {
     let machine = &context.uc_mcontext;
     let register = |number: usize| machine.regs[number] as usize;
-    Interrupted {
-        pc: machine.pc as usize,
-        places: [register(4), register(6)],
-        len: register(5),
-    }
+    Interrupted { pc: machine.pc as usize, places: [register(4), register(6)], len: register(5) }
 }
 
 pub(super) fn resume(context: &mut ucontext_t, pc: usize, value: usize, code: usize) {

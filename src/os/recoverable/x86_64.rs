@@ -219,7 +219,8 @@ global_asm!(
 );
 
 pub(super) fn interrupted(context: &ucontext_t) -> Interrupted {
-    let register = |number: i32| context.uc_mcontext.gregs[number as usize].cast_unsigned() as usize;
+    let register =
+        |number: i32| context.uc_mcontext.gregs[number as usize].cast_unsigned() as usize;
     Interrupted {
         pc: register(REG_RIP),
         places: [register(REG_R8), register(REG_R10)],

@@ -26,14 +26,7 @@ type Callback = fn(&HostFault) -> FaultAnswer;
 /// One for each time that the handler is put on top of others. Each knows its own predecessor: were it one
 /// function, it and another that chains to it would call each other for ever.
 static ENTRIES: [Entry; 8] = [
-    entry::<0>,
-    entry::<1>,
-    entry::<2>,
-    entry::<3>,
-    entry::<4>,
-    entry::<5>,
-    entry::<6>,
-    entry::<7>,
+    entry::<0>, entry::<1>, entry::<2>, entry::<3>, entry::<4>, entry::<5>, entry::<6>, entry::<7>,
 ];
 
 /// The action that stood before an entry, never freed; written before the entry is installed, so that
@@ -155,11 +148,7 @@ fn sigaction(new: Option<&libc::sigaction>) -> Result<libc::sigaction, Errno> {
 }
 
 /// What the kernel calls, or a handler that chains to this one.
-extern "C" fn entry<const LEVEL: usize>(
-    signal: c_int,
-    info: *mut siginfo_t,
-    context: *mut c_void,
-) {
+extern "C" fn entry<const LEVEL: usize>(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
     // SAFETY: passed on as it came.
     unsafe { serve(LEVEL, signal, info, context) };
 }

@@ -71,8 +71,7 @@ fn nodes() -> impl Iterator<Item = &'static Node> {
 impl Node {
     fn covers(&self, hva: Hva) -> bool {
         // Relaxed, both: a hint. A torn pair is found out when the entry is asked.
-        let (start, len) =
-            (self.start.load(Ordering::Relaxed), self.len.load(Ordering::Relaxed));
+        let (start, len) = (self.start.load(Ordering::Relaxed), self.len.load(Ordering::Relaxed));
         hva.get().wrapping_sub(start) < len
     }
 
