@@ -179,6 +179,74 @@ mod tests {
         assert_eq!(&part, b"end");
     }
 
+    /// Long ones are copied by other instructions, and by which depends on how both sides are aligned.
+    #[test]
+    fn long_copies_arrive_from_anywhere_to_anywhere() {
+        let arena = Arena::heap(2).unwrap();
+        let data: Vec<u8> = (0..2000_u32).map(|at| (at % 251) as u8).collect();
+        let lens =
+            if cfg!(miri) { &[511, 520][..] } else { &[40, 255, 511, 512, 513, 519, 520, 1999] };
+        let skips = if cfg!(miri) { &[0, 3][..] } else { &[0, 1, 2, 3, 4, 5, 6, 7, 8] };
+        for &len in lens {
+            for (start, &skip) in skips.iter().flat_map(|s| skips.iter().map(move |o| (*s, o))) {
+                arena.write(Pa::new(0), &[0xee; 4096]).unwrap();
+                let source = &data[..len];
+                let mut buffer = vec![0; skip + len];
+                buffer[skip..].copy_from_slice(source);
+                arena.write(Pa::new(16 + start as u64), &buffer[skip..]).unwrap();
+                let mut all = vec![0; skip + 4096];
+                arena.read(Pa::new(0), &mut all[skip..]).unwrap();
+                let mut wanted = [0xee; 4096];
+                wanted[16 + start..16 + start + len].copy_from_slice(source);
+                assert_eq!(all[skip..], wanted, "start {start} skip {skip} len {len}");
+                buffer.fill(0);
+                arena.read(Pa::new(16 + start as u64), &mut buffer[skip..]).unwrap();
+                assert_eq!(buffer[skip..], *source, "start {start} skip {skip} len {len}");
+                assert!(buffer[..skip].iter().all(|&byte| byte == 0));
+            }
+        }
+    }
+
+    #[test]
+    fn one_bit_anywhere_in_a_frame_is_seen() {
+        let arena = Arena::heap(2).unwrap();
+        let frames = PfnRange::new(Pfn::new(0), 2).unwrap();
+        let step = if cfg!(miri) { 1021 } else { 7 };
+        for at in (0..8192).step_by(step) {
+            arena.zero(frames).unwrap();
+            assert!(arena.is_zero(frames).unwrap());
+            arena.write(Pa::new(at), &[0x80]).unwrap();
+            assert!(!arena.is_zero(frames).unwrap(), "at {at}");
+        }
+    }
+
+    /// Who reads a number while it is written finds one or the other.
+    #[test]
+    fn aligned_numbers_are_not_torn() {
+        let arena = Arena::heap(1).unwrap();
+        let rounds: u32 = if cfg!(miri) { 30 } else { 20_000 };
+        for (at, len) in [(8, 2), (10, 2), (12, 4), (20, 4), (24, 8), (32, 64), (128, 2048)] {
+            arena.write(Pa::new(at), &vec![0; len]).unwrap();
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    for round in 0..rounds {
+                        arena.write(Pa::new(at), &vec![(round % 2) as u8 * 0xff; len]).unwrap();
+                    }
+                });
+                let mut buf = vec![0_u8; len];
+                for _ in 0..rounds {
+                    arena.read(Pa::new(at), &mut buf).unwrap();
+                    for word in buf.chunks(WORD) {
+                        assert!(
+                            word.iter().all(|&byte| byte == word[0]),
+                            "{len} at {at}: {word:?}"
+                        );
+                    }
+                }
+            });
+        }
+    }
+
     #[test]
     fn neighbours_in_a_word_do_not_lose_each_others_bytes() {
         let arena = Arena::heap(1).unwrap();

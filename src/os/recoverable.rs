@@ -310,3 +310,77 @@ pub(super) unsafe fn recover(context: *mut c_void, info: &siginfo_t) -> bool {
     arch::resume(context, (&raw const gmem_recover).addr(), address, code.unsigned_abs() as usize);
     true
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A signal as the kernel reports it.
+    fn info(code: c_int, address: usize, shift: i16) -> siginfo_t {
+        // SAFETY: all-zero is a valid siginfo.
+        let mut info: siginfo_t = unsafe { std::mem::zeroed() };
+        info.si_code = code;
+        let fields = (&raw mut info).cast::<u8>().wrapping_add(16);
+        // SAFETY: `si_addr` of a fault: inside, and aligned.
+        unsafe { fields.cast::<usize>().write(address) };
+        // SAFETY: `si_addr_lsb` of a fault: inside, and aligned.
+        unsafe { fields.wrapping_add(size_of::<usize>()).cast::<i16>().write(shift) };
+        info
+    }
+
+    fn inside(places: [usize; 2], len: usize) -> Interrupted {
+        Interrupted { pc: (&raw const gmem_begin).addr() + 1, places, len }
+    }
+
+    #[test]
+    fn a_fault_is_ours_in_a_routine_and_at_its_arena_memory_only() {
+        let at = |address| Extent::of(&info(libc::BUS_ADRERR, address, 0));
+        let copy = inside([0x7000, 0x9000], 0x100);
+        for (address, is_ours) in [
+            (0x7000, true),
+            (0x70ff, true),
+            (0x6fff, false),
+            (0x7100, false),
+            (0x9000, true),
+            (0x90ff, true),
+            (0x9100, false),
+        ] {
+            assert_eq!(copy.is_ours(at(address)), is_ours, "{address:#x}");
+        }
+        assert!(!inside([0x7000; 2], 0).is_ours(at(0x7000)));
+        for pc in [(&raw const gmem_begin).addr() - 1, (&raw const gmem_end).addr()] {
+            assert!(!Interrupted { pc, ..inside([0x7000; 2], 0x100) }.is_ours(at(0x7000)));
+        }
+    }
+
+    #[test]
+    fn memory_fails_in_units_larger_than_a_byte() {
+        let at = |address, shift| Extent::of(&info(libc::BUS_MCEERR_AR, address, shift));
+        let copy = inside([0x20_7f00; 2], 0x100);
+        assert!(copy.is_ours(at(0x20_7000, 12)));
+        assert!(!copy.is_ours(at(0x20_8000, 12)));
+        assert!(!copy.is_ours(at(0x20_6fff, 12)));
+        assert!(copy.is_ours(at(0x20_0000, 21)), "a huge page");
+        assert!(!copy.is_ours(at(0x40_0000, 21)));
+        // Nonsense is no panic.
+        for shift in [-1, 64, i16::MAX] {
+            let _ = copy.is_ours(at(usize::MAX, shift));
+        }
+    }
+
+    /// What the handler does to the registers, without a signal.
+    #[test]
+    fn a_routine_ends_with_address_and_code() {
+        // SAFETY: all-zero is a valid context.
+        let mut context: ucontext_t = unsafe { std::mem::zeroed() };
+        let poisoned = info(libc::BUS_MCEERR_AR, 0x7000, 12);
+        // SAFETY: nobody else refers to it.
+        let recovered = unsafe { recover((&raw mut context).cast(), &poisoned) };
+        assert!(!recovered, "that is nowhere in a routine");
+        assert_eq!(arch::interrupted(&context).pc, 0);
+
+        arch::resume(&mut context, 5, 6, 7);
+        let after = arch::interrupted(&context);
+        assert_eq!((after.pc, after.places, after.len), (5, [0, 0], 0));
+    }
+}
