@@ -157,8 +157,10 @@ fn a_thread_without_a_stack_for_signals_recovers() {
     let started = unsafe { libc::pthread_create(thread.as_mut_ptr(), ptr::null(), run, object) };
     assert_eq!(started, 0);
     let mut result = ptr::null_mut();
-    // SAFETY: written by the call above, and joined once.
-    unsafe { libc::pthread_join(thread.assume_init(), &raw mut result) };
+    // SAFETY: written by the call above.
+    let thread = unsafe { thread.assume_init() };
+    // SAFETY: a thread that is joined once.
+    unsafe { libc::pthread_join(thread, &raw mut result) };
     assert_eq!(result.addr(), 1);
 }
 

@@ -9,11 +9,7 @@ pub(crate) mod memory;
 pub(crate) mod numa;
 pub(crate) mod pagemap;
 #[cfg_attr(
-    any(
-        miri,
-        not(target_pointer_width = "64"),
-        not(any(target_arch = "x86_64", target_arch = "aarch64"))
-    ),
+    any(miri, not(any(target_arch = "x86_64", target_arch = "aarch64"))),
     path = "recoverable/atomics.rs"
 )]
 pub(crate) mod recoverable;

@@ -18,10 +18,11 @@
 
 use std::cell::Cell;
 
-use libc::{c_int, c_void, siginfo_t, ucontext_t};
+use libc::{c_void, siginfo_t, ucontext_t};
 
 use super::sigbus::mask;
 use crate::addr::{Access, Hva};
+use crate::geometry::index;
 use crate::os::sigbus::FaultCause;
 
 #[cfg_attr(target_arch = "aarch64", path = "recoverable/aarch64.rs")]
@@ -41,8 +42,8 @@ pub(crate) struct Fault {
 /// In the two registers of a returned pair: a result and 0, or the faulting address and the signal's code.
 #[repr(C)]
 struct Outcome {
-    value: usize,
-    code: usize,
+    value: u64,
+    code: u64,
 }
 
 unsafe extern "C" {
@@ -54,10 +55,10 @@ unsafe extern "C" {
     fn gmem_zero(to: *mut u8, len: usize) -> Outcome;
     fn gmem_is_zero(from: *const u8, len: usize) -> Outcome;
     fn gmem_load(at: *const u8) -> Outcome;
-    fn gmem_store(at: *mut u8, value: usize) -> Outcome;
+    fn gmem_store(at: *mut u8, value: u64) -> Outcome;
     fn gmem_load_ordered(at: *const u8) -> Outcome;
-    fn gmem_store_ordered(at: *mut u8, value: usize) -> Outcome;
-    fn gmem_compare_exchange(at: *mut u8, current: usize, new: usize) -> Outcome;
+    fn gmem_store_ordered(at: *mut u8, value: u64) -> Outcome;
+    fn gmem_compare_exchange(at: *mut u8, current: u64, new: u64) -> Outcome;
     safe static gmem_begin: u8;
     safe static gmem_end: u8;
     safe static gmem_recover: u8;
@@ -65,10 +66,10 @@ unsafe extern "C" {
 
 impl Outcome {
     #[inline]
-    fn result(self) -> Result<usize, Fault> {
+    fn result(self) -> Result<u64, Fault> {
         match self.code {
             0 => Ok(self.value),
-            code => Err(Fault { hva: Hva::new(self.value), cause: FaultCause::of(code) }),
+            code => Err(Fault { hva: Hva::new(index(self.value)), cause: FaultCause::of(code) }),
         }
     }
 }
@@ -207,7 +208,7 @@ pub(crate) unsafe fn is_zero(from: *const u8, len: usize) -> Result<bool, Fault>
 #[inline]
 unsafe fn load(at: *const u8) -> Result<u64, Fault> {
     // SAFETY: the caller's promise.
-    reachable(|| unsafe { gmem_load(at) }).result().map(|value| value as u64)
+    reachable(|| unsafe { gmem_load(at) }).result()
 }
 
 /// Stores an aligned word, in no order.
@@ -216,8 +217,8 @@ unsafe fn load(at: *const u8) -> Result<u64, Fault> {
 /// As for [`load`].
 #[inline]
 unsafe fn store(at: *mut u8, value: u64) -> Result<(), Fault> {
-    // SAFETY: the caller's promise. A word of memory is as wide as a register here.
-    reachable(|| unsafe { gmem_store(at, value as usize) }).result().map(drop)
+    // SAFETY: the caller's promise.
+    reachable(|| unsafe { gmem_store(at, value) }).result().map(drop)
 }
 
 /// Loads an aligned word, sequentially consistent.
@@ -226,7 +227,7 @@ unsafe fn store(at: *mut u8, value: u64) -> Result<(), Fault> {
 /// As for [`load`].
 pub(crate) unsafe fn load_ordered(at: *const u8) -> Result<u64, Fault> {
     // SAFETY: the caller's promise.
-    reachable(|| unsafe { gmem_load_ordered(at) }).result().map(|value| value as u64)
+    reachable(|| unsafe { gmem_load_ordered(at) }).result()
 }
 
 /// Stores an aligned word, sequentially consistent.
@@ -235,7 +236,7 @@ pub(crate) unsafe fn load_ordered(at: *const u8) -> Result<u64, Fault> {
 /// As for [`load`].
 pub(crate) unsafe fn store_ordered(at: *mut u8, value: u64) -> Result<(), Fault> {
     // SAFETY: the caller's promise.
-    reachable(|| unsafe { gmem_store_ordered(at, value as usize) }).result().map(drop)
+    reachable(|| unsafe { gmem_store_ordered(at, value) }).result().map(drop)
 }
 
 /// Compares an aligned word and exchanges it, sequentially consistent; what was found.
@@ -243,10 +244,9 @@ pub(crate) unsafe fn store_ordered(at: *mut u8, value: u64) -> Result<(), Fault>
 /// # Safety
 /// As for [`load`].
 pub(crate) unsafe fn compare_exchange(at: *mut u8, current: u64, new: u64) -> Result<u64, Fault> {
-    let (current, new) = (current as usize, new as usize);
     // SAFETY: the caller's promise.
     let outcome = reachable(|| unsafe { gmem_compare_exchange(at, current, new) });
-    outcome.result().map(|value| value as u64)
+    outcome.result()
 }
 
 /// Where an interrupted thread was, and at which arena memory if it was in a routine.
@@ -304,15 +304,17 @@ pub(super) unsafe fn recover(context: *mut c_void, info: &siginfo_t) -> bool {
     if !arch::interrupted(context).is_ours(Extent::of(info)) {
         return false;
     }
-    let code: c_int = info.si_code;
     // SAFETY: as in `Extent::of`.
     let address = unsafe { info.si_addr() }.addr();
-    arch::resume(context, (&raw const gmem_recover).addr(), address, code.unsigned_abs() as usize);
+    let code = info.si_code.unsigned_abs();
+    arch::resume(context, (&raw const gmem_recover).addr(), address, code);
     true
 }
 
 #[cfg(test)]
 mod tests {
+    use libc::c_int;
+
     use super::*;
 
     /// A signal as the kernel reports it.

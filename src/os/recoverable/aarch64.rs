@@ -8,6 +8,7 @@ use std::arch::global_asm;
 use libc::ucontext_t;
 
 use super::Interrupted;
+use crate::geometry::index;
 
 // From x1 to x0, x2 bytes. `$arena` is the pointer of the two that is brought to a multiple of 8 first.
 // A load or store of a pair is two of a word.
@@ -202,13 +203,13 @@ global_asm!(
 
 pub(super) fn interrupted(context: &ucontext_t) -> Interrupted {
     let machine = &context.uc_mcontext;
-    let register = |number: usize| machine.regs[number] as usize;
-    Interrupted { pc: machine.pc as usize, places: [register(4), register(6)], len: register(5) }
+    let register = |number: usize| index(machine.regs[number]);
+    Interrupted { pc: index(machine.pc), places: [register(4), register(6)], len: register(5) }
 }
 
-pub(super) fn resume(context: &mut ucontext_t, pc: usize, value: usize, code: usize) {
+pub(super) fn resume(context: &mut ucontext_t, pc: usize, value: usize, code: u32) {
     let machine = &mut context.uc_mcontext;
     machine.regs[0] = value as u64;
-    machine.regs[1] = code as u64;
+    machine.regs[1] = u64::from(code);
     machine.pc = pc as u64;
 }

@@ -8,6 +8,7 @@ use std::arch::global_asm;
 use libc::{REG_R8, REG_R9, REG_R10, REG_RAX, REG_RDX, REG_RIP, greg_t, ucontext_t};
 
 use super::Interrupted;
+use crate::geometry::index;
 
 // One piece of a copy: so many bytes from rsi to rdi by way of a register.
 macro_rules! step {
@@ -219,8 +220,7 @@ global_asm!(
 );
 
 pub(super) fn interrupted(context: &ucontext_t) -> Interrupted {
-    let register =
-        |number: i32| context.uc_mcontext.gregs[number as usize].cast_unsigned() as usize;
+    let register = |number: i32| index(context.uc_mcontext.gregs[number as usize] as u64);
     Interrupted {
         pc: register(REG_RIP),
         places: [register(REG_R8), register(REG_R10)],
@@ -228,9 +228,9 @@ pub(super) fn interrupted(context: &ucontext_t) -> Interrupted {
     }
 }
 
-pub(super) fn resume(context: &mut ucontext_t, pc: usize, value: usize, code: usize) {
+pub(super) fn resume(context: &mut ucontext_t, pc: usize, value: usize, code: u32) {
     let registers = &mut context.uc_mcontext.gregs;
     registers[REG_RAX as usize] = value as greg_t;
-    registers[REG_RDX as usize] = code as greg_t;
+    registers[REG_RDX as usize] = greg_t::from(code);
     registers[REG_RIP as usize] = pc as greg_t;
 }

@@ -18,7 +18,7 @@ pub enum FaultCause {
 }
 
 impl FaultCause {
-    pub(in crate::os) fn of(si_code: usize) -> Self {
+    pub(in crate::os) fn of(si_code: u64) -> Self {
         match c_int::try_from(si_code) {
             Ok(libc::BUS_ADRERR) => Self::NotMapped,
             Ok(libc::BUS_MCEERR_AR) => Self::MemoryFailure,

@@ -188,7 +188,7 @@ fn asked(details: &siginfo_t) -> Option<FaultAnswer> {
     }
     // SAFETY: stored by `decide_by` from a function of this type.
     let callback = unsafe { std::mem::transmute::<*mut (), Callback>(callback) };
-    let cause = FaultCause::of(usize::try_from(details.si_code).unwrap_or(0));
+    let cause = FaultCause::of(u64::from(details.si_code.unsigned_abs()));
     // SAFETY: the caller has checked that this is a fault, which has an address.
     let hva = Hva::new(unsafe { details.si_addr() }.addr());
     let fault = views::decode(hva, cause)?;
