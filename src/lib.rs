@@ -14,6 +14,7 @@
 //! | change who may see pages | [`GuestMemfd::convert`] |
 //! | let a device work on guest memory | [`GuestMemfd::pin`], or the `vm_memory` module |
 //! | read and write it | [`GuestMemfd::read`], [`GuestMemfd::write`], [`GuestMemfd::map_view`] |
+//! | decide what becomes of a `SIGBUS` in a view | [`SigbusHandler::decide_by`] |
 //! | run a protected guest without hardware for it | [`hyp::pkvm`] |
 //! | see what it looks like | [`GuestMemfd::stat`], [`GuestMemfd::snapshot`], [`render`] |
 //! | make sure that all is well | [`audit::check`] |

@@ -4,6 +4,9 @@
 #![expect(unsafe_code, reason = "faults and signal masks are what is tested")]
 
 mod common;
+#[expect(dead_code, reason = "other tests change the other setting")]
+#[path = "common/setting.rs"]
+mod setting;
 
 use std::env;
 use std::fs::{self, File, OpenOptions};
@@ -20,7 +23,10 @@ use gmem::error::{Errno, Error, ErrorKind, Found};
 use gmem::failpoint::{FailPoint, arm};
 use gmem::range::PgoffRange;
 use gmem::{ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, Visibility};
-use rustix::fs::{SealFlags, fcntl_get_seals};
+use rustix::fs::{
+    FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_get_seals, ftruncate, memfd_create,
+};
+use setting::{NR_HUGEPAGES, Setting};
 
 const PAGE: u64 = 4096;
 /// The first page that is gone.
@@ -40,13 +46,17 @@ struct Cut {
 
 impl Cut {
     fn new() -> Self {
+        Self::on(ArenaBacking::Memfd)
+    }
+
+    fn on(backing: ArenaBacking) -> Self {
         // There is to be only one such file in the process.
         static ALONE: Mutex<()> = Mutex::new(());
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let size = ByteSize::from_mib(2);
         let pool = {
             let _unsealed = arm(FailPoint::Seal, 0);
-            FolioPool::new(ArenaBacking::Memfd, size).unwrap()
+            FolioPool::new(backing, size).unwrap()
         };
         let builder = GuestMemfd::builder(size).initial(Visibility::Shared);
         let memfd = builder.create(&pool).unwrap();
@@ -138,6 +148,29 @@ fn every_thread_recovers_whatever_signals_it_blocks() {
             });
         }
     });
+}
+
+/// What needs no failpoint, but a host without a huge page to spare.
+#[test]
+fn a_hole_from_outside_that_nothing_is_left_to_fill_is_an_error_and_no_death() {
+    if !common::require(Capability::Hugetlb) {
+        return;
+    }
+    let _setting = Setting::set(NR_HUGEPAGES, "1");
+    let cut = Cut::on(ArenaBacking::MemfdHugetlb2M);
+    let size = 2 << 20;
+    let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    fallocate(&cut.arena, punch, 0, size).unwrap();
+    let thief = memfd_create("thief", MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB).unwrap();
+    ftruncate(&thief, size).unwrap();
+    fallocate(&thief, FallocateFlags::KEEP_SIZE, 0, size).unwrap();
+    is_gone(cut.memfd.read(at(3, 5), &mut [0; 100]), 3);
+    is_gone(cut.memfd.write(at(4, 0), &[0; 4096]), 4);
+    is_gone(cut.memfd.load_u64(at(5, 0)), 5);
+    drop(thief);
+    let mut byte = [9];
+    cut.memfd.read(at(3, 5), &mut byte).unwrap();
+    assert_eq!(byte, [0]);
 }
 
 /// Not even the stack for signals that Rust gives its threads.

@@ -224,7 +224,7 @@ mod tests {
     #[test]
     fn aligned_numbers_are_not_torn() {
         let arena = Arena::heap(1).unwrap();
-        let rounds: u32 = if cfg!(miri) { 30 } else { 20_000 };
+        let rounds: u32 = if cfg!(miri) { 3 } else { 20_000 };
         for (at, len) in [(8, 2), (10, 2), (12, 4), (20, 4), (24, 8), (32, 64), (128, 2048)] {
             arena.write(Pa::new(at), &vec![0; len]).unwrap();
             std::thread::scope(|scope| {

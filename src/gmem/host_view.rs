@@ -189,7 +189,7 @@ fn bytes(pages: PgoffRange) -> (usize, usize) {
 ///
 /// Raw pointers into it are the caller's affair: they are valid addresses as long as the view lives,
 /// and a touch of private or absent memory is a `SIGBUS` (`BUS_ADRERR`, exact address), which kills
-/// the process unless somebody handles it. System calls on such memory get `EFAULT`. Children of a
+/// the process unless somebody handles it ([`SigbusHandler::decide_by`]). System calls on such memory get `EFAULT`. Children of a
 /// fork do not inherit the mapping.
 #[derive(Debug)]
 pub struct HostView {

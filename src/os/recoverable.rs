@@ -46,22 +46,23 @@ struct Outcome {
     code: u64,
 }
 
+// The names say which version they are of: two that do not get on may be linked into one program.
 unsafe extern "C" {
-    fn gmem_touch_load(at: *mut u8) -> Outcome;
-    fn gmem_touch_store(at: *mut u8) -> Outcome;
-    fn gmem_copy_out(to: *mut u8, from: *const u8, len: usize) -> Outcome;
-    fn gmem_copy_in(to: *mut u8, from: *const u8, len: usize) -> Outcome;
-    fn gmem_copy_frames(to: *mut u8, from: *const u8, len: usize) -> Outcome;
-    fn gmem_zero(to: *mut u8, len: usize) -> Outcome;
-    fn gmem_is_zero(from: *const u8, len: usize) -> Outcome;
-    fn gmem_load(at: *const u8) -> Outcome;
-    fn gmem_store(at: *mut u8, value: u64) -> Outcome;
-    fn gmem_load_ordered(at: *const u8) -> Outcome;
-    fn gmem_store_ordered(at: *mut u8, value: u64) -> Outcome;
-    fn gmem_compare_exchange(at: *mut u8, current: u64, new: u64) -> Outcome;
-    safe static gmem_begin: u8;
-    safe static gmem_end: u8;
-    safe static gmem_recover: u8;
+    fn gmem01_touch_load(at: *mut u8) -> Outcome;
+    fn gmem01_touch_store(at: *mut u8) -> Outcome;
+    fn gmem01_copy_out(to: *mut u8, from: *const u8, len: usize) -> Outcome;
+    fn gmem01_copy_in(to: *mut u8, from: *const u8, len: usize) -> Outcome;
+    fn gmem01_copy_frames(to: *mut u8, from: *const u8, len: usize) -> Outcome;
+    fn gmem01_zero(to: *mut u8, len: usize) -> Outcome;
+    fn gmem01_is_zero(from: *const u8, len: usize) -> Outcome;
+    fn gmem01_load(at: *const u8) -> Outcome;
+    fn gmem01_store(at: *mut u8, value: u64) -> Outcome;
+    fn gmem01_load_ordered(at: *const u8) -> Outcome;
+    fn gmem01_store_ordered(at: *mut u8, value: u64) -> Outcome;
+    fn gmem01_compare_exchange(at: *mut u8, current: u64, new: u64) -> Outcome;
+    safe static gmem01_begin: u8;
+    safe static gmem01_end: u8;
+    safe static gmem01_recover: u8;
 }
 
 impl Outcome {
@@ -124,9 +125,9 @@ fn reachable_if_blocked(access: impl FnOnce() -> Outcome) -> Outcome {
 pub(crate) unsafe fn touch(at: *mut u8, access: Access) -> Result<u8, Fault> {
     let outcome = match access {
         // SAFETY: the caller's promise.
-        Access::Read => unsafe { gmem_touch_load(at) },
+        Access::Read => unsafe { gmem01_touch_load(at) },
         // SAFETY: the caller's promise; the value stored is the value found.
-        Access::Write => unsafe { gmem_touch_store(at) },
+        Access::Write => unsafe { gmem01_touch_store(at) },
     };
     outcome.result().map(|value| value.to_le_bytes()[0])
 }
@@ -146,7 +147,7 @@ pub(crate) unsafe fn copy_out(from: *const u8, buf: &mut [u8]) -> Result<(), Fau
     let (to, len) = (buf.as_mut_ptr(), buf.len());
     // SAFETY: 1. the source is the caller's promise. 2. the target is borrowed for this, and nobody
     // borrows arena memory, so they do not overlap.
-    reachable(|| unsafe { gmem_copy_out(to, from, len) }).result().map(drop)
+    reachable(|| unsafe { gmem01_copy_out(to, from, len) }).result().map(drop)
 }
 
 /// Copies bytes into an arena.
@@ -161,7 +162,7 @@ pub(crate) unsafe fn copy_in(to: *mut u8, buf: &[u8]) -> Result<(), Fault> {
     }
     let (from, len) = (buf.as_ptr(), buf.len());
     // SAFETY: as in copy_out, the other way round.
-    reachable(|| unsafe { gmem_copy_in(to, from, len) }).result().map(drop)
+    reachable(|| unsafe { gmem01_copy_in(to, from, len) }).result().map(drop)
 }
 
 /// Copies whole pages of an arena, which do not overlap.
@@ -171,7 +172,7 @@ pub(crate) unsafe fn copy_in(to: *mut u8, buf: &[u8]) -> Result<(), Fault> {
 /// `len` is one of 64, not 0.
 pub(crate) unsafe fn copy_frames(from: *const u8, to: *mut u8, len: usize) -> Result<(), Fault> {
     // SAFETY: the caller's promise.
-    reachable(|| unsafe { gmem_copy_frames(to, from, len) }).result().map(drop)
+    reachable(|| unsafe { gmem01_copy_frames(to, from, len) }).result().map(drop)
 }
 
 /// Fills whole pages of an arena with zeroes.
@@ -180,7 +181,7 @@ pub(crate) unsafe fn copy_frames(from: *const u8, to: *mut u8, len: usize) -> Re
 /// As for [`copy_frames`].
 pub(crate) unsafe fn zero(to: *mut u8, len: usize) -> Result<(), Fault> {
     // SAFETY: the caller's promise.
-    reachable(|| unsafe { gmem_zero(to, len) }).result().map(drop)
+    reachable(|| unsafe { gmem01_zero(to, len) }).result().map(drop)
 }
 
 /// The same for pages that are the caller's alone.
@@ -198,7 +199,7 @@ pub(crate) unsafe fn scrub(to: *mut u8, len: usize) -> Result<(), Fault> {
 /// As for [`copy_frames`].
 pub(crate) unsafe fn is_zero(from: *const u8, len: usize) -> Result<bool, Fault> {
     // SAFETY: the caller's promise.
-    reachable(|| unsafe { gmem_is_zero(from, len) }).result().map(|bits| bits == 0)
+    reachable(|| unsafe { gmem01_is_zero(from, len) }).result().map(|bits| bits == 0)
 }
 
 /// Loads an aligned word, in no order.
@@ -208,7 +209,7 @@ pub(crate) unsafe fn is_zero(from: *const u8, len: usize) -> Result<bool, Fault>
 #[inline]
 unsafe fn load(at: *const u8) -> Result<u64, Fault> {
     // SAFETY: the caller's promise.
-    reachable(|| unsafe { gmem_load(at) }).result()
+    reachable(|| unsafe { gmem01_load(at) }).result()
 }
 
 /// Stores an aligned word, in no order.
@@ -218,7 +219,7 @@ unsafe fn load(at: *const u8) -> Result<u64, Fault> {
 #[inline]
 unsafe fn store(at: *mut u8, value: u64) -> Result<(), Fault> {
     // SAFETY: the caller's promise.
-    reachable(|| unsafe { gmem_store(at, value) }).result().map(drop)
+    reachable(|| unsafe { gmem01_store(at, value) }).result().map(drop)
 }
 
 /// Loads an aligned word, sequentially consistent.
@@ -227,7 +228,7 @@ unsafe fn store(at: *mut u8, value: u64) -> Result<(), Fault> {
 /// As for [`load`].
 pub(crate) unsafe fn load_ordered(at: *const u8) -> Result<u64, Fault> {
     // SAFETY: the caller's promise.
-    reachable(|| unsafe { gmem_load_ordered(at) }).result()
+    reachable(|| unsafe { gmem01_load_ordered(at) }).result()
 }
 
 /// Stores an aligned word, sequentially consistent.
@@ -236,7 +237,7 @@ pub(crate) unsafe fn load_ordered(at: *const u8) -> Result<u64, Fault> {
 /// As for [`load`].
 pub(crate) unsafe fn store_ordered(at: *mut u8, value: u64) -> Result<(), Fault> {
     // SAFETY: the caller's promise.
-    reachable(|| unsafe { gmem_store_ordered(at, value) }).result().map(drop)
+    reachable(|| unsafe { gmem01_store_ordered(at, value) }).result().map(drop)
 }
 
 /// Compares an aligned word and exchanges it, sequentially consistent; what was found.
@@ -245,7 +246,7 @@ pub(crate) unsafe fn store_ordered(at: *mut u8, value: u64) -> Result<(), Fault>
 /// As for [`load`].
 pub(crate) unsafe fn compare_exchange(at: *mut u8, current: u64, new: u64) -> Result<u64, Fault> {
     // SAFETY: the caller's promise.
-    let outcome = reachable(|| unsafe { gmem_compare_exchange(at, current, new) });
+    let outcome = reachable(|| unsafe { gmem01_compare_exchange(at, current, new) });
     outcome.result()
 }
 
@@ -260,7 +261,7 @@ impl Interrupted {
     /// Whether a fault in these bytes is one of arena memory in a routine. If it is not, the routine was
     /// at the memory of its caller.
     fn is_ours(&self, fault: Extent) -> bool {
-        let section = (&raw const gmem_begin).addr()..(&raw const gmem_end).addr();
+        let section = (&raw const gmem01_begin).addr()..(&raw const gmem01_end).addr();
         let at_arena = |&place: &usize| fault.touches(place, self.len);
         section.contains(&self.pc) && self.places.iter().any(at_arena)
     }
@@ -307,7 +308,7 @@ pub(super) unsafe fn recover(context: *mut c_void, info: &siginfo_t) -> bool {
     // SAFETY: as in `Extent::of`.
     let address = unsafe { info.si_addr() }.addr();
     let code = info.si_code.unsigned_abs();
-    arch::resume(context, (&raw const gmem_recover).addr(), address, code);
+    arch::resume(context, (&raw const gmem01_recover).addr(), address, code);
     true
 }
 
@@ -316,6 +317,12 @@ mod tests {
     use libc::c_int;
 
     use super::*;
+
+    #[test]
+    fn the_names_are_of_this_version() {
+        let version = concat!(env!("CARGO_PKG_VERSION_MAJOR"), env!("CARGO_PKG_VERSION_MINOR"));
+        assert_eq!(version, "01", "rename the routines, from gmem01_... on");
+    }
 
     /// A signal as the kernel reports it.
     fn info(code: c_int, address: usize, shift: i16) -> siginfo_t {
@@ -331,7 +338,7 @@ mod tests {
     }
 
     fn inside(places: [usize; 2], len: usize) -> Interrupted {
-        Interrupted { pc: (&raw const gmem_begin).addr() + 1, places, len }
+        Interrupted { pc: (&raw const gmem01_begin).addr() + 1, places, len }
     }
 
     #[test]
@@ -350,7 +357,7 @@ mod tests {
             assert_eq!(copy.is_ours(at(address)), is_ours, "{address:#x}");
         }
         assert!(!inside([0x7000; 2], 0).is_ours(at(0x7000)));
-        for pc in [(&raw const gmem_begin).addr() - 1, (&raw const gmem_end).addr()] {
+        for pc in [(&raw const gmem01_begin).addr() - 1, (&raw const gmem01_end).addr()] {
             assert!(!Interrupted { pc, ..inside([0x7000; 2], 0x100) }.is_ours(at(0x7000)));
         }
     }

@@ -9,6 +9,10 @@ use std::ptr;
 use libc::{c_int, sigset_t};
 
 /// Whether the thread blocks SIGBUS. `false` if the kernel does not say.
+#[cfg_attr(
+    any(miri, not(any(target_arch = "x86_64", target_arch = "aarch64"))),
+    expect(dead_code, reason = "asked only where there is something to recover")
+)]
 pub(crate) fn blocks_sigbus() -> bool {
     // SIG_BLOCK of nothing.
     change(libc::SIG_BLOCK, &empty()).is_some_and(|mask| has_sigbus(&mask))

@@ -17,6 +17,11 @@ use crate::os::recoverable;
 
 /// Proof that the handler stands. It stays for the life of the process, since a handler that was
 /// installed later may chain to it.
+///
+/// The first pool on files installs it, so that a checked access to memory that is gone is an error
+/// ([`ErrorKind::MemoryFailure`]) and no death. To every other fault it is as if it were not there, until
+/// [`decide_by`](Self::decide_by) says who is to be asked about those in views. Whoever replaces it without
+/// chaining to it takes that away; [`install`](Self::install) puts it back on top.
 #[derive(Clone, Copy, Debug)]
 pub struct SigbusHandler(());
 
@@ -76,6 +81,24 @@ impl SigbusHandler {
     /// `decide` is async-signal-safe (signal-safety(7)): it allocates nothing, takes no lock, does not panic,
     /// and calls nothing of this library, except for reading what it was passed. It touches no memory of a
     /// view: a fault in it kills the process.
+    ///
+    /// ```no_run
+    /// use std::sync::atomic::{AtomicU64, Ordering};
+    ///
+    /// use gmem::{FaultAnswer, HostFault, SigbusHandler};
+    ///
+    /// static LAST: AtomicU64 = AtomicU64::new(0);
+    ///
+    /// fn write_down(fault: &HostFault) -> FaultAnswer {
+    ///     LAST.store(fault.offset.get(), Ordering::Relaxed);
+    ///     FaultAnswer::PassOn
+    /// }
+    ///
+    /// let handler = SigbusHandler::install()?;
+    /// // SAFETY: it stores an atomic, and no more.
+    /// unsafe { handler.decide_by(write_down) };
+    /// # Ok::<(), gmem::error::Error>(())
+    /// ```
     pub unsafe fn decide_by(self, decide: fn(&HostFault) -> FaultAnswer) {
         let callback: Callback = decide;
         // Release: pairs with the Acquire in `asked`.

@@ -70,7 +70,7 @@ fn nodes() -> impl Iterator<Item = &'static Node> {
 
 impl Node {
     fn covers(&self, hva: Hva) -> bool {
-        // Relaxed, both: a hint. A torn pair is found out when the entry is asked.
+        // Relaxed: both are hints. A torn pair is found out when the entry is asked.
         let (start, len) = (self.start.load(Ordering::Relaxed), self.len.load(Ordering::Relaxed));
         hva.get().wrapping_sub(start) < len
     }
@@ -133,7 +133,7 @@ pub(crate) fn enter(entry: Entry) -> Entered {
     let node = free.unwrap_or_else(add_node);
     // Release: pairs with the load in `with`.
     node.entry.store(entry, Ordering::Release);
-    // Relaxed, both: hints. Nobody touches the view before its maker has returned.
+    // Relaxed: both are hints. Nobody touches the view before its maker has returned.
     node.start.store(start, Ordering::Relaxed);
     node.len.store(len, Ordering::Relaxed);
     Entered { node, entry }
