@@ -141,7 +141,8 @@ pub(crate) fn enter(entry: Entry) -> Entered {
 
 /// With the writers' lock held.
 fn add_node() -> &'static Node {
-    let node = Box::leak(Box::new(Node {
+    // Shared from here on: who follows the pointer in the list does so beside others.
+    let node: &'static Node = Box::leak(Box::new(Node {
         start: AtomicUsize::new(0),
         len: AtomicUsize::new(0),
         entry: AtomicPtr::new(ptr::null_mut()),
@@ -150,7 +151,7 @@ fn add_node() -> &'static Node {
         next: HEAD.load(Ordering::Relaxed),
     }));
     // Release: pairs with the Acquire in `nodes`.
-    HEAD.store(ptr::from_mut(node), Ordering::Release);
+    HEAD.store(ptr::from_ref(node).cast_mut(), Ordering::Release);
     node
 }
 
