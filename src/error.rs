@@ -122,6 +122,11 @@ pub enum ErrorKind {
     /// The state of the memory is unknown since an earlier failure; it is kept out of use.
     #[error("the memory is quarantined")]
     Quarantined,
+    /// The memory is not there any more: [`Error::errno`] is `EHWPOISON` for a hardware error, which the
+    /// pool is to be [told of](crate::FolioPool::report_memory_failure), and `EIO` if its file was truncated,
+    /// or had a hole punched from outside that nothing was left to fill.
+    #[error("the memory failed")]
+    MemoryFailure,
     /// A system call failed; [`Error::errno`] is its answer.
     #[error("a system call failed")]
     Os,
@@ -148,7 +153,7 @@ impl ErrorKind {
             Self::Unsupported => Errno::EOPNOTSUPP,
             Self::MissingCapability => Errno::ENOSYS,
             Self::HypervisorRefused => Errno::EPERM,
-            Self::Quarantined => Errno::EHWPOISON,
+            Self::Quarantined | Self::MemoryFailure => Errno::EHWPOISON,
             Self::Os => Errno::EIO,
         }
     }
@@ -240,6 +245,8 @@ pub enum Found {
     Private,
     /// Memory whose state is unknown since an earlier failure.
     Quarantined,
+    /// Memory that is not there any more.
+    Failed,
 }
 
 impl fmt::Display for Found {
@@ -256,6 +263,7 @@ impl fmt::Display for Found {
             Self::Converting => f.write_str("is being converted"),
             Self::Private => f.write_str("is private"),
             Self::Quarantined => f.write_str("is quarantined"),
+            Self::Failed => f.write_str("has failed"),
         }
     }
 }

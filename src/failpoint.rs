@@ -22,6 +22,8 @@ pub enum FailPoint {
     Scrub,
     /// The same, by a panic of whoever scrubs.
     ScrubPanic,
+    /// What keeps the file of an arena at its size: left out, and nothing fails yet.
+    Seal,
 }
 
 #[cfg(not(any(test, feature = "oracle")))]

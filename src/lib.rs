@@ -14,6 +14,7 @@
 //! | change who may see pages | [`GuestMemfd::convert`] |
 //! | let a device work on guest memory | [`GuestMemfd::pin`], or the `vm_memory` module |
 //! | read and write it | [`GuestMemfd::read`], [`GuestMemfd::write`], [`GuestMemfd::map_view`] |
+//! | decide what becomes of a `SIGBUS` in a view | [`SigbusHandler::decide_by`] |
 //! | run a protected guest without hardware for it | [`hyp::pkvm`] |
 //! | see what it looks like | [`GuestMemfd::stat`], [`GuestMemfd::snapshot`], [`render`] |
 //! | make sure that all is well | [`audit::check`] |
@@ -48,6 +49,7 @@ mod folio;
 pub mod geometry;
 mod gmem;
 pub mod hyp;
+mod identity;
 #[cfg(feature = "oracle")]
 pub mod oracle;
 mod os;
@@ -76,11 +78,12 @@ pub use crate::folio::{
     PrivatePlacement, Scrubber, Unscrubbed, Zone,
 };
 pub use crate::gmem::{
-    Collapse, ContentPolicy, Conversion, ConvertOptions, GuestMemfd, GuestMemfdBuilder, HostFault,
-    HostView, Migration, ObjectStat, OwnerTag, PageInfo, PageStatus, PinGuard, PinMode, Punched,
-    Residency, Subscriber, Subscription, Touch,
+    Collapse, ContentPolicy, Conversion, ConvertOptions, GuestMemfd, GuestMemfdBuilder, HostView,
+    Migration, ObjectStat, OwnerTag, PageInfo, PageStatus, PinGuard, PinMode, Punched, Residency,
+    Subscriber, Subscription, Touch,
 };
-pub use crate::os::sigbus::{FaultCause, SigbusHandler};
+pub use crate::identity::{ObjectId, ViewId};
+pub use crate::os::sigbus::{FaultAnswer, FaultCause, FaultReason, HostFault, SigbusHandler};
 pub use crate::state::{CancelToken, Visibility, Wait};
 #[doc(hidden)]
 pub use crate::sync::MODELLED;

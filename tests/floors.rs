@@ -38,6 +38,7 @@ const PLACES: &[(&str, Place)] = &[
     ("range", Place::Floor(0)),
     ("geometry", Place::Floor(0)),
     ("error", Place::Floor(0)),
+    ("identity", Place::Floor(0)),
     ("failpoint", Place::Floor(0)),
     ("sync", Place::Floor(1)),
     ("backing", Place::Floor(1)),

@@ -1,134 +1,129 @@
 //! Bytes in and out of an arena, never borrowed.
 //!
-//! Guests, devices and other threads change these bytes at any time, so nobody gets a reference.
-//! Every copy is made of relaxed atomic accesses to aligned words of eight bytes, and of no other size:
-//! a race between two writers of shared memory is the guest's affair, and tears, but it is not
-//! undefined behaviour here (`std::sync::atomic`: races of different sizes would be). What orders a
-//! copy with a conversion is the subpage's word, not the copy. Frames that belong to nobody need none
-//! of this: they are scrubbed and moved as fast as the machine can.
+//! Guests, devices and other threads change these bytes at any time, so nobody gets a reference. What
+//! orders a copy with a conversion is the subpage's word, not the copy. How bytes are copied, and what becomes
+//! of a copy whose memory is gone, is in `os/recoverable`; here is what may be copied.
 
 // UNSAFETY: raw pointers into the arena. Offsets are checked against its size right here.
 #![expect(unsafe_code, reason = "guest memory can only be reached through raw pointers")]
 
-use std::ops::Range;
-// Not from the facade: guest bytes are no part of any model, and loom's atomics cannot live there.
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use super::Arena;
 use crate::addr::{ByteSize, Pa, Pfn};
-use crate::error::{Error, ErrorKind, Op};
+use crate::error::{Errno, Error, ErrorKind, Op};
 use crate::geometry::{PAGE_BYTES, index};
+use crate::os::recoverable::{self, Fault};
+use crate::os::sigbus::FaultCause;
 use crate::range::PfnRange;
 
 const WORD: usize = size_of::<u64>();
 
+/// The error of an access whose memory is gone.
+#[cold]
+fn gone(op: Op, fault: Fault) -> Error {
+    let error = Error::new(op, ErrorKind::MemoryFailure);
+    match fault.cause {
+        FaultCause::MemoryFailure => error.because("a hardware error (BUS_MCEERR_AR)"),
+        // As storage that fails. EFAULT says private.
+        _ => error.errno_is(Errno::EIO).because("the pool's file has lost it (BUS_ADRERR)"),
+    }
+}
+
 impl Arena {
-    /// The aligned word that holds the byte at `at`, and which of its bytes that is, after checking
-    /// that `len` bytes from there on are the arena's. So are the words that hold them: the arena is
-    /// made of whole pages. That they lie in no gap between two parts is not checked: no frame of a gap
-    /// is ever given to anybody.
+    /// Where the byte at `at` is, after checking that `len` bytes from there on are the arena's. So are the
+    /// words that hold them: the arena is made of whole pages. That they lie in no gap between two parts is not
+    /// checked: no frame of a gap is ever given to anybody.
     #[inline]
-    fn at(&self, op: Op, at: Pa, len: usize) -> Result<(*mut u8, usize), Error> {
+    fn at(&self, op: Op, at: Pa, len: usize) -> Result<*mut u8, Error> {
         let size = ByteSize::from_pages(self.nr_pages).get();
         match at.get().checked_add(len as u64) {
-            Some(end) if end <= size => {
-                let skip = index(at.get()) % WORD;
-                Ok((self.base().as_ptr().wrapping_add(index(at.get()) - skip), skip))
-            }
+            Some(end) if end <= size => Ok(self.base().as_ptr().wrapping_add(index(at.get()))),
             _ => Err(Error::new(op, ErrorKind::OutOfRange)),
         }
     }
 
     /// Copies bytes out.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`]; [`ErrorKind::MemoryFailure`]: the buffer has some of the bytes then.
     #[inline]
     pub(crate) fn read(&self, at: Pa, buf: &mut [u8]) -> Result<(), Error> {
-        let (from, skip) = self.at(Op::Read, at, buf.len())?;
-        if let (0, Ok(whole)) = (skip, <&mut [u8; WORD]>::try_from(&mut *buf)) {
-            *whole = load_word(from, 0).to_ne_bytes();
-            return Ok(());
-        }
-        read_parts(from, skip, buf);
-        Ok(())
+        let from = self.at(Op::Read, at, buf.len())?;
+        // SAFETY: `at` has checked that the bytes, and the words that hold them, are the arena's.
+        unsafe { recoverable::copy_out(from, buf) }.map_err(|fault| gone(Op::Read, fault))
     }
 
     /// Copies bytes in.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`]; [`ErrorKind::MemoryFailure`]: some of the bytes are written then.
     #[inline]
     pub(crate) fn write(&self, at: Pa, buf: &[u8]) -> Result<(), Error> {
-        let (to, skip) = self.at(Op::Write, at, buf.len())?;
-        if let (0, Ok(whole)) = (skip, <[u8; WORD]>::try_from(buf)) {
-            store_word(to, 0, u64::from_ne_bytes(whole));
-            return Ok(());
-        }
-        write_parts(to, skip, buf);
-        Ok(())
+        let to = self.at(Op::Write, at, buf.len())?;
+        // SAFETY: as in `read`.
+        unsafe { recoverable::copy_in(to, buf) }.map_err(|fault| gone(Op::Write, fault))
     }
 
     /// Fills whole frames with zeroes.
     pub(crate) fn zero(&self, frames: PfnRange) -> Result<(), Error> {
-        let (to, words) = self.words_of(Op::Write, frames)?;
-        for word in words {
-            store_word(to, word, 0);
-        }
-        Ok(())
+        let (to, len) = self.bytes_of(Op::Write, frames)?;
+        // SAFETY: `bytes_of` has checked that these are whole frames, and backed.
+        unsafe { recoverable::zero(to, len) }.map_err(|fault| gone(Op::Write, fault))
     }
 
     /// Whether whole frames are all zeroes.
     pub(crate) fn is_zero(&self, frames: PfnRange) -> Result<bool, Error> {
-        let (from, mut words) = self.words_of(Op::Read, frames)?;
-        Ok(words.all(|word| load_word(from, word) == 0))
+        let (from, len) = self.bytes_of(Op::Read, frames)?;
+        // SAFETY: as in `zero`.
+        unsafe { recoverable::is_zero(from, len) }.map_err(|fault| gone(Op::Read, fault))
     }
 
     /// Fills whole frames with zeroes, as fast as the machine can. They are the caller's alone: no
     /// access section, view, guest or subscriber reaches them, and whoever did before has left them in
     /// a way that orders what it did with what the caller does. Others need [`Arena::zero`].
     pub(crate) fn scrub(&self, frames: PfnRange) -> Result<(), Error> {
-        let (to, words) = self.words_of(Op::Write, frames)?;
-        // SAFETY: 1. valid for writes: `words_of` has checked that all of the frames are backed, and
-        // the arena is borrowed. 2. aligned for bytes. 3. no race: the frames are the caller's alone.
-        unsafe { to.write_bytes(0, words.len() * WORD) };
-        Ok(())
+        let (to, len) = self.bytes_of(Op::Write, frames)?;
+        // SAFETY: as in `zero`, and the frames are the caller's alone.
+        unsafe { recoverable::scrub(to, len) }.map_err(|fault| gone(Op::Write, fault))
     }
 
     /// Copies whole frames to others, as fast as the machine can. Both are the caller's alone, as for
     /// [`Arena::scrub`].
     ///
     /// # Errors
-    /// [`ErrorKind::OutOfRange`]; [`ErrorKind::Unsupported`] if they overlap.
+    /// [`ErrorKind::OutOfRange`]; [`ErrorKind::Unsupported`] if they overlap; [`ErrorKind::MemoryFailure`].
     pub(crate) fn copy_frames(&self, from: PfnRange, to: Pfn) -> Result<(), Error> {
         let target = PfnRange::new(to, from.nr_pages()).map_err(|error| error.of(Op::Write))?;
         if from.intersection(&target).is_some() {
             return Err(Error::new(Op::Write, ErrorKind::Unsupported)
                 .because("frames are copied to others, not onto themselves"));
         }
-        let (source, words) = self.words_of(Op::Read, from)?;
-        let (target, _) = self.words_of(Op::Write, target)?;
-        // SAFETY: 1. valid for reads and writes: `words_of` has checked that all of both are backed,
-        // and the arena is borrowed. 2. they do not overlap: checked above, and a frame has one place.
-        // 3. aligned for bytes. 4. no race: the frames are the caller's alone.
-        unsafe { target.copy_from_nonoverlapping(source, words.len() * WORD) };
-        Ok(())
+        let (source, len) = self.bytes_of(Op::Read, from)?;
+        let (target, _) = self.bytes_of(Op::Write, target)?;
+        // SAFETY: as in `scrub`, for both; they do not overlap, as checked above.
+        unsafe { recoverable::copy_frames(source, target, len) }
+            .map_err(|fault| gone(Op::Write, fault))
     }
 
-    fn words_of(&self, op: Op, frames: PfnRange) -> Result<(*mut u8, Range<usize>), Error> {
+    fn bytes_of(&self, op: Op, frames: PfnRange) -> Result<(*mut u8, usize), Error> {
         if !self.backs(frames) {
             return Err(Error::new(op, ErrorKind::OutOfRange));
         }
         let len = index(frames.nr_pages()) * PAGE_BYTES;
-        let (start, _) = self.at(op, frames.start().pa(), len)?;
-        Ok((start, 0..len / WORD))
+        Ok((self.at(op, frames.start().pa(), len)?, len))
     }
 
     /// An atomic load; sequentially consistent, because a guest may rely on it with its own.
     pub(crate) fn load_u64(&self, at: Pa) -> Result<u64, Error> {
-        // SeqCst: pairs with store_u64 and compare_exchange_u64 of any other thread or guest.
-        Ok(self.atomic(at)?.load(Ordering::SeqCst))
+        let at = self.word(at)?;
+        // SAFETY: `word` has checked that it is the arena's, and aligned.
+        unsafe { recoverable::load_ordered(at) }.map_err(|fault| gone(Op::Atomic, fault))
     }
 
     /// An atomic store.
     pub(crate) fn store_u64(&self, at: Pa, value: u64) -> Result<(), Error> {
-        // SeqCst: pairs with load_u64 and compare_exchange_u64 of any other thread or guest.
-        self.atomic(at)?.store(value, Ordering::SeqCst);
-        Ok(())
+        let at = self.word(at)?;
+        // SAFETY: as in `load_u64`.
+        unsafe { recoverable::store_ordered(at, value) }.map_err(|fault| gone(Op::Atomic, fault))
     }
 
     /// An atomic compare-and-exchange; returns what was found.
@@ -138,90 +133,20 @@ impl Arena {
         current: u64,
         new: u64,
     ) -> Result<Result<u64, u64>, Error> {
-        let cell = self.atomic(at)?;
-        // SeqCst: pairs with load_u64 and store_u64 of any other thread or guest.
-        Ok(cell.compare_exchange(current, new, Ordering::SeqCst, Ordering::SeqCst))
+        let at = self.word(at)?;
+        // SAFETY: as in `load_u64`.
+        let found = unsafe { recoverable::compare_exchange(at, current, new) }
+            .map_err(|fault| gone(Op::Atomic, fault))?;
+        Ok(if found == current { Ok(found) } else { Err(found) })
     }
 
-    fn atomic(&self, at: Pa) -> Result<&AtomicU64, Error> {
-        match self.at(Op::Atomic, at, WORD)? {
-            (target, 0) => Ok(word_at(target, 0)),
+    fn word(&self, at: Pa) -> Result<*mut u8, Error> {
+        let target = self.at(Op::Atomic, at, WORD)?;
+        match target.addr() % WORD {
+            0 => Ok(target),
             _ => Err(Error::new(Op::Atomic, ErrorKind::Unaligned)),
         }
     }
-}
-
-/// How a copy of `len` bytes that begins `skip` bytes into a word falls on words: how many bytes are
-/// in the first one if that is partial, which words are whole, and which one has the rest.
-fn cut(skip: usize, len: usize) -> (usize, Range<usize>, usize) {
-    let head = if skip == 0 { 0 } else { (WORD - skip).min(len) };
-    let first_whole = usize::from(skip != 0);
-    let behind = first_whole + (len - head) / WORD;
-    (head, first_whole..behind, behind)
-}
-
-fn read_parts(from: *mut u8, skip: usize, buf: &mut [u8]) {
-    let (head, whole, tail) = cut(skip, buf.len());
-    let (first, rest) = buf.split_at_mut(head);
-    let (middle, last) = rest.split_at_mut(whole.len() * WORD);
-    if !first.is_empty() {
-        first.copy_from_slice(&load_word(from, 0).to_ne_bytes()[skip..skip + head]);
-    }
-    for (chunk, word) in middle.chunks_exact_mut(WORD).zip(whole) {
-        chunk.copy_from_slice(&load_word(from, word).to_ne_bytes());
-    }
-    if !last.is_empty() {
-        last.copy_from_slice(&load_word(from, tail).to_ne_bytes()[..last.len()]);
-    }
-}
-
-fn write_parts(to: *mut u8, skip: usize, buf: &[u8]) {
-    let (head, whole, tail) = cut(skip, buf.len());
-    let (first, rest) = buf.split_at(head);
-    let (middle, last) = rest.split_at(whole.len() * WORD);
-    if !first.is_empty() {
-        store_part(to, 0, skip, first);
-    }
-    for (chunk, word) in middle.chunks_exact(WORD).zip(whole) {
-        let mut bytes = [0; WORD];
-        bytes.copy_from_slice(chunk);
-        store_word(to, word, u64::from_ne_bytes(bytes));
-    }
-    if !last.is_empty() {
-        store_part(to, tail, 0, last);
-    }
-}
-
-/// A word of the arena, counted from `base`.
-#[inline]
-fn word_at<'a>(base: *mut u8, word: usize) -> &'a AtomicU64 {
-    // SAFETY: 1. every caller has `base` from `Arena::at`, which aligned it, and `word` from the
-    // length that was checked there; the frames were given out, so they lie in no gap. 2. the arena outlives the borrow of `self` under which callers
-    // use the result. 3. the memory is only accessed in atomic words, or outside of Rust.
-    unsafe { AtomicU64::from_ptr(base.cast::<u64>().wrapping_add(word)) }
-}
-
-#[inline]
-fn load_word(base: *mut u8, word: usize) -> u64 {
-    // Relaxed: bytes race as the guest likes; words of state order what must be ordered.
-    word_at(base, word).load(Ordering::Relaxed)
-}
-
-#[inline]
-fn store_word(base: *mut u8, word: usize, value: u64) {
-    // Relaxed: as in load_word.
-    word_at(base, word).store(value, Ordering::Relaxed);
-}
-
-/// Replaces some bytes of a word and leaves the others to whoever writes them meanwhile.
-fn store_part(base: *mut u8, word: usize, skip: usize, part: &[u8]) {
-    let replace = |old: u64| {
-        let mut bytes = old.to_ne_bytes();
-        bytes[skip..skip + part.len()].copy_from_slice(part);
-        Some(u64::from_ne_bytes(bytes))
-    };
-    // Relaxed: as in load_word. `replace` never declines, so there is no failure to look at.
-    let _ = word_at(base, word).fetch_update(Ordering::Relaxed, Ordering::Relaxed, replace);
 }
 
 #[cfg(test)]
@@ -252,6 +177,74 @@ mod tests {
         let mut part = [0; 3];
         arena.read(end, &mut part).unwrap();
         assert_eq!(&part, b"end");
+    }
+
+    /// Long ones are copied by other instructions, and by which depends on how both sides are aligned.
+    #[test]
+    fn long_copies_arrive_from_anywhere_to_anywhere() {
+        let arena = Arena::heap(2).unwrap();
+        let data: Vec<u8> = (0..2000_u32).map(|at| (at % 251) as u8).collect();
+        let lens =
+            if cfg!(miri) { &[511, 520][..] } else { &[40, 255, 511, 512, 513, 519, 520, 1999] };
+        let skips = if cfg!(miri) { &[0, 3][..] } else { &[0, 1, 2, 3, 4, 5, 6, 7, 8] };
+        for &len in lens {
+            for (start, &skip) in skips.iter().flat_map(|s| skips.iter().map(move |o| (*s, o))) {
+                arena.write(Pa::new(0), &[0xee; 4096]).unwrap();
+                let source = &data[..len];
+                let mut buffer = vec![0; skip + len];
+                buffer[skip..].copy_from_slice(source);
+                arena.write(Pa::new(16 + start as u64), &buffer[skip..]).unwrap();
+                let mut all = vec![0; skip + 4096];
+                arena.read(Pa::new(0), &mut all[skip..]).unwrap();
+                let mut wanted = [0xee; 4096];
+                wanted[16 + start..16 + start + len].copy_from_slice(source);
+                assert_eq!(all[skip..], wanted, "start {start} skip {skip} len {len}");
+                buffer.fill(0);
+                arena.read(Pa::new(16 + start as u64), &mut buffer[skip..]).unwrap();
+                assert_eq!(buffer[skip..], *source, "start {start} skip {skip} len {len}");
+                assert!(buffer[..skip].iter().all(|&byte| byte == 0));
+            }
+        }
+    }
+
+    #[test]
+    fn one_bit_anywhere_in_a_frame_is_seen() {
+        let arena = Arena::heap(2).unwrap();
+        let frames = PfnRange::new(Pfn::new(0), 2).unwrap();
+        let step = if cfg!(miri) { 1021 } else { 7 };
+        for at in (0..8192).step_by(step) {
+            arena.zero(frames).unwrap();
+            assert!(arena.is_zero(frames).unwrap());
+            arena.write(Pa::new(at), &[0x80]).unwrap();
+            assert!(!arena.is_zero(frames).unwrap(), "at {at}");
+        }
+    }
+
+    /// Who reads a number while it is written finds one or the other.
+    #[test]
+    fn aligned_numbers_are_not_torn() {
+        let arena = Arena::heap(1).unwrap();
+        let rounds: u32 = if cfg!(miri) { 3 } else { 20_000 };
+        for (at, len) in [(8, 2), (10, 2), (12, 4), (20, 4), (24, 8), (32, 64), (128, 2048)] {
+            arena.write(Pa::new(at), &vec![0; len]).unwrap();
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    for round in 0..rounds {
+                        arena.write(Pa::new(at), &vec![(round % 2) as u8 * 0xff; len]).unwrap();
+                    }
+                });
+                let mut buf = vec![0_u8; len];
+                for _ in 0..rounds {
+                    arena.read(Pa::new(at), &mut buf).unwrap();
+                    for word in buf.chunks(WORD) {
+                        assert!(
+                            word.iter().all(|&byte| byte == word[0]),
+                            "{len} at {at}: {word:?}"
+                        );
+                    }
+                }
+            });
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ use crate::error::{Error, ErrorKind, Op};
 use crate::geometry::{NumaNode, index};
 use crate::os::mapping::Mapping;
 use crate::os::memory::require_available;
+use crate::os::sigbus::stand_once;
 use crate::os::{memfd, numa, thp};
 use crate::range::PfnRange;
 
@@ -91,6 +92,8 @@ fn on_heap(parts: &[PartSpec]) -> Result<Obtained, Error> {
 fn on_files(specs: &[PartSpec]) -> Result<Obtained, Error> {
     let frames = place(specs, Spacing::Apart)?;
     let nr_pages = end(&frames);
+    // What files hold can go from under their mapping.
+    stand_once(Op::CreatePool)?;
     let align = address_alignment(specs, &frames);
     let map = Mapping::reserve(Op::CreatePool, ByteSize::from_pages(nr_pages), align)?;
     let mut parts = Vec::new();

@@ -219,6 +219,12 @@ impl FolioMap {
         }
     }
 
+    /// Whether the page is of a folio, be it a hole.
+    pub(crate) fn has_folio(&self, page: Pgoff) -> bool {
+        let place = self.shape.place(page).map(|(place, _, _)| index(place));
+        place.is_some_and(|place| self.entry(place).first_frame().is_some())
+    }
+
     #[cold]
     fn frame_beside_holes(&self, entry: Entry, page: Pgoff, skip: u64) -> Option<Pfn> {
         let is_hole = entry.has_holes() && self.holes.get()?.has(page);

@@ -6,7 +6,7 @@
 
 use super::object::{GuestMemfd, Inner};
 use crate::addr::{ByteSize, Offset, Pa};
-use crate::error::{Error, ErrorKind, Op};
+use crate::error::{Error, ErrorKind, Found, Op};
 use crate::geometry::{PAGE_SIZE, index};
 use crate::range::PgoffRange;
 use crate::state::{Refusal, Stop, enter_section};
@@ -22,7 +22,8 @@ impl GuestMemfd {
     ///
     /// # Errors
     /// [`ErrorKind::OutOfRange`]; [`ErrorKind::NotShared`], [`ErrorKind::Busy`] (being converted)
-    /// or [`ErrorKind::Quarantined`], with the first culprit.
+    /// or [`ErrorKind::Quarantined`], with the first culprit; [`ErrorKind::MemoryFailure`] half way, with the
+    /// page, if the memory is not there any more.
     #[inline]
     pub fn read(&self, at: Offset, buf: &mut [u8]) -> Result<(), Error> {
         let object = &*self.0;
@@ -185,7 +186,7 @@ impl Inner {
             return Err(Error::new(op, ErrorKind::OutOfRange));
         };
         self.access_resident(op, pages, || match self.place(at) {
-            Some(place) => access(self, place),
+            Some(place) => access(self, place).map_err(|e| failed_at(e, at)),
             None => Err(Error::new(op, ErrorKind::OutOfRange)),
         })
     }
@@ -202,7 +203,7 @@ impl Inner {
         while !rest.is_empty() {
             let (part, behind) = rest.split_at_mut(left_in_page(at).min(rest.len()));
             match self.place(at) {
-                Some(place) => self.arena.read(place, part)?,
+                Some(place) => self.arena.read(place, part).map_err(|e| failed_at(e, at))?,
                 None => part.fill(0),
             }
             at = advance(Op::Read, at, part.len())?;
@@ -218,11 +219,20 @@ impl Inner {
             let (part, behind) = rest.split_at(left_in_page(at).min(rest.len()));
             let place =
                 self.place(at).ok_or_else(|| Error::new(Op::Write, ErrorKind::OutOfRange))?;
-            self.arena.write(place, part)?;
+            self.arena.write(place, part).map_err(|e| failed_at(e, at))?;
             at = advance(Op::Write, at, part.len())?;
             rest = behind;
         }
         Ok(())
+    }
+}
+
+/// Adds the page to the error of an access to memory that is gone.
+#[cold]
+fn failed_at(error: Error, at: Offset) -> Error {
+    match error.kind() {
+        ErrorKind::MemoryFailure => error.at(at.pgoff().offset(), Found::Failed),
+        _ => error,
     }
 }
 

@@ -16,16 +16,19 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bitvec::vec::BitVec;
 
 use super::object::{GuestMemfd, Inner};
-use crate::addr::{Access, ByteSize, Hva, Offset, Pfn};
+use crate::addr::{Access, ByteSize, Hva, Offset, Pfn, Pgoff};
 use crate::backing::Arena;
 use crate::error::{Error, ErrorKind, Op};
 use crate::folio::try_bits;
 use crate::geometry::{FolioSize, index};
+use crate::identity::ViewId;
 use crate::os::mapping::Mapping;
-use crate::os::sigbus::{FaultCause, NotTouched, RawFault, SigbusHandler};
+use crate::os::recoverable::Fault;
+use crate::os::sigbus::views::{self, Decode, Entered, Entry};
+use crate::os::sigbus::{FaultReason, HostFault, NotTouched, SigbusHandler};
 use crate::os::uffd::Userfault;
 use crate::range::{PfnRange, PgoffRange};
-use crate::state::Visibility;
+use crate::state::{Phase, Visibility};
 
 /// One mapping of an object.
 pub(super) struct ViewMap {
@@ -192,10 +195,13 @@ fn bytes(pages: PgoffRange) -> (usize, usize) {
 ///
 /// Raw pointers into it are the caller's affair: they are valid addresses as long as the view lives,
 /// and a touch of private or absent memory is a `SIGBUS` (`BUS_ADRERR`, exact address), which kills
-/// the process unless somebody handles it; in the moment in which a folio [moves](GuestMemfd::migrate) it is a `SIGSEGV`
-/// (`SEGV_ACCERR`). System calls on such memory get `EFAULT`. Children of a fork do not inherit the mapping.
+/// the process unless somebody handles it ([`SigbusHandler::decide_by`]); in the moment in which a folio
+/// [moves](GuestMemfd::migrate) it is a `SIGSEGV` (`SEGV_ACCERR`), which goes the same way. System calls on such
+/// memory get `EFAULT`. Children of a fork do not inherit the mapping.
 #[derive(Debug)]
 pub struct HostView {
+    // Before `map`: once its addresses are somebody else's, nobody is to take them for the view's.
+    entered: Entered,
     // Before `memfd`, since fields are dropped in this order: the object may be the last to know the
     // frames, and gives them back when it goes.
     map: Arc<ViewMap>,
@@ -210,18 +216,6 @@ pub enum Touch {
     Byte(u8),
     /// A `SIGBUS`.
     Fault(HostFault),
-}
-
-/// A `SIGBUS`, decoded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct HostFault {
-    /// The address that was touched, as the kernel reports it.
-    pub hva: Hva,
-    /// Where in the object that is.
-    pub offset: Offset,
-    /// What the kernel gave as the reason.
-    pub cause: FaultCause,
 }
 
 impl GuestMemfd {
@@ -243,7 +237,28 @@ impl GuestMemfd {
         }
         let key = layout.views.insert(Arc::clone(&map));
         object.show_shared(&layout, object.pages);
-        Ok(HostView { map, memfd: self.clone(), key })
+        let entered = views::enter(Entry {
+            object: self.id(),
+            view: ViewId::new_unique(),
+            start: map.map.hva(),
+            size: object.pages.len_bytes(),
+            decode: Arc::<Inner>::clone(&self.0),
+        });
+        Ok(HostView { entered, map, memfd: self.clone(), key })
+    }
+}
+
+impl Decode for Inner {
+    /// Outside of a section, which a signal handler cannot enter: what is found is a guess.
+    fn reason(&self, page: Pgoff) -> FaultReason {
+        let word = self.tree.load(page);
+        match word {
+            Some(word) if word.phase() == Phase::Quarantined => FaultReason::Quarantined,
+            Some(word) if !word.is_open() => FaultReason::Private,
+            _ if self.frames.frame(page).is_some() => FaultReason::NotShown,
+            _ if self.frames.has_folio(page) => FaultReason::Hole,
+            _ => FaultReason::Absent,
+        }
     }
 }
 
@@ -269,6 +284,11 @@ impl HostView {
     /// The object that is mapped.
     pub fn memfd(&self) -> &GuestMemfd {
         &self.memfd
+    }
+
+    /// By which number a [`HostFault`] names the view.
+    pub fn id(&self) -> ViewId {
+        self.entered.entry().view
     }
 
     /// How many bytes are mapped: the object's size.
@@ -364,9 +384,8 @@ impl HostView {
             Err(NotTouched::SignalPending) => {
                 Err(Error::new(op, ErrorKind::Busy).because("a SIGBUS is pending"))
             }
-            Err(NotTouched::Fault(RawFault { hva, cause })) => {
-                let into = hva.get().wrapping_sub(self.hva().get());
-                Ok(Touch::Fault(HostFault { hva, offset: Offset::new(into as u64), cause }))
+            Err(NotTouched::Fault(Fault { hva, cause })) => {
+                Ok(Touch::Fault(self.entered.entry().decode(hva, cause)))
             }
         }
     }

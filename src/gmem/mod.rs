@@ -35,7 +35,7 @@ mod subscriber;
 pub use collapse::Collapse;
 pub use convert::{ContentPolicy, Conversion, ConvertOptions};
 pub(crate) use guest_fault::BindingId;
-pub use host_view::{HostFault, HostView, Touch};
+pub use host_view::{HostView, Touch};
 pub use migrate::Migration;
 pub use object::{GuestMemfd, GuestMemfdBuilder, ObjectStat, PageInfo, PageStatus, Residency};
 pub use pin::{OwnerTag, PinGuard, PinMode};

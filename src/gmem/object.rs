@@ -14,6 +14,7 @@ use crate::folio::{
     Zone,
 };
 use crate::geometry::{FolioSize, MAX_BYTES};
+use crate::identity::ObjectId;
 use crate::os::memfd;
 use crate::range::{PfnRange, PgoffRange};
 use crate::state::{
@@ -257,6 +258,11 @@ impl GuestMemfd {
             commitment: Commitment::default(),
             account: None,
         }
+    }
+
+    /// By which number a [`HostFault`](crate::HostFault) names the object.
+    pub fn id(&self) -> ObjectId {
+        self.0.ledger.id()
     }
 
     /// The name it was given.

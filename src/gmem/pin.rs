@@ -78,6 +78,10 @@ impl Ledger {
         Self { id: ObjectId::new_unique(), names: Mutex::default() }
     }
 
+    pub(super) fn id(&self) -> ObjectId {
+        self.id
+    }
+
     fn names(&self) -> MutexGuard<'_, Vec<Arc<str>>> {
         self.names.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -100,7 +100,7 @@ impl Inner {
         let failed = self.reservation.failed_in(first, pages.nr_pages());
         let Some(&frame) = failed.first() else { return Ok(()) };
         let page = pages.start().get() + (frame.get() - first.get());
-        let error = Error::new(op, ErrorKind::Quarantined).because("a frame of it failed");
-        Err(error.at(Pgoff::new(page).offset(), Found::Quarantined))
+        let error = Error::new(op, ErrorKind::MemoryFailure).because("a frame of it failed");
+        Err(error.at(Pgoff::new(page).offset(), Found::Failed))
     }
 }

@@ -10,6 +10,7 @@ use rustix::io::Errno;
 
 use crate::addr::ByteSize;
 use crate::error::{Error, ErrorKind, Op};
+use crate::failpoint::{FailPoint, fails};
 use crate::os::failed;
 use crate::os::memory::require_file_size;
 
@@ -65,6 +66,9 @@ pub(crate) fn create_arena(kind: PageKind, size: ByteSize) -> Result<OwnedFd, Er
         _ => failed(op, "memfd_create", e),
     })?;
     ftruncate(&fd, size.get()).map_err(|e| failed(op, "ftruncate", e))?;
+    if fails(FailPoint::Seal) {
+        return Ok(fd);
+    }
     fcntl_add_seals(&fd, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)
         .map_err(|e| failed(op, "F_ADD_SEALS", e))?;
     Ok(fd)

@@ -8,13 +8,17 @@ pub(crate) mod memfd;
 pub(crate) mod memory;
 pub(crate) mod numa;
 pub(crate) mod pagemap;
+#[cfg_attr(
+    any(miri, not(any(target_arch = "x86_64", target_arch = "aarch64"))),
+    path = "recoverable/atomics.rs"
+)]
+pub(crate) mod recoverable;
+pub(crate) mod sigbus;
 pub(crate) mod smaps;
 pub(crate) mod sparse;
 pub(crate) mod thp;
 pub(crate) mod uffd;
 pub(crate) mod words;
-
-pub(crate) mod sigbus;
 
 use crate::error::{Errno, Error, ErrorKind, Op};
 

@@ -28,24 +28,12 @@ use std::cell::{Cell, RefCell};
 use std::sync::atomic::Ordering;
 
 use crate::addr::Pgoff;
+pub use crate::identity::ObjectId;
 use crate::range::PgoffRange;
 use crate::sync::{Arc, AtomicU64, MODELLED, Mutex, fence};
 
 /// How many records a thread starts with. A model has to meet a block that is full.
 const FIRST_BLOCK: usize = if MODELLED { 1 } else { 64 };
-
-/// A number that no other object of the process has, or had.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct ObjectId(u64);
-
-impl ObjectId {
-    /// A new one.
-    pub fn new_unique() -> Self {
-        static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
-        // Relaxed: the numbers must differ, and order nothing.
-        Self(NEXT.fetch_add(1, Ordering::Relaxed))
-    }
-}
 
 /// Who holds a pin: a number that the object has given out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -121,7 +109,7 @@ impl Record {
         // Release, each of the three: pairs with the fence in `read`, the first with the Acquire
         // there, too. Who sees a field knows of the clear before it. A fence in front of them would
         // do the same, and cost more where it costs anything.
-        self.object.store(object.0, Ordering::Release);
+        self.object.store(object.as_u64(), Ordering::Release);
         let is_single = range.nr_pages() == 1;
         self.pages.store(range.start().get() << 1 | u64::from(is_single), Ordering::Release);
         if !is_single {
@@ -181,7 +169,7 @@ impl Record {
         let head = Head(self.head.load(Ordering::Acquire));
         // Acquire: pairs with the first Release in `write`. We may leave without the fence, and then
         // must have seen what ended the life that `head` is of.
-        if !head.is_live() || self.object.load(Ordering::Acquire) != object.0 {
+        if !head.is_live() || self.object.load(Ordering::Acquire) != object.as_u64() {
             return None;
         }
         // Relaxed: the fence and the second look tell whether this is of the same life, and the next

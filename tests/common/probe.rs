@@ -30,6 +30,7 @@ pub(crate) fn probe(capability: Capability) -> Result<(), String> {
         Capability::Numa => exists("/proc/self/numa_maps"),
         Capability::Thp => writable("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
         Capability::Mlock => mlock(),
+        Capability::Hwpoison => hwpoison(),
     }
 }
 
@@ -76,6 +77,16 @@ fn giant_page() -> Result<(), String> {
     match after {
         after if after > before => Ok(()),
         _ => Err("the host has no consecutive GiB of memory to spare".into()),
+    }
+}
+
+/// Poison takes a page of memory from the machine for good, so somebody has to ask for it.
+fn hwpoison() -> Result<(), String> {
+    exists("/proc/sys/vm/memory_failure_recovery")?;
+    match std::env::var_os("GMEM_HWPOISON") {
+        Some(_) if geteuid().is_root() => Ok(()),
+        Some(_) => Err("only root may poison memory".into()),
+        None => Err("takes a page from the machine for good: set GMEM_HWPOISON to allow it".into()),
     }
 }
 

@@ -1,0 +1,215 @@
+//! The routines for AArch64. Design, promises and why they are in assembly: the file above.
+//!
+//! Every routine keeps in x4 and x6 where it is in arena memory, the same twice if there is one such
+//! place only, and in x5 how many bytes there. It changes none of the three, nor the stack, once it may fault.
+
+use std::arch::global_asm;
+
+use libc::ucontext_t;
+
+use super::Interrupted;
+use crate::geometry::index;
+
+// From x1 to x0, x2 bytes. `$arena` is the pointer of the two that is brought to a multiple of 8 first.
+// A load or store of a pair is two of a word.
+macro_rules! copy {
+    ($arena:literal) => {
+        concat!(
+            concat!("tbz ", $arena, ", #0, 2f\n"),
+            "cbz x2, 9f\n",
+            "ldrb w7, [x1], #1\n",
+            "strb w7, [x0], #1\n",
+            "sub x2, x2, #1\n",
+            concat!("2: tbz ", $arena, ", #1, 3f\n"),
+            "cmp x2, #2\n",
+            "b.lo 8f\n",
+            "ldrh w7, [x1], #2\n",
+            "strh w7, [x0], #2\n",
+            "sub x2, x2, #2\n",
+            concat!("3: tbz ", $arena, ", #2, 4f\n"),
+            "cmp x2, #4\n",
+            "b.lo 7f\n",
+            "ldr w7, [x1], #4\n",
+            "str w7, [x0], #4\n",
+            "sub x2, x2, #4\n",
+            // Aligned.
+            "4: subs x2, x2, #64\n",
+            "b.lo 5f\n",
+            "3: ldp x7, x8, [x1]\n",
+            "ldp x9, x10, [x1, #16]\n",
+            "ldp x11, x12, [x1, #32]\n",
+            "ldp x13, x14, [x1, #48]\n",
+            "add x1, x1, #64\n",
+            "stp x7, x8, [x0]\n",
+            "stp x9, x10, [x0, #16]\n",
+            "stp x11, x12, [x0, #32]\n",
+            "stp x13, x14, [x0, #48]\n",
+            "add x0, x0, #64\n",
+            "subs x2, x2, #64\n",
+            "b.hs 3b\n",
+            "5: add x2, x2, #64\n",
+            // Less than 64 bytes.
+            "3: cmp x2, #8\n",
+            "b.lo 6f\n",
+            "ldr x7, [x1], #8\n",
+            "str x7, [x0], #8\n",
+            "sub x2, x2, #8\n",
+            "b 3b\n",
+            // Less than 8.
+            "6: tbz x2, #2, 7f\n",
+            "ldr w7, [x1], #4\n",
+            "str w7, [x0], #4\n",
+            "7: tbz x2, #1, 8f\n",
+            "ldrh w7, [x1], #2\n",
+            "strh w7, [x0], #2\n",
+            "8: tbz x2, #0, 9f\n",
+            "ldrb w7, [x1]\n",
+            "strb w7, [x0]\n",
+            "9: mov x0, #0\n",
+            "mov x1, #0\n",
+            "ret\n",
+        )
+    };
+}
+
+global_asm!(
+    ".pushsection .text.gmem_recoverable, \"ax\", %progbits",
+    // Visible to other objects of this crate, which may not be compiled as one, and to nobody else.
+    ".irp name, begin, end, recover, touch_load, touch_store, copy_out, copy_in, copy_frames, zero, \
+     is_zero, load, store, load_ordered, store_ordered, compare_exchange",
+    ".weak gmem01_\\name",
+    ".hidden gmem01_\\name",
+    ".endr",
+    ".p2align 4",
+    "gmem01_begin:",
+    "gmem01_touch_load:",
+    "mov x4, x0",
+    "mov x6, x0",
+    "mov x5, #1",
+    "ldrb w0, [x0]",
+    "mov x1, #0",
+    "ret",
+    // The exclusive pair stores the value it loaded only if nobody stored in between.
+    "gmem01_touch_store:",
+    "mov x4, x0",
+    "mov x6, x0",
+    "mov x5, #1",
+    "2: ldxrb w2, [x0]",
+    "stxrb w3, w2, [x0]",
+    "cbnz w3, 2b",
+    "mov x0, x2",
+    "mov x1, #0",
+    "ret",
+    ".p2align 4",
+    "gmem01_copy_out:",
+    "mov x4, x1",
+    "mov x6, x1",
+    "mov x5, x2",
+    copy!("x1"),
+    ".p2align 4",
+    "gmem01_copy_in:",
+    "mov x4, x0",
+    "mov x6, x0",
+    "mov x5, x2",
+    copy!("x0"),
+    ".p2align 4",
+    "gmem01_copy_frames:",
+    "mov x4, x1",
+    "mov x6, x0",
+    "mov x5, x2",
+    copy!("x0"),
+    ".p2align 4",
+    "gmem01_zero:",
+    "mov x4, x0",
+    "mov x6, x0",
+    "mov x5, x1",
+    "2: stp xzr, xzr, [x0]",
+    "stp xzr, xzr, [x0, #16]",
+    "stp xzr, xzr, [x0, #32]",
+    "stp xzr, xzr, [x0, #48]",
+    "add x0, x0, #64",
+    "subs x1, x1, #64",
+    "b.ne 2b",
+    "mov x0, #0",
+    "mov x1, #0",
+    "ret",
+    "gmem01_is_zero:",
+    "mov x4, x0",
+    "mov x6, x0",
+    "mov x5, x1",
+    "3: ldp x9, x10, [x0]",
+    "ldp x11, x12, [x0, #16]",
+    "ldp x13, x14, [x0, #32]",
+    "ldp x7, x8, [x0, #48]",
+    "orr x9, x9, x10",
+    "orr x11, x11, x12",
+    "orr x13, x13, x14",
+    "orr x7, x7, x8",
+    "orr x9, x9, x11",
+    "orr x13, x13, x7",
+    "orr x9, x9, x13",
+    "cbnz x9, 4f",
+    "add x0, x0, #64",
+    "subs x1, x1, #64",
+    "b.ne 3b",
+    "4: mov x0, x9",
+    "mov x1, #0",
+    "ret",
+    "gmem01_load:",
+    "mov x4, x0",
+    "mov x6, x0",
+    "mov x5, #8",
+    "ldr x0, [x0]",
+    "mov x1, #0",
+    "ret",
+    "gmem01_load_ordered:",
+    "mov x4, x0",
+    "mov x6, x0",
+    "mov x5, #8",
+    "ldar x0, [x0]",
+    "mov x1, #0",
+    "ret",
+    "gmem01_store:",
+    "mov x4, x0",
+    "mov x6, x0",
+    "mov x5, #8",
+    "str x1, [x0]",
+    "mov x1, #0",
+    "ret",
+    "gmem01_store_ordered:",
+    "mov x4, x0",
+    "mov x6, x0",
+    "mov x5, #8",
+    "stlr x1, [x0]",
+    "mov x1, #0",
+    "ret",
+    "gmem01_compare_exchange:",
+    "mov x4, x0",
+    "mov x6, x0",
+    "mov x5, #8",
+    "2: ldaxr x7, [x4]",
+    "cmp x7, x1",
+    "b.ne 3f",
+    "stlxr w8, x2, [x4]",
+    "cbnz w8, 2b",
+    "3: clrex",
+    "mov x0, x7",
+    "mov x1, #0",
+    "gmem01_end:",
+    "gmem01_recover:",
+    "ret",
+    ".popsection",
+);
+
+pub(super) fn interrupted(context: &ucontext_t) -> Interrupted {
+    let machine = &context.uc_mcontext;
+    let register = |number: usize| index(machine.regs[number]);
+    Interrupted { pc: index(machine.pc), places: [register(4), register(6)], len: register(5) }
+}
+
+pub(super) fn resume(context: &mut ucontext_t, pc: usize, value: usize, code: u32) {
+    let machine = &mut context.uc_mcontext;
+    machine.regs[0] = value as u64;
+    machine.regs[1] = u64::from(code);
+    machine.pc = pc as u64;
+}
