@@ -69,12 +69,13 @@ pub use crate::folio::{
     PrivatePlacement, Scrubber, Unscrubbed, Zone,
 };
 pub use crate::gmem::{
-    ContentPolicy, Conversion, ConvertOptions, GuestMemfd, GuestMemfdBuilder, HostFault, HostView,
-    Migration, ObjectStat, OwnerTag, PageInfo, PageStatus, PinGuard, PinMode, Punched, Residency,
-    Subscriber, Subscription, Touch,
+    ContentPolicy, Conversion, ConvertOptions, GuestMemfd, GuestMemfdBuilder, HandOutRun,
+    HostFault, HostView, Migration, ObjectStat, OnSilence, OwnerTag, PageInfo, PageStatus,
+    PinGuard, PinMode, Punched, Residency, Sides, SubscribeOptions, Subscriber, Subscription,
+    Touch,
 };
 pub use crate::os::sigbus::{FaultCause, SigbusHandler};
-pub use crate::state::{CancelToken, Visibility, Wait};
+pub use crate::state::{Ack, CancelToken, Heard, Standing, Visibility, Wait};
 #[doc(hidden)]
 pub use crate::sync::MODELLED;
 

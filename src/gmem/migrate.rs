@@ -159,9 +159,7 @@ impl Inner {
                 return Err(misplaced(op).on(slot.pages()));
             }
             let outcome = self.migrate_frozen(reader, layout, &mut frozen, slot, (old, to));
-            // Conversions need the lock to go on, so nothing turns private between the two.
             frozen.thaw();
-            self.show_shared(layout, slot.pages());
             outcome.map_err(|error| error.of(op).on(slot.pages()))?;
             Ok(Moved::Yes)
         })
@@ -180,12 +178,12 @@ impl Inner {
         if fails(FailPoint::Barrier) || !frozen.wait_for_sections(reader) {
             return Err(Error::new(op, ErrorKind::MissingCapability).because("membarrier(2)"));
         }
-        let shared = self.shared_runs(op, slot.pages())?;
-        self.revoke_from_subscribers(op, layout, &shared)?;
+        self.take_back(op, layout, &[slot.pages()])?;
         let outcome = self
             .hide(layout, slot.pages())
             .and_then(|()| self.replace(layout, &guest, slot, (old, to)));
-        self.grant_to_subscribers(layout, &shared);
+        self.show_shared(layout, slot.pages());
+        self.grant_again(layout, &[slot.pages()]);
         outcome
     }
 

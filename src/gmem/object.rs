@@ -35,6 +35,7 @@ pub struct GuestMemfd(pub(super) Arc<Inner>);
 
 pub(super) struct Inner {
     pub(super) name: Box<str>,
+    pub(super) sides: Sides,
     pub(super) private: PlacedPrivate,
     pub(super) zones: Box<[Zone]>,
     pub(super) pages: PgoffRange,
@@ -56,11 +57,22 @@ pub(super) enum PlacedPrivate {
     Checked(PrivatePlacement),
 }
 
+/// Whether pages may change sides.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Sides {
+    /// They may.
+    #[default]
+    Convertible,
+    /// They stay what they are at first. What is shared may be [pinned for good](crate::PinMode::LongTerm).
+    Fixed,
+}
+
 /// What to create; from [`GuestMemfd::builder`].
 #[derive(Clone, Debug)]
 pub struct GuestMemfdBuilder {
     size: ByteSize,
     initial: Visibility,
+    sides: Sides,
     folio_size: FolioSize,
     name: String,
     zones: Vec<Zone>,
@@ -104,6 +116,13 @@ impl GuestMemfdBuilder {
     #[must_use]
     pub fn initial(mut self, visibility: Visibility) -> Self {
         self.initial = visibility;
+        self
+    }
+
+    /// Whether pages may change sides; they may unless said otherwise.
+    #[must_use]
+    pub fn sides(mut self, sides: Sides) -> Self {
+        self.sides = sides;
         self
     }
 
@@ -164,6 +183,7 @@ impl GuestMemfdBuilder {
             false => PlacedPrivate::Anywhere,
         };
         let inner = Arc::new(Inner {
+            sides: self.sides,
             private,
             zones: self.zones.into_boxed_slice(),
             pages,
@@ -252,6 +272,7 @@ impl GuestMemfd {
         GuestMemfdBuilder {
             size,
             initial: Visibility::default(),
+            sides: Sides::default(),
             folio_size: FolioSize::default(),
             name: String::from("guest"),
             zones: vec![Zone::default()],
@@ -475,10 +496,15 @@ impl fmt::Debug for Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        let layout = self.layout.read();
+        let is_lost = |side| layout.subscribers.iter().any(|(_, it)| it.is_lost(side));
         for slot in self.frames.shape().slots(self.pages) {
             let Some(pfn) = self.frames.get(&slot) else { continue };
             // A pin whose guard was forgotten may be a device that is still at work there.
-            let unknown = |word: Word| word.phase() == Phase::Quarantined || word.is_held();
+            // So may be one whose subscriber has never let go.
+            let unknown = |word: Word| {
+                word.phase() == Phase::Quarantined || word.is_held() || is_lost(word.visibility())
+            };
             let is_unknown = self.spans(slot.pages()).any(|(_, word)| unknown(word));
             // The pool's memory is all committed. What the host keeps to itself is lost.
             if is_unknown || self.commit_holes(Op::Allocate, slot.pages()).is_err() {

@@ -90,9 +90,7 @@ impl GuestMemfd {
         with_reader(|reader| {
             let (mut frozen, reach) = object.freeze_to_punch(reader, range)?;
             let outcome = object.punch_frozen(reader, layout, &mut frozen, range, reach);
-            // Conversions need the lock to go on, so nothing turns private between the two.
             frozen.thaw();
-            object.show_shared(layout, range);
             outcome.map_err(|error| error.on(range))
         })
     }
@@ -168,14 +166,11 @@ impl Inner {
         if fails(FailPoint::Barrier) || !frozen.wait_for_sections(reader) {
             return Err(Error::new(op, ErrorKind::MissingCapability).because("membarrier(2)"));
         }
-        let shared = match layout.subscribers.is_empty() {
-            true => Vec::new(),
-            false => self.shared_runs(op, range)?,
-        };
-        self.revoke_from_subscribers(op, layout, &shared)?;
+        self.take_back(op, layout, &[range])?;
         let outcome = self.punch_revoked(op, layout, &guest, range, reach);
-        // Before the thaw, as a conversion does.
-        self.grant_to_subscribers(layout, &shared);
+        // Before the thaw, as a conversion does. What is a hole now is not given.
+        self.show_shared(layout, range);
+        self.grant_again(layout, &[range]);
         outcome
     }
 
