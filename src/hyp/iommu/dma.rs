@@ -52,8 +52,12 @@ impl Faults {
         self.last.push_back(fault);
     }
 
-    pub(super) fn report(&self) -> (u64, Vec<DmaFault>) {
-        (self.nr, self.last.iter().copied().collect())
+    pub(super) fn nr(&self) -> u64 {
+        self.nr
+    }
+
+    pub(super) fn last(&self) -> Vec<DmaFault> {
+        self.last.iter().copied().collect()
     }
 }
 

@@ -165,9 +165,14 @@ impl Domain {
         mappings.table.entries().filter_map(leaf).collect()
     }
 
-    /// The faults of its devices so far: how many, and the last of them.
-    pub fn faults(&self) -> (u64, Vec<DmaFault>) {
-        self.0.faults.lock().report()
+    /// How many faults its devices have had.
+    pub fn nr_faults(&self) -> u64 {
+        self.0.faults.lock().nr()
+    }
+
+    /// The last of them, the oldest first.
+    pub fn last_faults(&self) -> Vec<DmaFault> {
+        self.0.faults.lock().last()
     }
 }
 
