@@ -114,16 +114,17 @@ fn compare_state(
     same(&named("the counters"), &model.object_facts(object), &real.object_facts(object)?)?;
     let sides = Answer::Sides(model.sides(object, all));
     answers(named("the visibility"), &sides, &real.sides(object, range)?)?;
-    let pages = Answer::Pages(model.facts(object, all));
+    let facts = model.facts(object, all);
+    let pages = Answer::Pages(facts.clone());
     answers(named("the pages"), &pages, &real.pages(object, range)?)?;
     for side in [Visibility::Shared, Visibility::Private] {
         let Some(told) = real.told(object, side) else { continue };
         let everything = model.errs(Mistake::SubscribersKeepPrivatePages);
         let is_told =
             |facts: &PageFacts| facts.resident && (everything || facts.visibility == side);
-        let facts = model.facts(object, all).into_iter().filter(|(_, facts)| is_told(facts));
+        let wanted = facts.iter().filter(|(_, facts)| is_told(facts));
         let wanted: Vec<u64> =
-            facts.flat_map(|((start, nr_pages), _)| start..start + nr_pages).collect();
+            wanted.flat_map(|&((start, nr_pages), _)| start..start + nr_pages).collect();
         if let Some((wanted, told)) = first_difference(&wanted, &told) {
             return Err(Difference::new(named("what a subscriber has"), wanted, told));
         }

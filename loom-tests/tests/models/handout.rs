@@ -5,6 +5,7 @@
 //! mapping is a flag behind the lock that a transfer holds from its look to the end of its copy.
 
 use std::mem::ManuallyDrop;
+use std::ops::Deref;
 use std::time::Instant;
 
 use gmem::modelled::{Ack, Flaw, Heard, Line, Outcome, Question, Reader, Visibility, Wanted};
@@ -23,17 +24,35 @@ struct Machine {
     mapped: Mutex<bool>,
 }
 
-/// Nothing is dropped when a model fails, as with [`World`].
-type Shared_<T> = std::sync::Arc<ManuallyDrop<T>>;
+/// Not dropped when a model fails, as with [`World`].
+struct Kept<T>(Option<T>);
 
-fn shared<T>(it: T) -> Shared_<T> {
-    std::sync::Arc::new(ManuallyDrop::new(it))
+impl<T> Deref for Kept<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        self.0.as_ref().expect("taken only when it is dropped")
+    }
+}
+
+impl<T> Drop for Kept<T> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            std::mem::forget(self.0.take());
+        }
+    }
+}
+
+type Common<T> = std::sync::Arc<Kept<T>>;
+
+fn common<T>(it: T) -> Common<T> {
+    std::sync::Arc::new(Kept(Some(it)))
 }
 
 impl Machine {
-    fn new() -> Shared_<Self> {
+    fn new() -> Common<Self> {
         let line = Arc::new(Line::new());
-        shared(Self { memory: Memory::new(2, World::HOST), line, mapped: Mutex::new(true) })
+        common(Self { memory: Memory::new(2, World::HOST), line, mapped: Mutex::new(true) })
     }
 
     fn ask(&self) -> (Question, Ack) {
@@ -137,7 +156,7 @@ fn next(_: u32) {
     let (second, unused) = machine.ask();
     let second = second.wait(now());
     let heard = end(keeper);
-    std::mem::forget(unused);
+    drop(unused);
     assert_eq!(second, Outcome::Silent, "nobody has answered this");
     assert_eq!(first == Outcome::LetGo, heard == Heard::InTime);
 }
@@ -175,7 +194,7 @@ fn fence(cut: impl Fn(&Machine) + Copy + 'static) {
     machine.guest_writes(0);
     let other = end(waits);
     end(device);
-    std::mem::forget((first, second));
+    drop((first, second));
     assert_eq!((outcome, other), (Outcome::Silent, Outcome::LetGo));
 }
 
@@ -267,7 +286,7 @@ fn to_private(world: &World, reader: &Reader, layout: &Layout, seed: Seed) {
 
 fn newcomer(seed: Seed) {
     let world = World::flat(2, Shared);
-    let layout = shared(Layout::default());
+    let layout = common(Layout::default());
     let mine = layout.clone();
     let (mapped, ()) = together(
         &world,
