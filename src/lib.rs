@@ -13,6 +13,7 @@
 //! | allocate guest memory | [`FolioPool::new`], [`GuestMemfd::builder`] |
 //! | change who may see pages | [`GuestMemfd::convert`] |
 //! | let a device work on guest memory | [`GuestMemfd::pin`], or the `vm_memory` module |
+//! | hand it out to an IOMMU for as long as a device exists | [`GuestMemfd::subscribe`], [`Subscriber`] |
 //! | read and write it | [`GuestMemfd::read`], [`GuestMemfd::write`], [`GuestMemfd::map_view`] |
 //! | run a protected guest without hardware for it | [`hyp::pkvm`] |
 //! | see what it looks like | [`GuestMemfd::stat`], [`GuestMemfd::snapshot`], [`render`] |
