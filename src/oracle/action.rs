@@ -357,7 +357,7 @@ macro_rules! arbitrary_choice {
 arbitrary_choice! {
     Visibility: Self::Shared, Self::Shared, Self::Private;
     FolioSize: Self::Base, Self::Huge2M;
-    PinMode: Self::Counted, Self::Counted, Self::Counted, Self::Exclusive, Self::Counted, Self::LongTerm;
+    PinMode: Self::Counted, Self::Counted, Self::Counted, Self::Exclusive;
     ContentPolicy: Self::Preserve, Self::Zero;
     Patience: Self::None, Self::None, Self::None, Self::Expired, Self::Cancelled;
 }
