@@ -95,6 +95,10 @@ pub enum ErrorKind {
     /// A subscriber would not give memory up; [`Error::errno`] is its answer.
     #[error("a subscriber refused")]
     SubscriberRefused,
+    /// A pin for good on memory that may be converted. A hand-out
+    /// ([`GuestMemfd::subscribe`](crate::GuestMemfd::subscribe)) is the way: it is taken back in time.
+    #[error("the memory may be converted: it is handed out, not pinned for good")]
+    Convertible,
     /// A counter is at its limit.
     #[error("a counter is at its limit")]
     Saturated,
@@ -150,7 +154,7 @@ impl ErrorKind {
             Self::Exhausted | Self::LimitReached => Errno::ENOMEM,
             Self::Exists => Errno::EEXIST,
             Self::NotFound => Errno::ENOENT,
-            Self::Unsupported => Errno::EOPNOTSUPP,
+            Self::Unsupported | Self::Convertible => Errno::EOPNOTSUPP,
             Self::MissingCapability => Errno::ENOSYS,
             Self::HypervisorRefused => Errno::EPERM,
             Self::Quarantined | Self::MemoryFailure => Errno::EHWPOISON,

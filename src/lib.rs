@@ -13,6 +13,7 @@
 //! | allocate guest memory | [`FolioPool::new`], [`GuestMemfd::builder`] |
 //! | change who may see pages | [`GuestMemfd::convert`] |
 //! | let a device work on guest memory | [`GuestMemfd::pin`], or the `vm_memory` module |
+//! | hand it out to an IOMMU for as long as a device exists | [`GuestMemfd::subscribe`], [`Subscriber`] |
 //! | read and write it | [`GuestMemfd::read`], [`GuestMemfd::write`], [`GuestMemfd::map_view`] |
 //! | decide what becomes of a `SIGBUS` in a view | [`SigbusHandler::decide_by`] |
 //! | run a protected guest without hardware for it | [`hyp::pkvm`] |
@@ -78,13 +79,13 @@ pub use crate::folio::{
     PrivatePlacement, Scrubber, Unscrubbed, Zone,
 };
 pub use crate::gmem::{
-    Collapse, ContentPolicy, Conversion, ConvertOptions, GuestMemfd, GuestMemfdBuilder, HostView,
-    Migration, ObjectStat, OwnerTag, PageInfo, PageStatus, PinGuard, PinMode, Punched, Residency,
-    Subscriber, Subscription, Touch,
+    Collapse, ContentPolicy, Conversion, ConvertOptions, GuestMemfd, GuestMemfdBuilder, HandOutRun,
+    HostView, Migration, ObjectStat, OnSilence, OwnerTag, PageInfo, PageStatus, PinGuard, PinMode,
+    Punched, Residency, Sides, SubscribeOptions, Subscriber, Subscription, Touch,
 };
 pub use crate::identity::{ObjectId, ViewId};
 pub use crate::os::sigbus::{FaultAnswer, FaultCause, FaultReason, HostFault, SigbusHandler};
-pub use crate::state::{CancelToken, Visibility, Wait};
+pub use crate::state::{Ack, CancelToken, Heard, Standing, Visibility, Wait};
 #[doc(hidden)]
 pub use crate::sync::MODELLED;
 

@@ -17,9 +17,9 @@ use gmem::hyp::pkvm::{HostStat, Hypervisor, Vm};
 use gmem::hyp::{Exit, Hypercall, Vcpu};
 use gmem::range::PgoffRange;
 use gmem::{
-    ArenaBacking, ContentPolicy, ConvertOptions, FolioPool, GuestMemfd, HostView, ObjectStat,
-    PageInfo, PageStatus, PinMode, Residency, SigbusHandler, Subscriber, Subscription, Touch,
-    Visibility,
+    Ack, ArenaBacking, ContentPolicy, ConvertOptions, FolioPool, GuestMemfd, HandOutRun, Heard,
+    HostView, ObjectStat, PageInfo, PageStatus, PinMode, Residency, SigbusHandler, Subscriber,
+    Subscription, Touch, Visibility,
 };
 
 const BASE: u64 = 0x8000_0000;
@@ -72,23 +72,26 @@ impl Recorder {
 }
 
 impl Subscriber for Recorder {
-    fn revoke(&self, pages: &[PgoffRange]) -> Result<(), Errno> {
+    fn revoke(&self, runs: &[HandOutRun], ack: Ack) {
         let mood = *self.mood.lock().unwrap();
         match mood {
             Mood::Agree => {}
-            Mood::Refuse => return Err(Errno::ETIMEDOUT),
+            Mood::Refuse => {
+                assert_eq!(ack.refuse(Errno::ETIMEDOUT), Heard::InTime);
+                return;
+            }
             Mood::Panic => panic!("a subscriber is broken"),
         }
-        for page in pages.iter().flat_map(PgoffRange::iter) {
+        for page in runs.iter().flat_map(|run| run.pages.iter()) {
             assert!(self.granted().remove(&page.get()), "{page} is taken twice");
         }
-        Ok(())
+        assert_eq!(ack.let_go(), Heard::InTime);
     }
 
-    fn grant(&self, pages: &[PgoffRange]) {
+    fn grant(&self, runs: &[HandOutRun]) {
         let mood = *self.mood.lock().unwrap();
         assert_ne!(mood, Mood::Panic, "a subscriber is broken");
-        for page in pages.iter().flat_map(PgoffRange::iter) {
+        for page in runs.iter().flat_map(|run| run.pages.iter()) {
             assert!(self.granted().insert(page.get()), "{page} is given twice");
         }
     }

@@ -18,8 +18,8 @@ use gmem::geometry::FolioSize;
 use gmem::hyp::pkvm::Hypervisor;
 use gmem::range::PgoffRange;
 use gmem::{
-    ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, HostView, PartSpec, PinMode,
-    PrivatePlacement, Residency, SigbusHandler, Subscriber, Touch, Visibility, Zone,
+    Ack, ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, HandOutRun, Heard, HostView, PartSpec,
+    PinMode, PrivatePlacement, Residency, SigbusHandler, Subscriber, Touch, Visibility, Zone,
 };
 use setting::{NR_HUGEPAGES, SHMEM_ENABLED, Setting};
 use zoned::{
@@ -268,6 +268,18 @@ fn a_pinned_page_keeps_its_folio_where_it_is_and_is_named() {
     assert!((0..3 * FOLIO).all(|page| read_page(&memfd, page) == contents(page)));
 }
 
+/// The pages of runs, wherever their frames are.
+fn joined(runs: &[HandOutRun]) -> Vec<PgoffRange> {
+    let mut pages: Vec<PgoffRange> = Vec::new();
+    for run in runs {
+        match pages.last_mut().filter(|last| last.end() == run.pages.start()) {
+            Some(last) => *last = range(last.start().get(), last.nr_pages() + run.pages.nr_pages()),
+            None => pages.push(run.pages),
+        }
+    }
+    pages
+}
+
 #[derive(Debug, Default)]
 struct Recorder {
     told: Mutex<Vec<(&'static str, Vec<PgoffRange>)>>,
@@ -275,13 +287,17 @@ struct Recorder {
 }
 
 impl Subscriber for Recorder {
-    fn revoke(&self, pages: &[PgoffRange]) -> Result<(), Errno> {
-        self.told.lock().unwrap().push(("revoke", pages.to_vec()));
-        self.refuses.lock().unwrap().map_or(Ok(()), Err)
+    fn revoke(&self, runs: &[HandOutRun], ack: Ack) {
+        self.told.lock().unwrap().push(("revoke", joined(runs)));
+        let heard = match *self.refuses.lock().unwrap() {
+            Some(errno) => ack.refuse(errno),
+            None => ack.let_go(),
+        };
+        assert_eq!(heard, Heard::InTime);
     }
 
-    fn grant(&self, pages: &[PgoffRange]) {
-        self.told.lock().unwrap().push(("grant", pages.to_vec()));
+    fn grant(&self, runs: &[HandOutRun]) {
+        self.told.lock().unwrap().push(("grant", joined(runs)));
     }
 }
 

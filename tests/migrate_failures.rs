@@ -12,14 +12,15 @@ use std::sync::{Arc, Mutex};
 use common::Capability;
 use gmem::addr::{Access, ByteSize, Gfn, Offset, Pgoff};
 use gmem::audit;
-use gmem::error::{Errno, Error, ErrorKind};
+use gmem::error::{Error, ErrorKind};
 use gmem::failpoint::{FailPoint, arm};
 use gmem::geometry::FolioSize;
 use gmem::hyp::pkvm::{Hypervisor, Vm};
 use gmem::range::PgoffRange;
 use gmem::{
-    AccountStat, ArenaBacking, Commitment, ContentPolicy, FolioPool, GuestMemfd, HostView,
-    ObjectStat, PageInfo, SigbusHandler, Subscriber, Subscription, Touch, Visibility, Zone,
+    AccountStat, Ack, ArenaBacking, Commitment, ContentPolicy, FolioPool, GuestMemfd, HandOutRun,
+    Heard, HostView, ObjectStat, PageInfo, SigbusHandler, Subscriber, Subscription, Touch,
+    Visibility, Zone,
 };
 use zoned::{FOLIO, contents, counters, is_all_in, pages, pool, range, write_all, zones_of};
 
@@ -41,17 +42,19 @@ impl Recorder {
 }
 
 impl Subscriber for Recorder {
-    fn revoke(&self, pages: &[PgoffRange]) -> Result<(), Errno> {
+    fn revoke(&self, runs: &[HandOutRun], ack: Ack) {
         self.panics_in("revoke");
         let mut granted = self.granted.lock().unwrap();
-        pages.iter().flat_map(PgoffRange::iter).for_each(|page| assert!(granted.remove(&page)));
-        Ok(())
+        let pages = runs.iter().flat_map(|run| run.pages.iter());
+        pages.for_each(|page| assert!(granted.remove(&page)));
+        assert_eq!(ack.let_go(), Heard::InTime);
     }
 
-    fn grant(&self, pages: &[PgoffRange]) {
+    fn grant(&self, runs: &[HandOutRun]) {
         self.panics_in("grant");
         let mut granted = self.granted.lock().unwrap();
-        pages.iter().flat_map(PgoffRange::iter).for_each(|page| assert!(granted.insert(page)));
+        let pages = runs.iter().flat_map(|run| run.pages.iter());
+        pages.for_each(|page| assert!(granted.insert(page)));
     }
 }
 

@@ -12,10 +12,10 @@ use gmem::audit;
 use gmem::error::{Errno, Error, ErrorKind, Found};
 use gmem::geometry::FolioSize;
 use gmem::hyp::pkvm::Hypervisor;
-use gmem::range::PgoffRange;
 use gmem::{
-    ArenaBacking, Commitment, ContentPolicy, FolioPool, GuestMemfd, HostView, PageStatus, PartSpec,
-    PinMode, SigbusHandler, Subscriber, Touch, Visibility, Zone,
+    Ack, ArenaBacking, Commitment, ContentPolicy, FolioPool, GuestMemfd, HandOutRun, Heard,
+    HostView, PageStatus, PartSpec, PinMode, SigbusHandler, SubscribeOptions, Subscriber, Touch,
+    Visibility, Zone,
 };
 use setting::{NR_HUGEPAGES, SHMEM_ENABLED, Setting};
 use taint::{assert_nobodys, assert_owners, at, range, write};
@@ -351,11 +351,58 @@ fn on_hugetlb_the_whole_page_is_gone() {
 struct Refuses;
 
 impl Subscriber for Refuses {
-    fn revoke(&self, _: &[PgoffRange]) -> Result<(), Errno> {
-        Err(Errno::EBUSY)
+    fn revoke(&self, _: &[HandOutRun], ack: Ack) {
+        assert_eq!(ack.refuse(Errno::EBUSY), Heard::InTime);
     }
 
-    fn grant(&self, _: &[PgoffRange]) {}
+    fn grant(&self, _: &[HandOutRun]) {}
+
+    fn fence(&self) -> Result<(), Errno> {
+        Ok(())
+    }
+}
+
+/// Has what it was given.
+#[derive(Debug, Default)]
+struct Has(std::sync::Mutex<std::collections::BTreeSet<u64>>);
+
+impl Subscriber for Has {
+    fn revoke(&self, runs: &[HandOutRun], ack: Ack) {
+        let mut has = self.0.lock().unwrap();
+        runs.iter().flat_map(|run| run.pages.iter()).for_each(|it| assert!(has.remove(&it.get())));
+        assert_eq!(ack.let_go(), Heard::InTime);
+    }
+
+    fn grant(&self, runs: &[HandOutRun]) {
+        let mut has = self.0.lock().unwrap();
+        runs.iter().flat_map(|run| run.pages.iter()).for_each(|it| assert!(has.insert(it.get())));
+    }
+}
+
+#[test]
+fn subscribers_of_both_sides_lose_it_and_nothing_beside() {
+    for backing in BACKINGS {
+        let pool = pool(backing, 1);
+        let memfd = shared(&pool, FOLIO, FolioSize::Huge2M).unwrap();
+        write(&memfd, memfd.pages(), 1);
+        let _ = memfd.convert(range(8, 8), Visibility::Private, PRESERVE).unwrap();
+        let has = [(); 2].map(|()| std::sync::Arc::new(Has::default()));
+        let subscriptions = [Visibility::Shared, Visibility::Private].map(|side| {
+            let who = std::sync::Arc::clone(&has[usize::from(side == Visibility::Private)]);
+            memfd.subscribe_with(who as _, SubscribeOptions::default().side(side)).unwrap()
+        });
+        [4, 9].into_iter().for_each(|page| memfd.report_memory_failure(at(page)).unwrap());
+        let [shared, private] = has.each_ref().map(|has| has.0.lock().unwrap().clone());
+        let all_but =
+            |of: std::ops::Range<u64>, less: u64| of.filter(|&it| it != less).collect::<Vec<_>>();
+        assert!(private.into_iter().eq(all_but(8..16, 9)), "{backing}");
+        let mut left = all_but(0..FOLIO, 4);
+        left.retain(|page| !(8..16).contains(page));
+        assert!(shared.into_iter().eq(left), "{backing}");
+        assert_clean(&pool, &[&memfd]);
+        drop(subscriptions);
+        assert!(has.iter().all(|has| has.0.lock().unwrap().is_empty()));
+    }
 }
 
 #[test]

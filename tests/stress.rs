@@ -16,11 +16,11 @@ use std::time::{Duration, Instant};
 
 use common::Capability;
 use gmem::addr::{ByteSize, Offset, Pgoff};
-use gmem::error::{Errno, ErrorKind};
+use gmem::error::ErrorKind;
 use gmem::range::PgoffRange;
 use gmem::{
-    ArenaBacking, CancelToken, ContentPolicy, ConvertOptions, FolioPool, GuestMemfd, HostView,
-    PinMode, Subscriber, Visibility, Wait,
+    Ack, ArenaBacking, CancelToken, ContentPolicy, ConvertOptions, FolioPool, GuestMemfd,
+    HandOutRun, Heard, HostView, PinMode, Subscriber, Visibility, Wait,
 };
 
 const SECRET: u8 = 0x5e;
@@ -43,16 +43,16 @@ impl Guest {
 }
 
 impl Subscriber for Guest {
-    fn revoke(&self, pages: &[PgoffRange]) -> Result<(), Errno> {
-        for page in pages.iter().flat_map(PgoffRange::iter) {
+    fn revoke(&self, runs: &[HandOutRun], ack: Ack) {
+        for page in runs.iter().flat_map(|run| run.pages.iter()) {
             assert!(self.granted[page.get() as usize].swap(false, Ordering::Relaxed));
             self.write(page, SECRET);
         }
-        Ok(())
+        assert_eq!(ack.let_go(), Heard::InTime);
     }
 
-    fn grant(&self, pages: &[PgoffRange]) {
-        for page in pages.iter().flat_map(PgoffRange::iter) {
+    fn grant(&self, runs: &[HandOutRun]) {
+        for page in runs.iter().flat_map(|run| run.pages.iter()) {
             self.write(page, 0);
             assert!(!self.granted[page.get() as usize].swap(true, Ordering::Relaxed));
         }
@@ -188,6 +188,8 @@ fn object() -> (FolioPool, GuestMemfd, HostView) {
     let builder = GuestMemfd::builder(ByteSize::from_pages(NR_PAGES));
     let memfd = builder.initial(Visibility::Shared).create(&pool).unwrap();
     let view = memfd.map_view().unwrap();
+    // A subscriber is told of what is there.
+    memfd.allocate(memfd.pages()).unwrap();
     (pool, memfd, view)
 }
 

@@ -16,10 +16,9 @@ use gmem::audit;
 use gmem::error::{Errno, ErrorKind};
 use gmem::failpoint::{FailPoint, arm};
 use gmem::geometry::FolioSize;
-use gmem::range::PgoffRange;
 use gmem::{
-    ArenaBacking, Commitment, ContentPolicy, FolioPool, GuestMemfd, PartSpec, Scrubber, Subscriber,
-    Visibility, Zone,
+    Ack, ArenaBacking, Commitment, ContentPolicy, FolioPool, GuestMemfd, HandOutRun, PartSpec,
+    Scrubber, Subscriber, Visibility, Zone,
 };
 use taint::{assert_nobodys, assert_owners, at, range, write};
 
@@ -310,11 +309,15 @@ fn after_a_scrubber_died_at_work() {
 struct Panics;
 
 impl Subscriber for Panics {
-    fn revoke(&self, _: &[PgoffRange]) -> Result<(), Errno> {
+    fn revoke(&self, _: &[HandOutRun], _: Ack) {
         panic!("a subscriber is broken");
     }
 
-    fn grant(&self, _: &[PgoffRange]) {}
+    fn grant(&self, _: &[HandOutRun]) {}
+
+    fn fence(&self) -> Result<(), Errno> {
+        Ok(())
+    }
 }
 
 #[test]

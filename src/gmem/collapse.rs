@@ -61,9 +61,7 @@ impl Inner {
                 .freeze(reader, &[pages], Wanted::All, &Wait::never())
                 .map_err(|stop| self.stopped(op, Some(pages), stop))?;
             let outcome = self.collapse_frozen(layout, slot, pfn);
-            // Conversions need the lock to go on, so nothing turns private between the two.
             frozen.thaw();
-            self.show_shared(layout, pages);
             outcome.map_err(|error| error.of(op).on(pages))
         })
     }
@@ -73,10 +71,11 @@ impl Inner {
         let frames = PfnRange::new(pfn, pages.nr_pages())?;
         // The kernel would copy what cannot be read.
         self.check_sound(op, pages, pfn)?;
-        let shared = self.shared_runs(op, pages)?;
-        self.revoke_from_subscribers(op, layout, &shared)?;
+        self.take_back(op, layout, &[pages])?;
         let outcome = self.hide(layout, pages).and_then(|()| self.arena.collapse(frames));
-        self.grant_to_subscribers(layout, &shared);
+        // Before anybody can pin them, who would rely on finding them there.
+        self.show_shared(layout, pages);
+        self.grant_again(layout, &[pages]);
         outcome
     }
 }

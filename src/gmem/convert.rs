@@ -5,7 +5,7 @@ use std::num::NonZeroU32;
 use std::ops::Deref;
 
 use super::layout::{HidesIfPanicking, Layout};
-use super::object::{GuestMemfd, Inner};
+use super::object::{GuestMemfd, Inner, Sides};
 use crate::error::{Errno, Error, ErrorKind, Op};
 use crate::failpoint::{FailPoint, fails};
 use crate::geometry::FolioSize;
@@ -93,7 +93,8 @@ impl GuestMemfd {
     /// or [`ErrorKind::SubscriberRefused`] with the errno of whoever refused;
     /// [`ErrorKind::Exhausted`] or [`ErrorKind::Os`] where a view or the host's memory is at its
     /// limits; [`ErrorKind::MissingCapability`] if the kernel refuses membarrier(2) that it granted
-    /// before. All is as before then, but that pages which were to be shown in views may have got their
+    /// before; [`ErrorKind::Unsupported`] if the sides of the object are [fixed](Sides::Fixed). All is as
+    /// before then, but that pages which were to be shown in views may have got their
     /// folios, which read as zeroes.
     pub fn convert(
         &self,
@@ -125,6 +126,10 @@ impl GuestMemfd {
             Visibility::Shared => Op::ConvertToShared,
         };
         ranges.iter().try_for_each(|&range| object.check_range(op, range))?;
+        if object.sides == Sides::Fixed {
+            return Err(Error::new(op, ErrorKind::Unsupported)
+                .because("the object was created with sides that stay as they are"));
+        }
         let ranges = ascending(op, ranges)?;
         loop {
             if to == Visibility::Private {
@@ -320,16 +325,21 @@ impl Inner {
             return Err(Error::new(op, ErrorKind::MissingCapability)
                 .because("membarrier(2) is refused since it was registered"));
         }
-        self.revoke_from_subscribers(op, layout, frozen.runs())?;
+        self.take_back(op, layout, frozen.runs())?;
         let hidden = frozen.runs().iter().try_for_each(|&run| self.hide(layout, run));
         let outcome = hidden.and_then(|()| {
             self.move_pages(op, layout, &guest, frozen, content, |hypervisor, prepare| {
                 hypervisor.make_private(&guest, prepare)
             })
         });
-        if outcome.is_err() {
-            frozen.runs().iter().for_each(|&run| self.show(layout, run, &[]));
-            self.grant_to_subscribers(layout, frozen.runs());
+        match outcome {
+            // Not yet published: afterwards another conversion could take them back, and this came too late.
+            Ok(Settled::Yes) => self.grant_as(layout, Visibility::Private, frozen.runs()),
+            Ok(Settled::No) => {}
+            Err(_) => {
+                frozen.runs().iter().for_each(|&run| self.show(layout, run, &[]));
+                self.grant_again(layout, frozen.runs());
+            }
         }
         outcome.map_err(|error| error.of(op))
     }
@@ -343,9 +353,15 @@ impl Inner {
         content: ContentPolicy,
     ) -> Result<(), Error> {
         let outcome = self.guest_runs(op, layout, frozen.runs()).and_then(|guest| {
-            self.move_pages(op, layout, &guest, &frozen, content, |hypervisor, prepare| {
-                hypervisor.make_shared(&guest, prepare)
-            })
+            self.take_back(op, layout, frozen.runs())?;
+            let moved =
+                self.move_pages(op, layout, &guest, &frozen, content, |hypervisor, prepare| {
+                    hypervisor.make_shared(&guest, prepare)
+                });
+            if moved.is_err() {
+                self.grant_again(layout, frozen.runs());
+            }
+            moved
         });
         match outcome {
             Ok(Settled::Yes) => {
@@ -354,7 +370,7 @@ impl Inner {
                 for &run in frozen.runs() {
                     self.show(layout, run, frozen.runs());
                 }
-                self.grant_to_subscribers(layout, frozen.runs());
+                self.grant_as(layout, Visibility::Shared, frozen.runs());
                 // Without the barrier blocks stay split, and that is all.
                 if frozen.could_merge() {
                     let _ = frozen.wait_for_sections(reader);

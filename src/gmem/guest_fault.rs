@@ -1,6 +1,7 @@
 //! The door for hypervisors: where a guest sees the object, and what happens when it touches a page
 //! that its stage 2 does not have yet.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Weak;
 
 use super::layout::Binding;
@@ -27,25 +28,40 @@ impl GuestMemfd {
         let op = Op::BindSlot;
         self.0.check_range(op, pages)?;
         GfnRange::new(gfn, pages.nr_pages()).map_err(|error| error.of(op).on(pages))?;
-        let mut layout = self.0.layout.write();
+        let object = &*self.0;
+        let mut layout = object.layout.write();
         let exists = |why| Err(Error::new(op, ErrorKind::Exists).on(pages).because(why));
         let taken = layout.bindings.iter().any(|(_, b)| b.pages.intersection(&pages).is_some());
         if taken {
             return exists("part of it is bound already");
         }
-        match &layout.vm {
-            Some(other) if !layout.bindings.is_empty() && !Weak::ptr_eq(other, &vm) => {
-                return exists("the object is bound to another machine");
-            }
-            _ => layout.vm = Some(vm),
+        let is_other = |other: &Weak<dyn Stage2>| !Weak::ptr_eq(other, &vm);
+        if !layout.bindings.is_empty() && layout.vm.as_ref().is_some_and(is_other) {
+            return exists("the object is bound to another machine");
         }
-        Ok(BindingId(layout.bindings.insert(Binding { pages, gfn })))
+        // Subscribers are to find the pages at other places.
+        object.take_back(op, &layout, &[pages]).map_err(|error| error.on(pages))?;
+        layout.vm = Some(vm);
+        let id = layout.bindings.insert(Binding { pages, gfn });
+        object.grant_again(&layout, &[pages]);
+        Ok(BindingId(id))
     }
 
     /// Ends a binding. The hypervisor has given the memory back before.
     pub(crate) fn unbind(&self, id: BindingId) {
         let mut layout = self.0.layout.write();
+        let pages = layout.bindings.get(id.0).map(|binding| binding.pages);
+        // A subscriber that refuses goes on with the places that it knows, which does no harm: the pages are
+        // as much its to see as before. Neither does one that panics, as long as it does not end a drop.
+        let retold = pages.filter(|_| !layout.subscribers.is_empty()).filter(|&pages| {
+            let take_back = || self.0.take_back(Op::BindSlot, &layout, &[pages]).is_ok();
+            catch_unwind(AssertUnwindSafe(take_back)).unwrap_or(false)
+        });
         layout.bindings.try_remove(id.0);
+        if let Some(pages) = retold {
+            let grant = || self.0.grant_again(&layout, &[pages]);
+            let _ = catch_unwind(AssertUnwindSafe(grant));
+        }
         if layout.bindings.is_empty() {
             layout.vm = None;
         }

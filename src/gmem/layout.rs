@@ -11,7 +11,7 @@ use slab::Slab;
 
 use super::host_view::{NotInstalled, ViewMap};
 use super::object::{Inner, runs};
-use super::subscriber::Subscriber;
+use super::subscriber::HandOut;
 use crate::addr::{Gfn, Pfn, Pgoff};
 use crate::error::{Error, ErrorKind, Op};
 use crate::failpoint::{FailPoint, fails};
@@ -32,7 +32,7 @@ pub(super) struct Binding {
 pub(super) struct Layout {
     pub(super) views: Slab<Arc<ViewMap>>,
     pub(super) bindings: Slab<Binding>,
-    pub(super) subscribers: Slab<Arc<dyn Subscriber>>,
+    pub(super) subscribers: Slab<HandOut>,
     /// The one virtual machine that the bindings are of. Not kept alive: it keeps the object alive.
     pub(super) vm: Option<Weak<dyn Stage2>>,
 }
@@ -138,14 +138,17 @@ impl Inner {
             undo(taken);
             return Err(error.on(range));
         }
-        for (slot, pfn) in taken {
-            self.frames.set(&slot, Some(pfn));
+        for (slot, pfn) in &taken {
+            self.frames.set(slot, Some(*pfn));
             self.show_shared(layout, slot.pages());
         }
+        // When all are the object's: a subscriber may panic.
+        taken.iter().for_each(|(slot, _)| self.grant_again(layout, &[slot.pages()]));
         for (holes, _) in self.frames.holes(range) {
             // Before it can be reached: the map first, then the views.
             self.frames.fill(holes);
             self.show_shared(layout, holes);
+            self.grant_again(layout, &[holes]);
         }
         Ok(())
     }

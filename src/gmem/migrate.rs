@@ -186,8 +186,6 @@ impl Inner {
                 return Err(misplaced(op).on(slot.pages()));
             }
             let outcome = self.migrate_frozen(reader, layout, &mut frozen, slot, (old, to));
-            // Before anybody can pin them, who would rely on finding them there.
-            self.show_shared(layout, slot.pages());
             frozen.thaw();
             outcome.map_err(|error| error.of(op).on(slot.pages()))?;
             Ok(Moved::Yes)
@@ -207,12 +205,13 @@ impl Inner {
         if fails(FailPoint::Barrier) || !frozen.wait_for_sections(reader) {
             return Err(Error::new(op, ErrorKind::MissingCapability).because("membarrier(2)"));
         }
-        let shared = self.shared_runs(op, slot.pages())?;
-        self.revoke_from_subscribers(op, layout, &shared)?;
+        self.take_back(op, layout, &[slot.pages()])?;
         let outcome = self
             .hide(layout, slot.pages())
             .and_then(|()| self.replace(layout, &guest, slot, (old, to)));
-        self.grant_to_subscribers(layout, &shared);
+        // Before anybody can pin them, who would rely on finding them there.
+        self.show_shared(layout, slot.pages());
+        self.grant_again(layout, &[slot.pages()]);
         outcome
     }
 

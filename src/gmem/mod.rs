@@ -12,7 +12,9 @@
 //! | `pin` | where a pin is taken, and by whom |
 //! | `access` | checked reads, writes and atomics of the host |
 //! | `host_view` | the object mapped into the VMM, where private memory faults |
-//! | `subscriber` | those who are told which pages are shared |
+//! | `subscriber` | those who are told which pages they may let others at |
+//! | `handout` | what they are given: runs of pages with their frames |
+//! | `revoke` | taking pages back from them, and giving them |
 //! | `guest_fault` | the door for hypervisors: memslots, and the faults of guests |
 //! | `invariants` | what must hold of an object: its part of the audit |
 //! | `layout` | what all of these change together: folios, views and bindings, under one lock |
@@ -22,6 +24,7 @@ mod allocate;
 mod collapse;
 mod convert;
 mod guest_fault;
+mod handout;
 mod host_view;
 mod invariants;
 mod layout;
@@ -30,14 +33,19 @@ mod object;
 mod pin;
 mod poison;
 mod punch;
+mod revoke;
 mod subscriber;
 
 pub use collapse::Collapse;
 pub use convert::{ContentPolicy, Conversion, ConvertOptions};
 pub(crate) use guest_fault::BindingId;
+pub use handout::HandOutRun;
+pub(crate) use handout::leaves;
 pub use host_view::{HostView, Touch};
 pub use migrate::Migration;
-pub use object::{GuestMemfd, GuestMemfdBuilder, ObjectStat, PageInfo, PageStatus, Residency};
+pub use object::{
+    GuestMemfd, GuestMemfdBuilder, ObjectStat, PageInfo, PageStatus, Residency, Sides,
+};
 pub use pin::{OwnerTag, PinGuard, PinMode};
 pub use punch::Punched;
-pub use subscriber::{Subscriber, Subscription};
+pub use subscriber::{OnSilence, SubscribeOptions, Subscriber, Subscription};

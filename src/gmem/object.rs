@@ -36,6 +36,7 @@ pub struct GuestMemfd(pub(super) Arc<Inner>);
 
 pub(super) struct Inner {
     pub(super) name: Box<str>,
+    pub(super) sides: Sides,
     pub(super) private: PlacedPrivate,
     pub(super) zones: Box<[Zone]>,
     pub(super) pages: PgoffRange,
@@ -57,11 +58,22 @@ pub(super) enum PlacedPrivate {
     Checked(PrivatePlacement),
 }
 
+/// Whether pages may change sides.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Sides {
+    /// They may.
+    #[default]
+    Convertible,
+    /// They stay what they are at first. What is shared may be [pinned for good](crate::PinMode::LongTerm).
+    Fixed,
+}
+
 /// What to create; from [`GuestMemfd::builder`].
 #[derive(Clone, Debug)]
 pub struct GuestMemfdBuilder {
     size: ByteSize,
     initial: Visibility,
+    sides: Sides,
     folio_size: FolioSize,
     name: String,
     zones: Vec<Zone>,
@@ -105,6 +117,13 @@ impl GuestMemfdBuilder {
     #[must_use]
     pub fn initial(mut self, visibility: Visibility) -> Self {
         self.initial = visibility;
+        self
+    }
+
+    /// Whether pages may change sides; they may unless said otherwise.
+    #[must_use]
+    pub fn sides(mut self, sides: Sides) -> Self {
+        self.sides = sides;
         self
     }
 
@@ -163,6 +182,7 @@ impl GuestMemfdBuilder {
             false => PlacedPrivate::Anywhere,
         };
         let inner = Arc::new(Inner {
+            sides: self.sides,
             private,
             zones: self.zones.into_boxed_slice(),
             pages,
@@ -251,6 +271,7 @@ impl GuestMemfd {
         GuestMemfdBuilder {
             size,
             initial: Visibility::default(),
+            sides: Sides::default(),
             folio_size: FolioSize::default(),
             name: String::from("guest"),
             zones: vec![Zone::default()],
@@ -493,10 +514,15 @@ impl fmt::Debug for Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        let layout = self.layout.read();
+        let is_lost = |side| layout.subscribers.iter().any(|(_, it)| it.is_lost(side));
         for slot in self.frames.shape().slots(self.pages) {
             let Some(pfn) = self.frames.get(&slot) else { continue };
             // A pin whose guard was forgotten may be a device that is still at work there.
-            let unknown = |word: Word| word.phase() == Phase::Quarantined || word.is_held();
+            // So may be one whose subscriber has never let go.
+            let unknown = |word: Word| {
+                word.phase() == Phase::Quarantined || word.is_held() || is_lost(word.visibility())
+            };
             let spans = self.spans(slot.pages()).filter(|&(_, word)| unknown(word));
             // What failed is out of use by itself.
             let failed = self.reservation.failed_in(pfn, slot.pages().nr_pages());

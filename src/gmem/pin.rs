@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::object::{GuestMemfd, Inner};
+use super::object::{GuestMemfd, Inner, Sides};
 use crate::addr::Pgoff;
 use crate::error::{Error, ErrorKind, Op};
 use crate::range::PgoffRange;
@@ -21,6 +21,9 @@ pub enum PinMode {
     Counted,
     /// The only one: refused if there is any other, and refuses every other.
     Exclusive,
+    /// One of several, for as long as a device exists. Only where nothing is ever
+    /// [converted](crate::GuestMemfdBuilder::sides): elsewhere a [hand-out](GuestMemfd::subscribe) is the way.
+    LongTerm,
 }
 
 /// The name of somebody who takes pins, registered with one object.
@@ -39,6 +42,8 @@ enum Hold {
     Range = 1,
     /// By the exclusive bit of those.
     Exclusive = 2,
+    /// As a range, for good.
+    LongTerm = 3,
 }
 
 /// What a record says of a pin besides its pages: the owner's number, and in the lowest two bits the
@@ -56,7 +61,8 @@ impl Hold {
         match id.0 & ((1 << Self::BITS) - 1) {
             0 => Self::Page,
             1 => Self::Range,
-            _ => Self::Exclusive,
+            2 => Self::Exclusive,
+            _ => Self::LongTerm,
         }
     }
 
@@ -137,7 +143,8 @@ impl GuestMemfd {
     /// [`ErrorKind::OutOfRange`]; [`ErrorKind::NotFound`] for a tag of another object;
     /// [`ErrorKind::NotShared`], [`ErrorKind::Busy`] (being converted, pinned exclusively, or for an
     /// exclusive pin pinned at all), [`ErrorKind::Saturated`] (65,535 pins on a page) or
-    /// [`ErrorKind::Quarantined`], each with the first culprit; [`ErrorKind::Exhausted`].
+    /// [`ErrorKind::Quarantined`], each with the first culprit; [`ErrorKind::Convertible`] for a pin for good
+    /// on an object that may be converted; [`ErrorKind::Exhausted`].
     #[inline]
     pub fn pin(
         &self,
@@ -191,12 +198,16 @@ impl GuestMemfd {
         let (op, hold) = match mode {
             PinMode::Counted => (Op::Pin, Hold::Range),
             PinMode::Exclusive => (Op::PinExclusive, Hold::Exclusive),
+            PinMode::LongTerm => (Op::Pin, Hold::LongTerm),
         };
         object.check_range(op, range)?;
         if owner.object != object.ledger.id {
             return Err(Error::new(op, ErrorKind::NotFound)
                 .on(range)
                 .because("the owner tag is another object's"));
+        }
+        if hold == Hold::LongTerm && object.sides == Sides::Convertible {
+            return Err(Error::new(op, ErrorKind::Convertible).on(range));
         }
         let id = hold.with_owner(owner.owner);
         let mut layout = None;
@@ -232,7 +243,7 @@ impl GuestMemfd {
 impl Inner {
     fn take(&self, local: &Local, range: PgoffRange, hold: Hold) -> Result<(), Stop> {
         let counted = match hold {
-            Hold::Page | Hold::Range => self.tree.pin(&local.reader, range),
+            Hold::Page | Hold::Range | Hold::LongTerm => self.tree.pin(&local.reader, range),
             Hold::Exclusive => self.tree.pin_exclusive(&local.reader, range),
         };
         counted.map(|_| ())
@@ -289,6 +300,7 @@ impl<M: Borrow<GuestMemfd>> PinGuard<M> {
         match Hold::of(self.record.owner()) {
             Hold::Page | Hold::Range => PinMode::Counted,
             Hold::Exclusive => PinMode::Exclusive,
+            Hold::LongTerm => PinMode::LongTerm,
         }
     }
 
@@ -302,7 +314,7 @@ impl<M: Borrow<GuestMemfd>> PinGuard<M> {
     fn unpin_range(&self) {
         let (tree, range) = (&self.memfd().0.tree, self.range());
         with_local(|local| match self.mode() {
-            PinMode::Counted => tree.unpin(&local.reader, range),
+            PinMode::Counted | PinMode::LongTerm => tree.unpin(&local.reader, range),
             PinMode::Exclusive => tree.unpin_exclusive(&local.reader, range),
         });
     }
@@ -321,7 +333,7 @@ impl<M: Borrow<GuestMemfd>> Drop for PinGuard<M> {
     fn drop(&mut self) {
         match Hold::of(self.record.owner()) {
             Hold::Page => self.memfd().0.tree.unpin_page(self.record.start()),
-            Hold::Range | Hold::Exclusive => self.unpin_range(),
+            Hold::Range | Hold::Exclusive | Hold::LongTerm => self.unpin_range(),
         }
         self.record.clear();
     }

@@ -75,10 +75,10 @@ impl Inner {
             if fails(FailPoint::Barrier) || !frozen.wait_for_sections(reader) {
                 return Err(Error::new(op, ErrorKind::MissingCapability).because("membarrier(2)"));
             }
-            let shared = self.shared_runs(op, pages)?;
-            self.revoke_from_subscribers(op, layout, &shared)?;
+            self.take_back(op, layout, &[pages])?;
             if let Err(error) = self.hide(layout, pages) {
-                self.grant_to_subscribers(layout, &shared);
+                self.show_beside(layout, pages);
+                self.grant_again(layout, &[pages]);
                 return Err(error);
             }
             if let Some(hypervisor) = layout.hypervisor() {

@@ -92,8 +92,6 @@ impl GuestMemfd {
             let _hidden = HidesIfPanicking { object, layout };
             let (mut frozen, reach) = object.freeze_to_punch(reader, range)?;
             let outcome = object.punch_frozen(reader, layout, &mut frozen, range, reach);
-            // Before anybody can pin them, who would rely on finding them there.
-            object.show_shared(layout, range);
             frozen.thaw();
             outcome.map_err(|error| error.on(range))
         })
@@ -170,14 +168,12 @@ impl Inner {
         if fails(FailPoint::Barrier) || !frozen.wait_for_sections(reader) {
             return Err(Error::new(op, ErrorKind::MissingCapability).because("membarrier(2)"));
         }
-        let shared = match layout.subscribers.is_empty() {
-            true => Vec::new(),
-            false => self.shared_runs(op, range)?,
-        };
-        self.revoke_from_subscribers(op, layout, &shared)?;
+        self.take_back(op, layout, &[range])?;
         let outcome = self.punch_revoked(op, layout, &guest, range, reach);
-        // Before the thaw, as a conversion does.
-        self.grant_to_subscribers(layout, &shared);
+        // Before the thaw, as a conversion does: who pins them then relies on finding them there. What is a hole
+        // now is not given.
+        self.show_shared(layout, range);
+        self.grant_again(layout, &[range]);
         outcome
     }
 

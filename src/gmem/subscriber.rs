@@ -1,102 +1,199 @@
-//! Those who are told which pages the host may see: an IOMMU that maps them for devices, for one.
+//! Those who are told which pages they may let others at: an IOMMU that maps them for devices, for one.
+//! design/handout.md has the protocol.
 
 use std::fmt;
-use std::sync::Arc;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc as StdArc;
+use std::time::Duration;
 
-use super::layout::Layout;
-use super::object::{GuestMemfd, Inner, runs};
-use crate::error::{Errno, Error, ErrorKind, Op};
-use crate::failpoint::{FailPoint, fails};
-use crate::range::PgoffRange;
-use crate::state::{Phase, Visibility};
+use super::handout::HandOutRun;
+use super::object::GuestMemfd;
+use crate::error::{Errno, Error};
+use crate::state::{Ack, Line, Standing, Visibility};
+use crate::sync::Arc;
 
-/// Somebody who lets others at the shared pages of an object, and must follow when they change sides.
+/// Somebody who lets others at pages of an object, and must follow when they change sides, move or go.
 ///
-/// Pages are taken away before they turn private and given when they have been shared. A hole punch takes
-/// shared pages away and gives them again, since the memory behind them may be another's by then. The
-/// calls come with locks of the object held: an implementation calls nothing of the object. If one panics,
-/// the pages are quarantined, and what the other subscribers have been told about them so far stands.
+/// It is told of exactly those pages that are on its side and have memory: taken away before they leave it,
+/// given when they have come. A page that moves to another frame is taken and given again.
+///
+/// The calls come with locks of the object held: an implementation calls nothing of the object, and nobody
+/// who is to [answer](Ack) waits for something that allocates, punches, migrates or converts. Calls about
+/// the same page come one after the other, and are to be carried out in that order, also by whoever does so
+/// later. If one panics, the pages are quarantined, and what other subscribers have been told about them
+/// so far stands.
 pub trait Subscriber: Send + Sync + fmt::Debug {
-    /// Takes pages away. When this returns `Ok`, nobody reaches them through here any more.
+    /// Takes runs away. The answer is [given](Ack) when nobody reaches them through here any more: in this
+    /// call, or later by another thread.
+    ///
+    /// If it comes later than [agreed](SubscribeOptions::answer_within), and the conversion is refused for it,
+    /// the runs are granted again, in a call that follows this one.
+    fn revoke(&self, runs: &[HandOutRun], ack: Ack);
+
+    /// Gives runs: they are on this side now, or they are again, because a conversion that had revoked them
+    /// was undone.
+    fn grant(&self, runs: &[HandOutRun]);
+
+    /// Cuts off all access at once, whatever has been granted: by detaching the domain, for one, or by
+    /// turning the devices' bus mastering off. May be called more than once. When this returns `Ok`, nobody reaches anything through
+    /// here any more.
     ///
     /// # Errors
-    /// Whatever stands in the way. The pages are as before then, and so is the conversion.
-    fn revoke(&self, pages: &[PgoffRange]) -> Result<(), Errno>;
+    /// Whatever stands in the way; `EOPNOTSUPP` unless there is a way to do this.
+    fn fence(&self) -> Result<(), Errno> {
+        Err(Errno::EOPNOTSUPP)
+    }
+}
 
-    /// Gives pages: they are shared now, or they are again, because a conversion that had revoked them
-    /// was undone.
-    fn grant(&self, pages: &[PgoffRange]);
+/// What becomes of a conversion if a subscriber does not answer in time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum OnSilence {
+    /// It is refused.
+    #[default]
+    RefuseConversion,
+    /// The subscriber is [cut off](Subscriber::fence), and the conversion goes on. If that fails, it is refused.
+    FenceOff,
+}
+
+/// What a subscriber wants: to see what is shared, and a second to answer, unless said otherwise.
+#[derive(Clone, Debug)]
+pub struct SubscribeOptions {
+    name: StdArc<str>,
+    pub(super) side: Visibility,
+    pub(super) answer_within: Duration,
+    pub(super) on_silence: OnSilence,
+}
+
+impl Default for SubscribeOptions {
+    fn default() -> Self {
+        Self {
+            name: "a subscriber".into(),
+            side: Visibility::Shared,
+            answer_within: Duration::from_secs(1),
+            on_silence: OnSilence::default(),
+        }
+    }
+}
+
+impl SubscribeOptions {
+    /// A name for errors.
+    #[must_use]
+    pub fn name(mut self, name: &str) -> Self {
+        self.name = name.into();
+        self
+    }
+
+    /// Which pages it is told of: the shared ones, or for devices that the guest trusts, the private ones.
+    #[must_use]
+    pub fn side(mut self, side: Visibility) -> Self {
+        self.side = side;
+        self
+    }
+
+    /// How long a conversion waits for its answer. Meanwhile nothing else changes what pages there are: a
+    /// guest that touches memory for the first time waits as well.
+    #[must_use]
+    pub fn answer_within(mut self, time: Duration) -> Self {
+        self.answer_within = time;
+        self
+    }
+
+    /// What happens if it does not answer.
+    #[must_use]
+    pub fn on_silence(mut self, what: OnSilence) -> Self {
+        self.on_silence = what;
+        self
+    }
+}
+
+/// A subscriber, as the object keeps it.
+#[derive(Debug)]
+pub(super) struct HandOut {
+    pub(super) subscriber: StdArc<dyn Subscriber>,
+    pub(super) options: SubscribeOptions,
+    pub(super) line: Arc<Line>,
+}
+
+impl HandOut {
+    pub(super) fn name(&self) -> &str {
+        &self.options.name
+    }
+
+    /// Whether it may reach pages of this side, and nobody will ever know.
+    pub(super) fn is_lost(&self, side: Visibility) -> bool {
+        self.options.side == side && self.line.standing() == Standing::Lost
+    }
 }
 
 /// A subscriber is told until this is dropped. It keeps the object alive.
+///
+/// When it is dropped the subscriber is asked to let go of everything, and cut off if it does not. Should
+/// that fail as well, nobody knows what it still reaches: then no page of its side changes any more, and the
+/// memory is not recycled when the object goes.
+///
+/// The thread that drops it may wait for the answer, so it is not the one that answers.
 #[derive(Debug)]
 #[must_use = "the subscription ends when it is dropped"]
 pub struct Subscription {
     memfd: GuestMemfd,
+    line: Arc<Line>,
     key: usize,
 }
 
 impl GuestMemfd {
-    /// Tells `subscriber` from now on which pages it may let others at, and at once which these are.
+    /// Tells `subscriber` from now on which shared pages it may let others at, and at once which these are.
     ///
     /// # Errors
-    /// [`ErrorKind::Exhausted`].
-    pub fn subscribe(&self, subscriber: Arc<dyn Subscriber>) -> Result<Subscription, Error> {
+    /// [`ErrorKind::Exhausted`](crate::error::ErrorKind::Exhausted).
+    pub fn subscribe(&self, subscriber: StdArc<dyn Subscriber>) -> Result<Subscription, Error> {
+        self.subscribe_with(subscriber, SubscribeOptions::default())
+    }
+
+    /// [`subscribe`](Self::subscribe), but for other pages or on other terms.
+    ///
+    /// # Errors
+    /// As [`subscribe`](Self::subscribe).
+    pub fn subscribe_with(
+        &self,
+        subscriber: StdArc<dyn Subscriber>,
+        options: SubscribeOptions,
+    ) -> Result<Subscription, Error> {
         let object = &*self.0;
+        let line = Arc::new(Line::new());
+        let hand_out = HandOut { subscriber, options, line: Arc::clone(&line) };
         // No conversion tells anybody anything meanwhile. One that waits for the lock has changed no
         // page's side yet, and tells the newcomer too.
         let mut layout = object.layout.write();
-        let shared = object.shared_runs(Op::Subscribe, object.pages)?;
-        subscriber.grant(&shared);
-        let key = layout.subscribers.insert(subscriber);
-        Ok(Subscription { memfd: self.clone(), key })
+        object.grant_all(&layout, &hand_out);
+        let key = layout.subscribers.insert(hand_out);
+        Ok(Subscription { memfd: self.clone(), line, key })
+    }
+}
+
+impl Subscription {
+    /// How things stand: [`Standing::Told`], or [`Standing::FencedOff`] since it did not answer.
+    pub fn standing(&self) -> Standing {
+        self.line.standing()
     }
 }
 
 impl Drop for Subscription {
     fn drop(&mut self) {
-        self.memfd.0.layout.write().subscribers.try_remove(self.key);
-    }
-}
-
-impl Inner {
-    /// What of a range the host may see, as runs; with the layout locked for writing.
-    pub(super) fn shared_runs(&self, op: Op, range: PgoffRange) -> Result<Vec<PgoffRange>, Error> {
-        let mut shared = Vec::new();
-        let sides = self.spans(range).map(|(pages, word)| {
-            let is_shared = word.visibility() == Visibility::Shared;
-            (pages, is_shared && word.phase() != Phase::Quarantined)
-        });
-        for (pages, _) in runs(sides).filter(|&(_, is_shared)| is_shared) {
-            if fails(FailPoint::Memory) || shared.try_reserve(1).is_err() {
-                return Err(Error::new(op, ErrorKind::Exhausted));
-            }
-            shared.push(pages);
-        }
-        Ok(shared)
-    }
-
-    /// Takes frozen pages away from every subscriber, or from none.
-    pub(super) fn revoke_from_subscribers(
-        &self,
-        op: Op,
-        layout: &Layout,
-        pages: &[PgoffRange],
-    ) -> Result<(), Error> {
-        for (key, subscriber) in &layout.subscribers {
-            if let Err(errno) = subscriber.revoke(pages) {
-                let before = layout.subscribers.iter().take_while(|&(other, _)| other != key);
-                before.for_each(|(_, subscriber)| subscriber.grant(pages));
-                return Err(Error::new(op, ErrorKind::SubscriberRefused).errno_is(errno));
-            }
-        }
-        Ok(())
-    }
-
-    /// Gives frozen pages to every subscriber.
-    pub(super) fn grant_to_subscribers(&self, layout: &Layout, pages: &[PgoffRange]) {
-        for (_, subscriber) in &layout.subscribers {
-            subscriber.grant(pages);
+        let object = &*self.memfd.0;
+        // A conversion that waits for an answer has the lock, and the answer may never come any more.
+        self.line.leave();
+        let mut layout = object.layout.write();
+        self.line.stay();
+        let Some(hand_out) = layout.subscribers.get(self.key) else { return };
+        // Somebody who panics has not let go.
+        let asked = catch_unwind(AssertUnwindSafe(|| object.take_all_back(&layout, hand_out)));
+        let is_gone = matches!(asked, Ok(true)) || {
+            let cut = catch_unwind(AssertUnwindSafe(|| hand_out.subscriber.fence()));
+            matches!(cut, Ok(Ok(())))
+        };
+        match is_gone {
+            true => drop(layout.subscribers.try_remove(self.key)),
+            false => self.line.lose(),
         }
     }
 }

@@ -6,6 +6,7 @@
 //! | `exit` | why a vCPU stops, and what its VMM can do about it |
 //! | `hypercall` | what a guest's registers ask for |
 //! | [`pkvm`] | the hypervisor behind them, after pKVM: who owns which page |
+//! | [`iommu`] | devices, and the domain that maps memory for them |
 //!
 //! ```
 //! use gmem::addr::{ByteSize, Gfn, Ipa, Offset};
@@ -40,6 +41,7 @@
 
 mod exit;
 mod hypercall;
+pub mod iommu;
 pub mod pkvm;
 mod vcpu;
 

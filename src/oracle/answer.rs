@@ -62,6 +62,7 @@ pub(super) fn refused(op: Op, kind: ErrorKind) -> Refused {
         ErrorKind::Cancelled => Errno::ECANCELED,
         ErrorKind::Exhausted => Errno::ENOMEM,
         ErrorKind::NotFound => Errno::ENOENT,
+        ErrorKind::Convertible => Errno::EOPNOTSUPP,
         _ => Errno::EINVAL,
     };
     Refused { op, kind, errno, range: None, culprits: Vec::new() }

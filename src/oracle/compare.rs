@@ -1,6 +1,6 @@
 //! Everything that can be seen from outside, compared.
 
-use super::answer::{Answer, first_difference};
+use super::answer::{Answer, PageFacts, first_difference};
 use super::mistake::Mistake;
 use super::model::Model;
 use super::real::{Real, Trouble};
@@ -114,14 +114,17 @@ fn compare_state(
     same(&named("the counters"), &model.object_facts(object), &real.object_facts(object)?)?;
     let sides = Answer::Sides(model.sides(object, all));
     answers(named("the visibility"), &sides, &real.sides(object, range)?)?;
-    let pages = Answer::Pages(model.facts(object, all));
+    let facts = model.facts(object, all);
+    let pages = Answer::Pages(facts.clone());
     answers(named("the pages"), &pages, &real.pages(object, range)?)?;
-    if let Some(told) = real.told(object) {
+    for side in [Visibility::Shared, Visibility::Private] {
+        let Some(told) = real.told(object, side) else { continue };
         let everything = model.errs(Mistake::SubscribersKeepPrivatePages);
-        let wanted: Vec<u64> = match everything {
-            true => (0..all.1).collect(),
-            false => shared_pages(model, object).collect(),
-        };
+        let is_told =
+            |facts: &PageFacts| facts.resident && (everything || facts.visibility == side);
+        let wanted = facts.iter().filter(|(_, facts)| is_told(facts));
+        let wanted: Vec<u64> =
+            wanted.flat_map(|&((start, nr_pages), _)| start..start + nr_pages).collect();
         if let Some((wanted, told)) = first_difference(&wanted, &told) {
             return Err(Difference::new(named("what a subscriber has"), wanted, told));
         }

@@ -323,12 +323,15 @@ impl Model {
         }
         let range = born(range)?;
         let op = match mode {
-            PinMode::Counted => Op::Pin,
+            PinMode::Counted | PinMode::LongTerm => Op::Pin,
             PinMode::Exclusive => Op::PinExclusive,
         };
         self.object(object)?.inside(op, range)?;
         if of != object {
             return Err(refused(op, ErrorKind::NotFound).on(range));
+        }
+        if mode == PinMode::LongTerm {
+            return Err(refused(op, ErrorKind::Convertible).on(range));
         }
         for page in pages_of(range) {
             if self.object(object)?.is(page, Visibility::Private)

@@ -11,15 +11,15 @@ use super::facts::{ObjectFacts, PoolFacts};
 use super::step::{How, Owner, STRANGER, Step, pattern};
 use crate::addr::{ByteSize, Offset, Pgoff};
 use crate::backing::ArenaBacking;
-use crate::error::{Errno, Error, ErrorKind};
+use crate::error::{Error, ErrorKind};
 use crate::folio::FolioPool;
 use crate::geometry::FolioSize;
 use crate::gmem::{
-    ConvertOptions, GuestMemfd, HostView, PageInfo, PageStatus, PinGuard, PinMode, Residency,
-    Subscriber, Subscription,
+    ConvertOptions, GuestMemfd, HandOutRun, HostView, PageInfo, PageStatus, PinGuard, PinMode,
+    Residency, SubscribeOptions, Subscriber, Subscription,
 };
 use crate::range::PgoffRange;
-use crate::state::{CancelToken, Visibility, Wait};
+use crate::state::{Ack, CancelToken, Visibility, Wait};
 
 /// What a buffer holds before it is read into.
 const UNTOUCHED: u8 = 0xa5;
@@ -27,8 +27,9 @@ const UNTOUCHED: u8 = 0xa5;
 #[derive(Debug)]
 struct RealObject {
     /// With what it has been told of: a subscription keeps the object alive, as a handle does.
-    handle: Option<(GuestMemfd, Subscription)>,
-    told: Arc<Told>,
+    handle: Option<(GuestMemfd, [Subscription; 2])>,
+    /// What subscribers of either side have been told.
+    told: [Arc<Told>; 2],
     views: Vec<HostView>,
 }
 
@@ -37,22 +38,24 @@ struct RealObject {
 struct Told(Mutex<BTreeSet<u64>>);
 
 impl Told {
-    fn each(&self, pages: &[PgoffRange], seen: impl Fn(&mut BTreeSet<u64>, u64)) {
+    fn each(&self, runs: &[HandOutRun], seen: impl Fn(&mut BTreeSet<u64>, u64)) {
         let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        pages.iter().flat_map(PgoffRange::iter).for_each(|page| seen(&mut told, page.get()));
+        let pages = runs.iter().flat_map(|run| run.pages.iter());
+        pages.for_each(|page| seen(&mut told, page.get()));
     }
 }
 
 impl Subscriber for Told {
-    fn revoke(&self, pages: &[PgoffRange]) -> Result<(), Errno> {
-        self.each(pages, |told, page| {
+    fn revoke(&self, runs: &[HandOutRun], ack: Ack) {
+        self.each(runs, |told, page| {
             told.remove(&page);
         });
-        Ok(())
+        // Nobody gives up on it within this call.
+        let _ = ack.let_go();
     }
 
-    fn grant(&self, pages: &[PgoffRange]) {
-        self.each(pages, |told, page| {
+    fn grant(&self, runs: &[HandOutRun]) {
+        self.each(runs, |told, page| {
             told.insert(page);
         });
     }
@@ -153,10 +156,15 @@ impl Real {
             .or_else(by_pin)
     }
 
-    /// The pages that a subscriber of the object has, as long as it has a handle.
-    pub(super) fn told(&self, object: usize) -> Option<Vec<u64>> {
+    /// The pages that a subscriber of this side has of the object, as long as that has a handle.
+    pub(super) fn told(&self, object: usize, side: Visibility) -> Option<Vec<u64>> {
         let it = self.objects.get(object).filter(|it| it.handle.is_some())?;
-        Some(it.told.0.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect())
+        let [shared, private] = &it.told;
+        let told = match side {
+            Visibility::Shared => shared,
+            Visibility::Private => private,
+        };
+        Some(told.0.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect())
     }
 
     pub(super) fn views(&self, object: usize) -> &[HostView] {
@@ -271,9 +279,14 @@ impl Real {
         if memfd.size().get() != bytes || memfd.pages().len_bytes().get() != bytes {
             return nonsense(format!("{bytes:#x} bytes wanted, {} made", memfd.size()));
         }
-        let told = Arc::new(Told::default());
-        let subscription = memfd.subscribe(Arc::clone(&told) as _)?;
-        let handle = Some((memfd, subscription));
+        let told = [(); 2].map(|()| Arc::new(Told::default()));
+        let [shared, private] = &told;
+        let of_private = SubscribeOptions::default().side(Visibility::Private);
+        let subscriptions = [
+            memfd.subscribe(Arc::clone(shared) as _)?,
+            memfd.subscribe_with(Arc::clone(private) as _, of_private)?,
+        ];
+        let handle = Some((memfd, subscriptions));
         self.objects.push(RealObject { handle, told, views: Vec::new() });
         Ok(())
     }

@@ -40,6 +40,10 @@ pub enum Flaw {
     LooksOnce,
     /// A conversion looks again outside of a section.
     TouchesWithoutSection,
+    /// A late answer of a subscriber passes for the answer to the next question.
+    QuestionsWithoutNumbers,
+    /// A question is given up on some time after the look that found no answer.
+    GivesUpAfterTheLook,
     /// Neither side of a grace period runs a fence. With membarrier readers run none; models seed this
     /// where the words alone have to order what happens.
     SectionsWithoutFences,

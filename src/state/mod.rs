@@ -15,6 +15,7 @@
 //! | `epoch` | grace periods: who is inside an access right now |
 //! | `holders` | who holds which pins, for whoever asks |
 //! | `waiting` | sleeping until something becomes possible; deadlines and cancellation |
+//! | `line` | asking a subscriber to let go, and its answer |
 //! | `process` | the process's one epoch domain, a reader for each thread |
 //! | `flaw` | mistakes that models seed |
 
@@ -30,6 +31,7 @@ mod flaw;
 mod freeze;
 mod frozen;
 mod holders;
+mod line;
 mod process;
 mod rules;
 mod shape;
@@ -43,6 +45,8 @@ pub(crate) use flaw::{Flaw, seeded};
 pub(crate) use freeze::Wanted;
 pub(crate) use frozen::Frozen;
 pub(crate) use holders::{ObjectId, OwnerId, Record};
+pub use line::{Ack, Heard, Standing};
+pub(crate) use line::{Line, Outcome, Question};
 pub(crate) use process::{Local, each_holder, enter_section, waiters, with_local, with_reader};
 pub(crate) use rules::Refusal;
 pub(crate) use shape::Shape;
@@ -63,6 +67,7 @@ pub mod modelled {
     pub use super::freeze::Wanted;
     pub use super::frozen::Frozen;
     pub use super::holders::{Holders, ObjectId, OwnerId, Record, Records};
+    pub use super::line::{Ack, Heard, Line, Outcome, Question, Standing};
     pub use super::rules::Refusal;
     pub use super::shape::Shape;
     pub use super::tree::{Counted, Stop, Tree};

@@ -16,6 +16,7 @@
 //! | `transient` | transient accesses against a conversion |
 //! | `handover` | who sees whose bytes when memory changes hands |
 //! | `quarantine` | a change that was given up half way |
+//! | `handout` | a device, and the subscriber that is to let go of its pages |
 //! | `holders` | who holds a pin, asked while records are written |
 //! | `pool` | a pool's frames under takers, scrubbers and first touches |
 //! | `exploration` | is any order left out? |
@@ -26,6 +27,7 @@ mod border;
 mod drain;
 mod exclusive;
 mod exploration;
+mod handout;
 mod handover;
 mod holders;
 mod merge;

@@ -1,0 +1,608 @@
+//! Hand-outs: who is told what and when, and what becomes of a conversion whose subscriber refuses, does not
+//! answer, answers too late, leaves or breaks. design/handout.md has the table.
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use gmem::addr::{ByteSize, Gfn, Offset, Pfn, Pgoff};
+use gmem::audit;
+use gmem::error::{Errno, ErrorKind};
+use gmem::hyp::pkvm::Hypervisor;
+use gmem::range::PgoffRange;
+use gmem::{
+    Ack, ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, HandOutRun, Heard, OnSilence,
+    PartSpec, PinMode, Residency, Sides, Standing, SubscribeOptions, Subscriber, Visibility, Zone,
+};
+
+const PRESERVE: ContentPolicy = ContentPolicy::Preserve;
+const SHARED: Visibility = Visibility::Shared;
+const PRIVATE: Visibility = Visibility::Private;
+/// Longer than any test: what takes that long has not ended by itself.
+const LONG: Duration = Duration::from_secs(60);
+const SHORT: Duration = Duration::from_millis(20);
+
+fn range(start: u64, nr_pages: u64) -> PgoffRange {
+    PgoffRange::new(Pgoff::new(start), nr_pages).unwrap()
+}
+
+/// How a subscriber takes it to be asked.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+enum Mood {
+    #[default]
+    LetGo,
+    Refuse,
+    /// Lets go, and answers when the test says so.
+    Keep,
+    /// Loses the means to answer.
+    Lose,
+    Panic,
+}
+
+/// Keeps account of what it has, and breaks if it is told nonsense.
+#[derive(Debug, Default)]
+struct Book {
+    has: Mutex<BTreeMap<u64, (Pfn, Option<Gfn>)>>,
+    mood: Mutex<Mood>,
+    acks: Mutex<Vec<Ack>>,
+    fence: Mutex<Option<Errno>>,
+    calls: Mutex<Vec<(&'static str, u64)>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn pages_of(runs: &[HandOutRun]) -> impl Iterator<Item = (u64, (Pfn, Option<Gfn>))> {
+    runs.iter().flat_map(|run| {
+        let frames = run.frames.iter().enumerate();
+        run.pages.iter().zip(frames).map(|(page, (nth, frame))| {
+            (page.get(), (frame, run.guest.map(|gfn| gfn.checked_add(nth as u64).unwrap())))
+        })
+    })
+}
+
+impl Book {
+    fn new() -> Arc<Self> {
+        let book = Self::default();
+        *lock(&book.fence) = Some(Errno::EOPNOTSUPP);
+        Arc::new(book)
+    }
+
+    fn is(&self, mood: Mood) {
+        *lock(&self.mood) = mood;
+    }
+
+    fn fences(&self, outcome: Result<(), Errno>) {
+        *lock(&self.fence) = outcome.err();
+    }
+
+    fn pages(&self) -> Vec<u64> {
+        lock(&self.has).keys().copied().collect()
+    }
+
+    fn calls(&self) -> Vec<(&'static str, u64)> {
+        std::mem::take(&mut *lock(&self.calls))
+    }
+
+    fn ack(&self) -> Option<Ack> {
+        lock(&self.acks).pop()
+    }
+
+    fn was_called(&self, what: &'static str, runs: &[HandOutRun]) {
+        let nr_pages = runs.iter().map(|run| run.pages.nr_pages()).sum();
+        lock(&self.calls).push((what, nr_pages));
+    }
+}
+
+impl Subscriber for Book {
+    fn revoke(&self, runs: &[HandOutRun], ack: Ack) {
+        self.was_called("revoke", runs);
+        let mood = *lock(&self.mood);
+        if matches!(mood, Mood::LetGo | Mood::Keep) {
+            let mut has = lock(&self.has);
+            for (page, what) in pages_of(runs) {
+                assert_eq!(has.remove(&page), Some(what), "{page:#x} was taken");
+            }
+        }
+        match mood {
+            Mood::LetGo => assert_eq!(ack.let_go(), Heard::InTime),
+            Mood::Refuse => assert_eq!(ack.refuse(Errno::EBUSY), Heard::InTime),
+            Mood::Keep => lock(&self.acks).push(ack),
+            Mood::Lose => drop(ack),
+            Mood::Panic => panic!("a subscriber is broken"),
+        }
+    }
+
+    fn grant(&self, runs: &[HandOutRun]) {
+        self.was_called("grant", runs);
+        let is_strict = matches!(*lock(&self.mood), Mood::LetGo | Mood::Keep);
+        let mut has = lock(&self.has);
+        for (page, what) in pages_of(runs) {
+            let before = has.insert(page, what);
+            assert!(before.is_none() || !is_strict, "{page:#x} was given twice");
+        }
+    }
+
+    fn fence(&self) -> Result<(), Errno> {
+        self.was_called("fence", &[]);
+        lock(&self.has).clear();
+        lock(&self.fence).map_or(Ok(()), Err)
+    }
+}
+
+fn object(nr_pages: u64) -> (FolioPool, GuestMemfd) {
+    let pool = FolioPool::new(ArenaBacking::Heap, ByteSize::from_pages(nr_pages)).unwrap();
+    let builder = GuestMemfd::builder(ByteSize::from_pages(nr_pages)).initial(SHARED);
+    let memfd = builder.create(&pool).unwrap();
+    memfd.allocate(memfd.pages()).unwrap();
+    (pool, memfd)
+}
+
+fn options() -> SubscribeOptions {
+    SubscribeOptions::default().name("vfio0")
+}
+
+/// The pages that somebody on this side is to have.
+fn on_side(memfd: &GuestMemfd, side: Visibility) -> Vec<u64> {
+    let infos = memfd.snapshot(memfd.pages()).unwrap();
+    infos
+        .filter(|(_, info)| info.visibility == side && info.residency == Residency::Resident)
+        .flat_map(|(pages, _)| pages.iter().map(Pgoff::get).collect::<Vec<_>>())
+        .collect()
+}
+
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) % end
+    }
+}
+
+#[test]
+fn whatever_happens_each_side_has_exactly_its_pages_that_are_there() {
+    let megabytes = ByteSize::from_mib;
+    let pool = FolioPool::builder()
+        .part(PartSpec::new([ArenaBacking::Heap], megabytes(8)), Zone::Normal)
+        .part(PartSpec::new([ArenaBacking::Heap], megabytes(8)), Zone::Movable)
+        .create()
+        .unwrap();
+    let memfd = GuestMemfd::builder(ByteSize::from_pages(2 * 512 + 16))
+        .zones(&[Zone::Movable, Zone::Normal])
+        .initial(SHARED)
+        .create(&pool)
+        .unwrap();
+    let books = [Book::new(), Book::new()];
+    let _one = memfd.subscribe_with(Arc::clone(&books[0]) as _, options()).unwrap();
+    let private = options().side(PRIVATE);
+    let _other = memfd.subscribe_with(Arc::clone(&books[1]) as _, private).unwrap();
+    let mut random = Random(0x5eed);
+    let mut nr_done = [0; 6];
+    for _ in 0..600 {
+        let start = random.below(2 * 512 + 15);
+        let pages = range(start, 1 + random.below((2 * 512 + 16 - start).min(600)));
+        let what = random.below(6) as usize;
+        let done = match what {
+            0 => memfd.convert(pages, PRIVATE, PRESERVE).map(|_| ()),
+            1 => memfd.convert(pages, SHARED, ContentPolicy::Zero).map(|_| ()),
+            2 => memfd.punch_hole(pages).map(|_| ()),
+            3 => memfd.allocate(range(start, 1)),
+            4 => memfd.write(pages.start_offset(), &[1]),
+            _ => {
+                let to = [Zone::Normal, Zone::Movable][random.below(2) as usize];
+                memfd.migrate(pages, to).map(|_| ())
+            }
+        };
+        nr_done[what] += u32::from(done.is_ok());
+        for (book, side) in books.iter().zip([SHARED, PRIVATE]) {
+            assert_eq!(book.pages(), on_side(&memfd, side), "{side} after {what} of {pages}");
+        }
+    }
+    assert!(nr_done.iter().all(|&nr| nr > 0), "{nr_done:?}");
+    let frames: Vec<_> = books.iter().flat_map(|book| lock(&book.has).clone()).collect();
+    let mut distinct: Vec<_> = frames.iter().map(|(_, (frame, _))| *frame).collect();
+    distinct.sort();
+    distinct.dedup();
+    assert_eq!(distinct.len(), frames.len(), "a frame is handed out for two pages");
+    assert_eq!(audit::check(&pool, &[&memfd]).to_string(), "clean");
+}
+
+#[test]
+fn whole_folios_come_as_one_run_and_cut_into_leaves_of_2_mib() {
+    let (_pool, memfd) = object(4 * 512 + 3);
+    let book = Book::new();
+    let _it = memfd.subscribe(Arc::clone(&book) as _).unwrap();
+    let frames: Vec<Pfn> = lock(&book.has).values().map(|(frame, _)| *frame).collect();
+    let run = |start: u64, nr_pages: u64| HandOutRun {
+        pages: range(start, nr_pages),
+        frames: gmem::range::PfnRange::new(frames[start as usize], nr_pages).unwrap(),
+        guest: None,
+    };
+    // Aligned alike: a page, a folio, the rest.
+    let whole = run(511, 514);
+    let at = |page: u64| Gfn::new(frames[0].get() + page);
+    let sizes: Vec<u64> = whole.leaves(at(511)).map(|(_, leaf)| leaf.pages.nr_pages()).collect();
+    assert_eq!(sizes, [1, 512, 1]);
+    let askew: Vec<_> = whole.leaves(at(512)).collect();
+    assert_eq!(askew.len(), 514, "a device that finds it askew has no larger leaf");
+    assert_eq!(askew[513].1, run(511 + 513, 1));
+    let joined: u64 = book.calls().iter().map(|(_, nr_pages)| nr_pages).sum();
+    assert_eq!(joined, 4 * 512 + 3);
+}
+
+#[test]
+fn a_refusal_on_either_side_undoes_everything_and_says_who() {
+    for (side, to) in [(SHARED, PRIVATE), (PRIVATE, SHARED)] {
+        let (_pool, memfd) = object(16);
+        let _ = memfd.convert(memfd.pages(), side, PRESERVE).unwrap();
+        let books = [Book::new(), Book::new(), Book::new()];
+        let subscribe = |book: &Arc<Book>| {
+            memfd.subscribe_with(Arc::clone(book) as _, options().side(side)).unwrap()
+        };
+        let _all: Vec<_> = books.iter().map(subscribe).collect();
+        books[1].is(Mood::Refuse);
+        for book in &books {
+            book.calls();
+        }
+        let error = memfd.convert(range(3, 4), to, PRESERVE).unwrap_err();
+        assert_eq!((error.kind(), error.errno()), (ErrorKind::SubscriberRefused, Errno::EBUSY));
+        assert!(error.to_string().contains("vfio0 does not let go"), "{error}");
+        assert_eq!(on_side(&memfd, side).len(), 16);
+        assert_eq!(books[0].calls(), [("revoke", 4), ("grant", 4)]);
+        assert_eq!(books[1].calls(), [("revoke", 4)]);
+        assert_eq!(books[2].calls(), [("revoke", 4), ("grant", 4)]);
+        assert!(books.iter().all(|book| book.pages().len() == 16));
+        books[1].is(Mood::LetGo);
+        let _ = memfd.convert(range(3, 4), to, PRESERVE).unwrap();
+        assert!(books.iter().all(|book| book.pages().len() == 12));
+    }
+}
+
+#[test]
+fn an_answer_may_come_later_from_another_thread() {
+    let (_pool, memfd) = object(16);
+    let book = Book::new();
+    let _it = memfd.subscribe_with(Arc::clone(&book) as _, options().answer_within(LONG)).unwrap();
+    book.is(Mood::Keep);
+    let answered = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let ack = loop {
+                match book.ack() {
+                    Some(ack) => break ack,
+                    None => thread::yield_now(),
+                }
+            };
+            thread::sleep(SHORT);
+            assert_eq!(on_side(&memfd, SHARED).len(), 16, "nothing has happened yet");
+            // What is not asked for goes on meanwhile.
+            memfd.read(Offset::new(8 << 12), &mut [0; 8]).unwrap();
+            answered.store(true, Ordering::SeqCst);
+            assert_eq!(ack.let_go(), Heard::InTime);
+        });
+        let _ = memfd.convert(range(0, 4), PRIVATE, PRESERVE).unwrap();
+        assert!(answered.load(Ordering::SeqCst));
+    });
+    book.is(Mood::LetGo);
+}
+
+#[test]
+fn silence_refuses_the_conversion_and_a_late_answer_is_nobodys() {
+    let (_pool, memfd) = object(16);
+    let book = Book::new();
+    let _it = memfd.subscribe_with(Arc::clone(&book) as _, options().answer_within(SHORT)).unwrap();
+    book.calls();
+    book.is(Mood::Keep);
+    let begin = Instant::now();
+    let error = memfd.convert(range(0, 4), PRIVATE, PRESERVE).unwrap_err();
+    assert!(begin.elapsed() >= SHORT);
+    assert_eq!((error.kind(), error.errno()), (ErrorKind::SubscriberRefused, Errno::ETIMEDOUT));
+    assert!(error.to_string().contains("vfio0 did not answer"), "{error}");
+    assert_eq!(on_side(&memfd, SHARED).len(), 16);
+    // In this order: it carries out the revoke late, and then the grant.
+    assert_eq!(book.calls(), [("revoke", 4), ("grant", 4)]);
+    let late = book.ack().unwrap();
+    // The next question is not answered by the late answer to this one.
+    let error = thread::scope(|scope| {
+        let next = scope.spawn(|| memfd.convert(range(0, 4), PRIVATE, PRESERVE).unwrap_err());
+        let ack = loop {
+            match book.ack() {
+                Some(ack) => break ack,
+                None => thread::yield_now(),
+            }
+        };
+        assert_eq!(late.let_go(), Heard::TooLate);
+        let error = next.join().unwrap();
+        assert_eq!(ack.let_go(), Heard::TooLate);
+        error
+    });
+    assert_eq!(error.errno(), Errno::ETIMEDOUT);
+    book.is(Mood::LetGo);
+    assert_eq!(book.pages().len(), 16);
+    let _ = memfd.convert(range(0, 4), PRIVATE, PRESERVE).unwrap();
+}
+
+#[test]
+fn who_does_not_answer_is_fenced_off_and_told_nothing_until_it_comes_again() {
+    for mood in [Mood::Keep, Mood::Lose] {
+        let (_pool, memfd) = object(16);
+        let (book, other) = (Book::new(), Book::new());
+        let terms = options().answer_within(SHORT).on_silence(OnSilence::FenceOff);
+        let it = memfd.subscribe_with(Arc::clone(&book) as _, terms.clone()).unwrap();
+        let _other = memfd.subscribe(Arc::clone(&other) as _).unwrap();
+        book.fences(Ok(()));
+        book.is(mood);
+        book.calls();
+        let _ = memfd.convert(range(0, 4), PRIVATE, PRESERVE).unwrap();
+        assert_eq!(book.calls(), [("revoke", 4), ("fence", 0)]);
+        assert_eq!(it.standing(), Standing::FencedOff);
+        if let Some(late) = book.ack() {
+            assert_eq!(late.refuse(Errno::EBUSY), Heard::TooLate);
+        }
+        let _ = memfd.convert(range(8, 4), PRIVATE, PRESERVE).unwrap();
+        let _ = memfd.convert(range(0, 4), SHARED, PRESERVE).unwrap();
+        let _ = memfd.punch_hole(range(5, 1)).unwrap();
+        drop(it);
+        assert_eq!(book.calls(), [], "it is told nothing");
+        book.is(Mood::LetGo);
+        let it = memfd.subscribe_with(Arc::clone(&book) as _, terms).unwrap();
+        assert_eq!(it.standing(), Standing::Told);
+        assert_eq!(book.pages(), on_side(&memfd, SHARED));
+        assert_eq!(other.pages(), on_side(&memfd, SHARED));
+    }
+}
+
+#[test]
+fn a_fence_that_fails_refuses_the_conversion() {
+    let (_pool, memfd) = object(16);
+    let (book, other) = (Book::new(), Book::new());
+    let terms = options().answer_within(SHORT).on_silence(OnSilence::FenceOff);
+    let _other = memfd.subscribe(Arc::clone(&other) as _).unwrap();
+    let it = memfd.subscribe_with(Arc::clone(&book) as _, terms).unwrap();
+    book.fences(Err(Errno::ENODEV));
+    book.is(Mood::Lose);
+    let error = memfd.convert(range(0, 4), PRIVATE, PRESERVE).unwrap_err();
+    assert_eq!((error.kind(), error.errno()), (ErrorKind::SubscriberRefused, Errno::ENODEV));
+    assert!(error.to_string().contains("cannot be fenced off"), "{error}");
+    assert_eq!(it.standing(), Standing::Told);
+    assert_eq!(other.pages().len(), 16);
+    // Nobody is cut off for a conversion that another one refuses.
+    other.is(Mood::Refuse);
+    book.fences(Ok(()));
+    book.calls();
+    let error = memfd.convert(range(0, 4), PRIVATE, PRESERVE).unwrap_err();
+    assert_eq!(error.errno(), Errno::EBUSY);
+    assert_eq!(book.calls(), [("revoke", 4), ("grant", 4)]);
+    other.is(Mood::LetGo);
+}
+
+#[test]
+fn a_lost_answer_is_not_waited_for() {
+    let (_pool, memfd) = object(16);
+    let book = Book::new();
+    let _it = memfd.subscribe_with(Arc::clone(&book) as _, options().answer_within(LONG)).unwrap();
+    book.is(Mood::Lose);
+    let begin = Instant::now();
+    let error = memfd.convert(range(0, 4), PRIVATE, PRESERVE).unwrap_err();
+    assert_eq!(error.errno(), Errno::ETIMEDOUT);
+    assert!(begin.elapsed() < LONG / 2);
+    book.is(Mood::LetGo);
+}
+
+#[test]
+fn a_subscription_that_is_dropped_in_the_middle_ends_the_wait() {
+    for on_silence in [OnSilence::RefuseConversion, OnSilence::FenceOff] {
+        let (_pool, memfd) = object(16);
+        let book = Book::new();
+        let terms = options().answer_within(LONG).on_silence(on_silence);
+        let it = memfd.subscribe_with(Arc::clone(&book) as _, terms).unwrap();
+        book.fences(Ok(()));
+        book.is(Mood::Keep);
+        let begin = Instant::now();
+        thread::scope(|scope| {
+            let converts = scope.spawn(|| memfd.convert(range(0, 4), PRIVATE, PRESERVE));
+            while lock(&book.acks).is_empty() {
+                thread::yield_now();
+            }
+            book.is(Mood::LetGo);
+            drop(it);
+            match on_silence {
+                OnSilence::RefuseConversion => {
+                    let error = converts.join().unwrap().unwrap_err();
+                    assert_eq!(error.errno(), Errno::ETIMEDOUT);
+                }
+                OnSilence::FenceOff => assert!(converts.join().unwrap().is_ok()),
+            }
+        });
+        assert!(begin.elapsed() < LONG / 2);
+        assert!(book.pages().is_empty(), "it has let go of everything");
+        assert_eq!(book.ack().unwrap().let_go(), Heard::TooLate);
+        let _ = memfd.convert(memfd.pages(), PRIVATE, PRESERVE).unwrap();
+    }
+}
+
+#[test]
+fn who_leaves_without_letting_go_holds_its_pages_for_good() {
+    for mood in [Mood::Refuse, Mood::Lose, Mood::Keep, Mood::Panic] {
+        let (pool, memfd) = object(16);
+        let _ = memfd.convert(range(12, 4), PRIVATE, PRESERVE).unwrap();
+        let book = Book::new();
+        let terms = options().answer_within(SHORT);
+        let it = memfd.subscribe_with(Arc::clone(&book) as _, terms).unwrap();
+        book.is(mood);
+        drop(it);
+        let error = memfd.convert(range(0, 4), PRIVATE, PRESERVE).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::SubscriberRefused);
+        assert!(error.to_string().contains("vfio0 has left"), "{error}");
+        assert_eq!(memfd.punch_hole(range(0, 1)).unwrap_err().kind(), ErrorKind::SubscriberRefused);
+        drop(memfd);
+        assert_eq!(pool.stat().quarantined, ByteSize::from_pages(12));
+        assert_eq!(pool.stat().free, ByteSize::from_pages(4));
+    }
+    // Who can be cut off does not.
+    let (pool, memfd) = object(16);
+    let book = Book::new();
+    let it = memfd.subscribe(Arc::clone(&book) as _).unwrap();
+    book.is(Mood::Refuse);
+    book.fences(Ok(()));
+    drop(it);
+    let _ = memfd.convert(memfd.pages(), PRIVATE, PRESERVE).unwrap();
+    drop(memfd);
+    assert_eq!(pool.stat().free, ByteSize::from_pages(16));
+}
+
+#[test]
+fn a_panic_while_others_were_asked_leaves_the_pages_to_nobody() {
+    let (_pool, memfd) = object(16);
+    let (slow, broken) = (Book::new(), Book::new());
+    let terms = options().answer_within(LONG);
+    let _slow = memfd.subscribe_with(Arc::clone(&slow) as _, terms.clone()).unwrap();
+    let _broken = memfd.subscribe_with(Arc::clone(&broken) as _, terms).unwrap();
+    slow.is(Mood::Keep);
+    broken.is(Mood::Panic);
+    let convert = || memfd.convert(range(0, 4), PRIVATE, PRESERVE);
+    assert!(catch_unwind(AssertUnwindSafe(convert)).is_err());
+    assert_eq!(memfd.stat().quarantined, ByteSize::from_pages(4));
+    assert_eq!(slow.ack().unwrap().let_go(), Heard::TooLate);
+    [slow, broken].iter().for_each(|book| book.is(Mood::LetGo));
+    // Quarantined pages are not given to newcomers.
+    let newcomer = Book::new();
+    let _newcomer = memfd.subscribe(Arc::clone(&newcomer) as _).unwrap();
+    assert_eq!(newcomer.pages(), (4..16).collect::<Vec<_>>());
+}
+
+#[cfg(feature = "oracle")]
+#[test]
+fn without_memory_nobody_is_asked() {
+    use gmem::failpoint::{FailPoint, arm};
+
+    let (_pool, memfd) = object(16);
+    let books = [Book::new(), Book::new()];
+    let subscribe = |book: &Arc<Book>| memfd.subscribe(Arc::clone(book) as _).unwrap();
+    let _all: Vec<_> = books.iter().map(subscribe).collect();
+    let mut nr_refused = 0;
+    loop {
+        books.iter().for_each(|book| drop(book.calls()));
+        let armed = arm(FailPoint::Memory, nr_refused);
+        let outcome = memfd.convert(range(0, 4), PRIVATE, PRESERVE);
+        if !armed.has_fired() {
+            assert!(outcome.is_ok());
+            break;
+        }
+        assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Exhausted);
+        assert!(books.iter().all(|book| book.calls().is_empty() && book.pages().len() == 16));
+        nr_refused += 1;
+    }
+    assert!(nr_refused >= 3, "{nr_refused}");
+    for point in [FailPoint::Barrier, FailPoint::Memory] {
+        let _armed = arm(point, 0);
+        assert!(memfd.punch_hole(range(8, 1)).is_err());
+        assert!(books.iter().all(|book| book.pages().len() == 12));
+    }
+}
+
+/// A newcomer misses nothing and is told nothing twice, whatever is under way.
+#[test]
+fn registration_falls_between_conversions() {
+    let (_pool, memfd) = object(256);
+    let over = AtomicBool::new(false);
+    let nr_converted = thread::scope(|scope| {
+        let converters: Vec<_> = (0..2)
+            .map(|seed| {
+                let (memfd, over) = (&memfd, &over);
+                scope.spawn(move || {
+                    let mut random = Random(seed + 77);
+                    let mut nr_done = 0;
+                    while !over.load(Ordering::Relaxed) {
+                        let start = random.below(250);
+                        let pages = range(start, 1 + random.below(6));
+                        let to = [SHARED, PRIVATE][random.below(2) as usize];
+                        let done = match random.below(8) {
+                            0 => memfd.punch_hole(pages).is_ok(),
+                            1 => memfd.allocate(pages).is_ok(),
+                            _ => memfd.convert(pages, to, PRESERVE).is_ok(),
+                        };
+                        nr_done += u32::from(done);
+                    }
+                    nr_done
+                })
+            })
+            .collect();
+        for round in 0..300 {
+            let side = [SHARED, PRIVATE][round % 2];
+            let book = Book::new();
+            let it = memfd.subscribe_with(Arc::clone(&book) as _, options().side(side)).unwrap();
+            if round % 3 == 0 {
+                thread::yield_now();
+            }
+            // The book breaks if it is told twice; what it is left with is known when all is still.
+            drop(it);
+            assert!(book.pages().is_empty(), "a page came without being taken");
+        }
+        let last = [Book::new(), Book::new()];
+        let subscribe = |(book, side): (&Arc<Book>, Visibility)| {
+            memfd.subscribe_with(Arc::clone(book) as _, options().side(side)).unwrap()
+        };
+        let _all: Vec<_> = last.iter().zip([SHARED, PRIVATE]).map(subscribe).collect();
+        thread::sleep(SHORT);
+        over.store(true, Ordering::Relaxed);
+        let done = converters.into_iter().map(|it| it.join().unwrap()).sum::<u32>();
+        for (book, side) in last.iter().zip([SHARED, PRIVATE]) {
+            assert_eq!(book.pages(), on_side(&memfd, side));
+        }
+        done
+    });
+    assert!(nr_converted > 100, "{nr_converted}");
+}
+
+#[test]
+fn runs_say_where_the_guest_sees_them_also_when_memslots_come_and_go() {
+    let (pool, memfd) = object(16);
+    let book = Book::new();
+    let _it = memfd.subscribe(Arc::clone(&book) as _).unwrap();
+    let vm = Hypervisor::new(&pool).unwrap().create_vm().unwrap();
+    let seen_at = |page: u64| lock(&book.has).get(&page).unwrap().1;
+    assert_eq!(seen_at(4), None);
+    vm.bind(Gfn::new(0x100), &memfd, range(4, 4)).unwrap();
+    vm.bind(Gfn::new(0x900), &memfd, range(8, 2)).unwrap();
+    assert_eq!(
+        [3, 4, 7, 8, 9, 10].map(seen_at).map(|gfn| gfn.map_or(0, Gfn::get)),
+        [0, 0x100, 0x103, 0x900, 0x901, 0]
+    );
+    let _ = memfd.convert(range(6, 4), PRIVATE, PRESERVE).unwrap();
+    assert_eq!(seen_at(5), Some(Gfn::new(0x101)));
+    book.is(Mood::Refuse);
+    let error = vm.bind(Gfn::new(0x1000), &memfd, range(12, 2)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::SubscriberRefused);
+    book.is(Mood::LetGo);
+    vm.bind(Gfn::new(0x1000), &memfd, range(12, 2)).unwrap();
+    drop(vm);
+    assert!((0..4).chain(10..16).all(|page| seen_at(page).is_none()));
+}
+
+#[test]
+fn pins_for_good_are_for_memory_whose_sides_are_fixed() {
+    let (pool, memfd) = object(16);
+    let owner = memfd.register_owner("vfio0").unwrap();
+    let error = memfd.pin(range(0, 1), owner, PinMode::LongTerm).unwrap_err();
+    assert_eq!((error.kind(), error.errno()), (ErrorKind::Convertible, Errno::EOPNOTSUPP));
+    assert!(error.to_string().contains("handed out"), "{error}");
+    drop(memfd);
+    let builder = GuestMemfd::builder(ByteSize::from_pages(16)).initial(SHARED);
+    let memfd = builder.sides(Sides::Fixed).create(&pool).unwrap();
+    let owner = memfd.register_owner("vfio0").unwrap();
+    let pin = memfd.pin(memfd.pages(), owner, PinMode::LongTerm).unwrap();
+    assert_eq!(pin.mode(), PinMode::LongTerm);
+    assert_eq!(memfd.stat().pinned, ByteSize::from_pages(16));
+    let error = memfd.convert(range(0, 1), PRIVATE, PRESERVE).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    drop(pin);
+    assert_eq!(memfd.stat().pinned, ByteSize::default());
+}
