@@ -3,10 +3,10 @@
 
 use std::sync::Weak;
 
-use super::layout::Binding;
+use super::layout::{Binding, Layout};
 use super::object::GuestMemfd;
 use crate::addr::{Gfn, Pgoff};
-use crate::error::{Error, ErrorKind, Found, Op};
+use crate::error::{Errno, Error, ErrorKind, Found, Op};
 use crate::range::{GfnRange, PgoffRange};
 use crate::stage2::Stage2;
 use crate::state::{Phase, Visibility};
@@ -35,7 +35,9 @@ impl GuestMemfd {
         }
         match &layout.vm {
             Some(other) if !layout.bindings.is_empty() && !Weak::ptr_eq(other, &vm) => {
-                return exists("the object is bound to another machine");
+                // Not EEXIST: the kernel takes it for a file that is none of this machine's.
+                return exists("the object is bound to another machine")
+                    .map_err(|error| error.errno_is(Errno::EINVAL));
             }
             _ => layout.vm = Some(vm),
         }
@@ -44,11 +46,27 @@ impl GuestMemfd {
 
     /// Ends a binding. The hypervisor has given the memory back before.
     pub(crate) fn unbind(&self, id: BindingId) {
-        let mut layout = self.0.layout.write();
-        layout.bindings.try_remove(id.0);
-        if layout.bindings.is_empty() {
-            layout.vm = None;
+        remove(&mut self.0.layout.write(), id);
+    }
+
+    /// Ends a binding while the guest runs, if the hypervisor takes the pages back from it.
+    ///
+    /// No fault of the guest is resolved meanwhile, and none finds the binding afterwards.
+    pub(crate) fn unbind_live(&self, id: BindingId) -> Result<(), Error> {
+        let op = Op::UnbindSlot;
+        let layout = &mut *self.0.layout.write();
+        let Some(pages) = layout.bindings.get(id.0).map(|binding| binding.pages) else {
+            return Ok(());
+        };
+        let guest = self.0.guest_runs(op, layout, &[pages])?;
+        if let Some(hypervisor) = layout.hypervisor() {
+            hypervisor.reclaim(&guest).map_err(|errno| {
+                Error::new(op, ErrorKind::HypervisorRefused).errno_is(errno).on(pages)
+            })?;
+            hypervisor.invalidate_range(&guest);
         }
+        remove(layout, id);
+        Ok(())
     }
 
     /// Resolves a guest's fault on a bound page: gives it a folio, and gives it to the guest if it is
@@ -78,5 +96,12 @@ impl GuestMemfd {
             })?;
         }
         Ok(Visibility::Private)
+    }
+}
+
+fn remove(layout: &mut Layout, id: BindingId) {
+    layout.bindings.try_remove(id.0);
+    if layout.bindings.is_empty() {
+        layout.vm = None;
     }
 }
