@@ -19,7 +19,37 @@ use gmem::hyp::pkvm::{Hypervisor, MemslotId, Vm};
 use gmem::hyp::{Exit, HvcResult, Hypercall};
 use gmem::range::PgoffRange;
 use gmem::{ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, Visibility};
-use kvm::{KernelVm, Region};
+use kvm::KernelVm;
+
+// linux/kvm.h.
+const KVM_SET_USER_MEMORY_REGION2: libc::c_ulong = 0x40a0_ae49;
+const MEM_LOG_DIRTY: u32 = 1;
+const MEM_READONLY: u32 = 2;
+const MEM_GUEST_MEMFD: u32 = 4;
+
+/// `struct kvm_userspace_memory_region2`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Region {
+    slot: u32,
+    flags: u32,
+    gpa: u64,
+    size: u64,
+    hva: u64,
+    offset: u64,
+    fd: u32,
+    pad1: u32,
+    pad2: [u64; 14],
+}
+
+fn set_memory_region(vm: &KernelVm, region: &Region) -> Result<(), i32> {
+    let region: *const Region = region;
+    // SAFETY: reads one such structure.
+    match unsafe { libc::ioctl(vm.0.as_raw_fd(), KVM_SET_USER_MEMORY_REGION2 as _, region) } {
+        0 => Ok(()),
+        _ => Err(kvm::errno()),
+    }
+}
 
 const PAGE: u64 = 4096;
 const FILE_PAGES: u64 = 16;
@@ -123,7 +153,7 @@ impl Subject for Kernels {
     fn set(&mut self, call: Set) -> i32 {
         let region = Region {
             slot: call.slot.into(),
-            flags: kvm::MEM_GUEST_MEMFD,
+            flags: MEM_GUEST_MEMFD,
             gpa: call.gpa,
             size: call.size,
             offset: call.offset,
@@ -132,7 +162,8 @@ impl Subject for Kernels {
         };
         // A deletion has no flags.
         let region = if call.size == 0 { Region { flags: 0, ..region } } else { region };
-        self.machines[call.machine].set_memory_region(&region).map_or_else(|errno| errno, |()| DONE)
+        set_memory_region(&self.machines[call.machine], &region)
+            .map_or_else(|errno| errno, |()| DONE)
     }
 }
 
@@ -173,11 +204,11 @@ fn the_kernels_follow_the_same_rules() {
         assert!(fits, "{what}: {call:?} answers {answer}, not {expected}");
     }
     // What no call of ours can say: a slot on such memory can be neither read-only nor logged.
-    for flags in [kvm::MEM_READONLY, kvm::MEM_LOG_DIRTY] {
-        let flags = flags | kvm::MEM_GUEST_MEMFD;
+    for flags in [MEM_READONLY, MEM_LOG_DIRTY] {
+        let flags = flags | MEM_GUEST_MEMFD;
         let fd = kernels.objects[1].as_raw_fd().try_into().unwrap();
         let region = Region { slot: 8, flags, gpa: 1 << 30, size: PAGE, fd, ..Region::default() };
-        assert_eq!(kernels.machines[0].set_memory_region(&region), Err(libc::EINVAL));
+        assert_eq!(set_memory_region(&kernels.machines[0], &region), Err(libc::EINVAL));
     }
 }
 

@@ -7,14 +7,10 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 // linux/kvm.h.
 const KVM_CREATE_VM: libc::c_ulong = 0xae01;
 const KVM_CHECK_EXTENSION: libc::c_ulong = 0xae03;
-const KVM_SET_USER_MEMORY_REGION2: libc::c_ulong = 0x40a0_ae49;
 const KVM_CREATE_GUEST_MEMFD: libc::c_ulong = 0xc040_aed4;
 const KVM_CAP_GUEST_MEMFD_FLAGS: libc::c_ulong = 244;
 pub(crate) const MMAP: u64 = 1;
 pub(crate) const INIT_SHARED: u64 = 2;
-pub(crate) const MEM_LOG_DIRTY: u32 = 1;
-pub(crate) const MEM_READONLY: u32 = 2;
-pub(crate) const MEM_GUEST_MEMFD: u32 = 4;
 
 #[repr(C)]
 struct CreateGuestMemfd {
@@ -23,23 +19,8 @@ struct CreateGuestMemfd {
     reserved: [u64; 6],
 }
 
-/// `struct kvm_userspace_memory_region2`.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-pub(crate) struct Region {
-    pub(crate) slot: u32,
-    pub(crate) flags: u32,
-    pub(crate) gpa: u64,
-    pub(crate) size: u64,
-    pub(crate) hva: u64,
-    pub(crate) offset: u64,
-    pub(crate) fd: u32,
-    pub(crate) pad1: u32,
-    pub(crate) pad2: [u64; 14],
-}
-
 /// A virtual machine of the kernel's. It has no vCPU: only its memory is of interest.
-pub(crate) struct KernelVm(OwnedFd);
+pub(crate) struct KernelVm(pub(crate) OwnedFd);
 
 /// Whether there is a guest_memfd that can be mapped, else why not.
 pub(crate) fn probe() -> Result<(), String> {
@@ -58,7 +39,7 @@ fn open() -> io::Result<File> {
     OpenOptions::new().read(true).write(true).open("/dev/kvm")
 }
 
-fn errno() -> i32 {
+pub(crate) fn errno() -> i32 {
     io::Error::last_os_error().raw_os_error().unwrap()
 }
 
@@ -83,14 +64,5 @@ impl KernelVm {
         owned(unsafe {
             libc::ioctl(self.0.as_raw_fd(), KVM_CREATE_GUEST_MEMFD as _, &raw mut args)
         })
-    }
-
-    pub(crate) fn set_memory_region(&self, region: &Region) -> Result<(), i32> {
-        let region: *const Region = region;
-        // SAFETY: reads one such structure.
-        match unsafe { libc::ioctl(self.0.as_raw_fd(), KVM_SET_USER_MEMORY_REGION2 as _, region) } {
-            0 => Ok(()),
-            _ => Err(errno()),
-        }
     }
 }
