@@ -18,6 +18,7 @@ use super::Arena;
 use crate::addr::{ByteSize, Pa, Pfn};
 use crate::error::{Error, ErrorKind, Op};
 use crate::geometry::{PAGE_BYTES, index};
+use crate::os::file_io::Target;
 use crate::range::PfnRange;
 
 const WORD: usize = size_of::<u64>();
@@ -107,6 +108,23 @@ impl Arena {
         // 3. aligned for bytes. 4. no race: the frames are the caller's alone.
         unsafe { target.copy_from_nonoverlapping(source, words.len() * WORD) };
         Ok(())
+    }
+
+    /// `len` bytes of the frames, from their byte `skip` on, for the kernel to write to or read.
+    pub(crate) fn target(
+        &self,
+        frames: PfnRange,
+        skip: usize,
+        len: usize,
+    ) -> Result<Target<'_>, Error> {
+        let (start, words) = self.words_of(Op::Write, frames)?;
+        if skip.checked_add(len).is_none_or(|end| end > words.len() * WORD) {
+            return Err(Error::new(Op::Write, ErrorKind::OutOfRange));
+        }
+        // SAFETY: 1. `words_of` has checked that all of the frames are backed, and the piece borrows
+        // the arena, so they stay mapped. 2. whoever else reaches them does so by atomic words here, or
+        // outside of Rust.
+        Ok(unsafe { Target::new(start.wrapping_add(skip), len) })
     }
 
     fn words_of(&self, op: Op, frames: PfnRange) -> Result<(*mut u8, Range<usize>), Error> {

@@ -9,6 +9,7 @@
 //! | `migrate` | a folio moves to other frames |
 //! | `pin` | where a pin is taken, and by whom |
 //! | `access` | checked reads, writes and atomics of the host |
+//! | `file_io` | files straight into guest memory, and back |
 //! | `host_view` | the object mapped into the VMM, where private memory faults |
 //! | `subscriber` | those who are told which pages are shared |
 //! | `guest_fault` | the door for hypervisors: memslots, and the faults of guests |
@@ -18,6 +19,7 @@
 mod access;
 mod allocate;
 mod convert;
+mod file_io;
 mod guest_fault;
 mod host_view;
 mod invariants;
@@ -29,6 +31,7 @@ mod punch;
 mod subscriber;
 
 pub use convert::{ContentPolicy, Conversion, ConvertOptions};
+pub use file_io::{FilePlace, Transfer};
 pub(crate) use guest_fault::BindingId;
 pub use host_view::{HostFault, HostView, Touch};
 pub use migrate::Migration;

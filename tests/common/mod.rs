@@ -40,11 +40,21 @@ pub(crate) enum Capability {
     Numa,
     /// Some GiB of addresses may be locked.
     Mlock,
+    /// io_uring.
+    Uring,
 }
 
 impl Capability {
-    pub(crate) const ALL: [Self; 7] =
-        [Self::Uffd, Self::Kvm, Self::Hugetlb, Self::Hugetlb1G, Self::Thp, Self::Numa, Self::Mlock];
+    pub(crate) const ALL: [Self; 8] = [
+        Self::Uffd,
+        Self::Kvm,
+        Self::Hugetlb,
+        Self::Hugetlb1G,
+        Self::Thp,
+        Self::Numa,
+        Self::Mlock,
+        Self::Uring,
+    ];
 
     /// As in `GMEM_REQUIRE`.
     pub(crate) fn name(self) -> &'static str {
@@ -56,6 +66,7 @@ impl Capability {
             Self::Thp => "thp",
             Self::Numa => "numa",
             Self::Mlock => "mlock",
+            Self::Uring => "uring",
         }
     }
 }

@@ -1,8 +1,8 @@
 //! What the host offers, found out without the library: a fault in there must not turn into a skip.
 
-// UNSAFETY: two calls into userfaultfd, which rustix marks unsafe because of what could be done
-// with the descriptor. Nothing is done with it.
-#![expect(unsafe_code, reason = "asks the kernel for a userfaultfd and its features")]
+// UNSAFETY: calls into userfaultfd, which rustix marks unsafe because of what could be done
+// with the descriptor, and into io_uring, which no crate here wraps. Nothing is done with either.
+#![expect(unsafe_code, reason = "asks the kernel for a userfaultfd, its features, and an io_uring")]
 
 use std::fs::{self, OpenOptions};
 use std::io;
@@ -30,6 +30,7 @@ pub(crate) fn probe(capability: Capability) -> Result<(), String> {
         Capability::Numa => exists("/proc/self/numa_maps"),
         Capability::Thp => writable("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
         Capability::Mlock => mlock(),
+        Capability::Uring => uring(),
     }
 }
 
@@ -76,6 +77,20 @@ fn giant_page() -> Result<(), String> {
     match after {
         after if after > before => Ok(()),
         _ => Err("the host has no consecutive GiB of memory to spare".into()),
+    }
+}
+
+fn uring() -> Result<(), String> {
+    let mut params = [0_u32; 30];
+    // SAFETY: reads and writes one `io_uring_params`, which are as many words.
+    let fd = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, params.as_mut_ptr()) };
+    match i32::try_from(fd) {
+        Ok(fd) if fd >= 0 => {
+            // SAFETY: made above, used no more.
+            unsafe { libc::close(fd) };
+            Ok(())
+        }
+        _ => Err(format!("io_uring_setup: {}", io::Error::last_os_error())),
     }
 }
 

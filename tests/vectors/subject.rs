@@ -42,6 +42,12 @@ pub(crate) enum Op {
     Close,
 }
 
+impl Op {
+    pub(crate) fn needs_uring(self) -> bool {
+        matches!(self, Self::Memory(_, MemoryCall::RegisterBuffer | MemoryCall::FixedRead))
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Access {
     Load,
