@@ -15,6 +15,7 @@
 //! | let a device work on guest memory | [`GuestMemfd::pin`], or the `vm_memory` module |
 //! | read and write it | [`GuestMemfd::read`], [`GuestMemfd::write`], [`GuestMemfd::map_view`] |
 //! | move files into it and out of it | [`GuestMemfd::read_from_file`], [`GuestMemfd::write_to_file`] |
+//! | lend it to another process | [`GuestMemfd::export`] |
 //! | run a protected guest without hardware for it | [`hyp::pkvm`] |
 //! | see what it looks like | [`GuestMemfd::stat`], [`GuestMemfd::snapshot`], [`render`] |
 //! | make sure that all is well | [`audit::check`] |
@@ -70,9 +71,9 @@ pub use crate::folio::{
     PrivatePlacement, Scrubber, Unscrubbed, Zone,
 };
 pub use crate::gmem::{
-    ContentPolicy, Conversion, ConvertOptions, FilePlace, GuestMemfd, GuestMemfdBuilder, HostFault,
-    HostView, Migration, ObjectStat, OwnerTag, PageInfo, PageStatus, PinGuard, PinMode, Punched,
-    Residency, Subscriber, Subscription, Touch, Transfer,
+    ContentPolicy, Conversion, ConvertOptions, Export, ExportedRegion, FilePlace, GuestMemfd,
+    GuestMemfdBuilder, HostFault, HostView, Migration, ObjectStat, OwnerTag, PageInfo, PageStatus,
+    PinGuard, PinMode, Punched, Residency, Subscriber, Subscription, Touch, Transfer,
 };
 pub use crate::os::sigbus::{FaultCause, SigbusHandler};
 pub use crate::state::{CancelToken, Visibility, Wait};

@@ -9,6 +9,7 @@
 //! | `migrate` | a folio moves to other frames |
 //! | `pin` | where a pin is taken, and by whom |
 //! | `access` | checked reads, writes and atomics of the host |
+//! | `export` | memory that another process maps |
 //! | `file_io` | files straight into guest memory, and back |
 //! | `host_view` | the object mapped into the VMM, where private memory faults |
 //! | `subscriber` | those who are told which pages are shared |
@@ -19,6 +20,7 @@
 mod access;
 mod allocate;
 mod convert;
+mod export;
 mod file_io;
 mod guest_fault;
 mod host_view;
@@ -31,6 +33,7 @@ mod punch;
 mod subscriber;
 
 pub use convert::{ContentPolicy, Conversion, ConvertOptions};
+pub use export::{Export, ExportedRegion};
 pub use file_io::{FilePlace, Transfer};
 pub(crate) use guest_fault::BindingId;
 pub use host_view::{HostFault, HostView, Touch};

@@ -202,7 +202,7 @@ pub struct ObjectStat {
     pub private: ByteSize,
     /// Pages with at least one pin.
     pub pinned: ByteSize,
-    /// Pages that host views have mapped.
+    /// Pages that host views have mapped, or other processes by an [`Export`](crate::Export).
     pub mapped: ByteSize,
     /// Pages that are kept out of use since a failure.
     pub quarantined: ByteSize,
