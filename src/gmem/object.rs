@@ -261,6 +261,11 @@ impl GuestMemfd {
         }
     }
 
+    /// Whether the other is a handle to the same object.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// The name it was given.
     pub fn name(&self) -> &str {
         &self.0.name
