@@ -75,6 +75,7 @@ pub use crate::gmem::{
     GuestMemfdBuilder, HostFault, HostView, Migration, ObjectStat, OwnerTag, PageInfo, PageStatus,
     PinGuard, PinMode, Punched, Residency, Subscriber, Subscription, Touch, Transfer,
 };
+pub use crate::os::requirements;
 pub use crate::os::sigbus::{FaultCause, SigbusHandler};
 pub use crate::state::{CancelToken, Visibility, Wait};
 #[doc(hidden)]

@@ -9,6 +9,7 @@ pub(crate) mod memfd;
 pub(crate) mod memory;
 pub(crate) mod numa;
 pub(crate) mod pagemap;
+pub mod requirements;
 pub(crate) mod smaps;
 pub(crate) mod sparse;
 pub(crate) mod thp;
