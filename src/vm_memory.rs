@@ -30,8 +30,8 @@
 #![expect(unsafe_code, reason = "vm-memory hands out memory as pointer and length")]
 
 mod dirty;
+mod pins;
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Deref;
 use std::ptr;
@@ -47,13 +47,17 @@ use vm_memory::{
 };
 
 use dirty::{DirtyLog, MaybeBitmap};
+use pins::PinSet;
 
-use crate::addr::{ByteSize, Gfn, Offset, Pgoff};
+use crate::addr::{ByteSize, Gfn, Offset};
 use crate::error::{Errno, Error, ErrorKind, Op};
 use crate::geometry::FolioSize;
-use crate::gmem::{Export, GuestMemfd, HostView, OwnerTag, PinGuard, PinMode, Residency};
+use crate::gmem::{Export, GuestMemfd, HostView, OwnerTag, PinMode, Residency};
 use crate::range::{GfnRange, PgoffRange};
 use crate::sync::Mutex;
+
+/// Memory that a device works on, and the log of what it writes, if there is one.
+pub type GuestSlice<'a> = VolatileSlice<'a, BS<'a, MaybeBitmap>>;
 
 /// A part of guest-physical memory: where it begins, and the pages of an object that it is.
 #[derive(Clone, Debug)]
@@ -311,7 +315,7 @@ impl GuestMemoryRegion for Region {
         &self,
         at: MemoryRegionAddress,
         count: usize,
-    ) -> GuestMemoryResult<VolatileSlice<'_, BS<'_, Self::B>>> {
+    ) -> GuestMemoryResult<GuestSlice<'_>> {
         let (offset, left) = self.locate(at)?;
         if count as u64 > left {
             return Err(GuestMemoryError::InvalidBackendAddress);
@@ -449,52 +453,4 @@ fn whole(completed: usize, expected: usize) -> GuestMemoryResult<()> {
     } else {
         Err(GuestMemoryError::PartialBuffer { expected, completed })
     }
-}
-
-/// The pages that a guard has pinned, each exactly once.
-#[derive(Debug, Default)]
-struct PinSet {
-    /// By first page; ranges that do not overlap.
-    held: BTreeMap<Pgoff, (PgoffRange, PinGuard)>,
-}
-
-impl PinSet {
-    /// Pins the parts of `pages` that are not held yet: all of them or none.
-    fn add(
-        &mut self,
-        pages: PgoffRange,
-        pin: impl Fn(PgoffRange) -> Result<PinGuard, Error>,
-    ) -> Result<(), Error> {
-        // Those pinned before a refusal are let go with the vector.
-        let pinned = self
-            .gaps(pages)
-            .into_iter()
-            .map(|gap| Ok((gap.start(), (gap, pin(gap)?))))
-            .collect::<Result<Vec<_>, Error>>()?;
-        self.held.extend(pinned);
-        Ok(())
-    }
-
-    fn gaps(&self, pages: PgoffRange) -> Vec<PgoffRange> {
-        let mut gaps = Vec::new();
-        let mut next = pages.start();
-        let before = self.held.range(..=pages.start()).next_back();
-        let inside = self.held.range(pages.start()..pages.end());
-        for (_, (range, _)) in before.into_iter().chain(inside) {
-            gaps.extend(between(next, range.start()));
-            next = next.max(range.end());
-        }
-        gaps.extend(between(next, pages.end()));
-        gaps
-    }
-
-    fn nr_pages(&self) -> u64 {
-        self.held.values().map(|(range, _)| range.nr_pages()).sum()
-    }
-}
-
-/// The pages from `start` up to `end`, if there are any.
-fn between(start: Pgoff, end: Pgoff) -> Option<PgoffRange> {
-    let nr_pages = end.get().checked_sub(start.get())?;
-    PgoffRange::new(start, nr_pages).ok()
 }

@@ -57,15 +57,11 @@ fn send(socket: &UnixStream, numbers: [u64; 3], file: BorrowedFd<'_>) {
     message.msg_control = control.as_mut_ptr().cast();
     // SAFETY: takes numbers.
     message.msg_controllen = unsafe { libc::CMSG_SPACE(4) } as _;
-    // SAFETY: a message with room for one header.
-    let header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
+    // SAFETY: a message with room for one header, all of which is zero.
+    let header = unsafe { &mut *libc::CMSG_FIRSTHDR(&raw const message) };
     // SAFETY: takes numbers.
-    let len = unsafe { libc::CMSG_LEN(4) } as _;
-    let (level, kind) = (libc::SOL_SOCKET, libc::SCM_RIGHTS);
-    // SAFETY: 1. `header` points into `control`. 2. all of it is written but for padding, which is zero.
-    unsafe {
-        header.write(libc::cmsghdr { cmsg_len: len, cmsg_level: level, cmsg_type: kind });
-    }
+    header.cmsg_len = unsafe { libc::CMSG_LEN(4) } as _;
+    (header.cmsg_level, header.cmsg_type) = (libc::SOL_SOCKET, libc::SCM_RIGHTS);
     // SAFETY: a header of ours.
     let data = unsafe { libc::CMSG_DATA(header) };
     // SAFETY: room for one number behind the header.

@@ -230,13 +230,15 @@ fn short_and_interrupted_reads_lose_nothing_and_keep_the_pages() {
     let (read, write) = rustix::pipe::pipe().unwrap();
     let content = noise(300_000);
     let is_done = AtomicBool::new(false);
-    // SAFETY: takes nothing.
-    let reader = unsafe { libc::pthread_self() };
+    // SAFETY: takes nothing; so does the next one.
+    let process = unsafe { libc::getpid() };
+    // SAFETY: as above.
+    let reader = unsafe { libc::syscall(libc::SYS_gettid) };
     std::thread::scope(|scope| {
         scope.spawn(|| {
             while !is_done.load(Ordering::Relaxed) {
-                // SAFETY: the reader outlives this scope.
-                unsafe { libc::pthread_kill(reader, libc::SIGUSR1) };
+                // SAFETY: takes numbers. The reader outlives this scope.
+                unsafe { libc::syscall(libc::SYS_tgkill, process, reader, libc::SIGUSR1) };
                 std::thread::sleep(Duration::from_micros(200));
             }
         });

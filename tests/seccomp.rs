@@ -34,7 +34,7 @@ const TRAPPED: i32 = 99;
 extern "C" fn on_trap(_signal: i32, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
     // `si_syscall` stands behind the address.
     // SAFETY: the kernel has filled it for a SIGSYS, whose fields these are.
-    let number = unsafe { info.cast::<i32>().add(6).read() };
+    let number = unsafe { info.cast::<i32>().wrapping_add(6).read() };
     let mut text = *b"trapped: system call 0000\n";
     let mut left = number.unsigned_abs();
     for digit in text[21..25].iter_mut().rev() {

@@ -5,8 +5,6 @@
 #![expect(unsafe_code, reason = "the other end of vhost-user is played by hand")]
 
 mod common;
-#[path = "common/setting.rs"]
-mod setting;
 
 use std::io::Cursor;
 use std::mem;
@@ -18,7 +16,6 @@ use std::sync::atomic::Ordering;
 use common::{Capability, require};
 use gmem::addr::{ByteSize, Gfn, Offset, Pgoff};
 use gmem::error::ErrorKind;
-use gmem::geometry::FolioSize;
 use gmem::range::{GfnRange, PgoffRange};
 use gmem::vm_memory::{AddressSpace, Slot};
 use gmem::{
@@ -76,7 +73,7 @@ fn guest() -> Option<Guest> {
 #[test]
 fn what_devices_write_is_logged() {
     let Some(guest) = guest() else { return };
-    assert_eq!(guest.space.memory().iter().next().unwrap().bitmap().dirty_at(0), false);
+    assert!(!guest.space.memory().iter().next().unwrap().bitmap().dirty_at(0));
     let space = guest.space.with_dirty_log().unwrap();
     let net = space.for_owner("virtio-net").unwrap();
     assert_eq!(space.take_dirty(), []);
@@ -138,20 +135,9 @@ fn only_what_was_exported_has_a_file() {
 }
 
 #[test]
-fn regions_say_whether_they_are_on_hugetlb() {
+fn regions_on_small_pages_say_so() {
     let Some(guest) = guest() else { return };
     assert_eq!(guest.space.memory().iter().next().unwrap().is_hugetlbfs(), Some(false));
-    if !require(Capability::Hugetlb) {
-        return;
-    }
-    let _setting = setting::Setting::set(setting::NR_HUGEPAGES, "2");
-    let pool = FolioPool::new(ArenaBacking::MemfdHugetlb2M, ByteSize::from_mib(4)).unwrap();
-    assert_eq!(FolioSize::Huge2M.bytes(), ByteSize::from_mib(2));
-    let memfd = GuestMemfd::builder(ByteSize::from_mib(4)).create(&pool).unwrap();
-    let view = Arc::new(memfd.map_view().unwrap());
-    let slot = Slot { gfn: Gfn::new(0), view, pages: memfd.pages() };
-    let space = AddressSpace::new("device", [slot]).unwrap();
-    assert_eq!(space.memory().iter().next().unwrap().is_hugetlbfs(), Some(true));
 }
 
 #[test]

@@ -58,6 +58,8 @@ fn map() -> Step {
     same(Op::Map(Map::Whole), Done)
 }
 
+/// Not in every libc.
+const MADV_COLLAPSE: i32 = 25;
 const KEEP: i32 = libc::FALLOC_FL_KEEP_SIZE;
 const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | KEEP;
 const P: i64 = PAGE as i64;
@@ -346,7 +348,7 @@ fn advice_on_shared() -> Vec<Step> {
         advise(libc::MADV_MERGEABLE, Done),
         advise(libc::MADV_HUGEPAGE, Done),
         advise(libc::MADV_NOHUGEPAGE, Done),
-        advise(libc::MADV_COLLAPSE, Errno(EINVAL)),
+        advise(MADV_COLLAPSE, Errno(EINVAL)),
         load(MID, Byte(5)),
         advise(libc::MADV_DONTNEED, Done),
         gone(MID, 5),
