@@ -57,8 +57,10 @@ fn send(socket: &UnixStream, numbers: [u64; 3], file: BorrowedFd<'_>) {
     message.msg_control = control.as_mut_ptr().cast();
     // SAFETY: takes numbers.
     message.msg_controllen = unsafe { libc::CMSG_SPACE(4) } as _;
-    // SAFETY: a message with room for one header, all of which is zero.
-    let header = unsafe { &mut *libc::CMSG_FIRSTHDR(&raw const message) };
+    // SAFETY: a message with room for one header.
+    let header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
+    // SAFETY: it points into `control`, all of which is zero, and nobody else does meanwhile.
+    let header = unsafe { &mut *header };
     // SAFETY: takes numbers.
     header.cmsg_len = unsafe { libc::CMSG_LEN(4) } as _;
     (header.cmsg_level, header.cmsg_type) = (libc::SOL_SOCKET, libc::SCM_RIGHTS);
