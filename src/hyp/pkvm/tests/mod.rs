@@ -404,7 +404,7 @@ fn hypercalls_that_cannot_be_met_are_refused() {
     assert_eq!(vcpu.hvc(Hypercall::MemShare(beyond)).unwrap(), invalid, "no such address");
     let outside = vcpu.hvc(Hypercall::MemShare(Ipa::new(0)));
     assert!(matches!(outside, Err(Exit::MemoryFault { ipa, .. }) if ipa == Ipa::new(0)));
-    assert_eq!(vcpu.hvc(Hypercall::Features).unwrap().regs().0[0], 0b11101);
+    assert_eq!(vcpu.hvc(Hypercall::Features).unwrap().regs().0[0], 0b10_0001_1101);
     assert_eq!(vcpu.hvc(Hypercall::HypMeminfo).unwrap().regs().0[0], 4096);
 }
 
