@@ -15,6 +15,8 @@
 //! | let a device work on guest memory | [`GuestMemfd::pin`], or the `vm_memory` module |
 //! | hand it out to an IOMMU for as long as a device exists | [`GuestMemfd::subscribe`], [`Subscriber`] |
 //! | read and write it | [`GuestMemfd::read`], [`GuestMemfd::write`], [`GuestMemfd::map_view`] |
+//! | move files into it and out of it | [`GuestMemfd::read_from_file`], [`GuestMemfd::write_to_file`] |
+//! | lend it to another process | [`GuestMemfd::export`] |
 //! | decide what becomes of a `SIGBUS` in a view | [`SigbusHandler::decide_by`] |
 //! | run a protected guest without hardware for it | [`hyp::pkvm`] |
 //! | see what it looks like | [`GuestMemfd::stat`], [`GuestMemfd::snapshot`], [`render`] |
@@ -79,11 +81,13 @@ pub use crate::folio::{
     PrivatePlacement, Scrubber, Unscrubbed, Zone,
 };
 pub use crate::gmem::{
-    Collapse, ContentPolicy, Conversion, ConvertOptions, GuestMemfd, GuestMemfdBuilder, HandOutRun,
-    HostView, Migration, ObjectStat, OnSilence, OwnerTag, PageInfo, PageStatus, PinGuard, PinMode,
-    Punched, Residency, Sides, SubscribeOptions, Subscriber, Subscription, Touch,
+    Collapse, ContentPolicy, Conversion, ConvertOptions, Export, ExportedRegion, FilePlace,
+    GuestMemfd, GuestMemfdBuilder, HandOutRun, HostView, Migration, ObjectStat, OnSilence,
+    OwnerTag, PageInfo, PageStatus, PinGuard, PinMode, Punched, Residency, Sides, SubscribeOptions,
+    Subscriber, Subscription, Touch, Transfer,
 };
 pub use crate::identity::{ObjectId, ViewId};
+pub use crate::os::requirements;
 pub use crate::os::sigbus::{FaultAnswer, FaultCause, FaultReason, HostFault, SigbusHandler};
 pub use crate::state::{Ack, CancelToken, Heard, Standing, Visibility, Wait};
 #[doc(hidden)]

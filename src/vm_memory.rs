@@ -18,6 +18,10 @@
 //! `GuestMemoryError::IOError`; [`refusal`] digs it out. Only a range that crosses from one slot to
 //! another can be served in part, and then the number of bytes says how far it went.
 //!
+//! What devices write can be [logged](AddressSpace::with_dirty_log). A region has a
+//! [`file_offset`](GuestMemoryRegion::file_offset) if its memory was [exported](AddressSpace::with_export):
+//! a pool's files are not given to whoever asks.
+//!
 //! Slices point into the [`HostView`]: a pointer that outlives its guard, by code that is not safe,
 //! faults on memory that turned private, and never reads it. On hugetlb, where a view shows huge
 //! folios whole or not at all, a slice pins all of the folio.
@@ -25,7 +29,10 @@
 // UNSAFETY: makes slices of memory that is mapped for as long as the region lives.
 #![expect(unsafe_code, reason = "vm-memory hands out memory as pointer and length")]
 
-use std::collections::BTreeMap;
+mod dirty;
+mod pins;
+
+use std::fs::File;
 use std::ops::Deref;
 use std::ptr;
 // Not from the facade, and not ours to choose: part of vm-memory's signatures.
@@ -34,16 +41,23 @@ use std::sync::atomic::Ordering;
 
 use vm_memory::bitmap::BS;
 use vm_memory::{
-    AtomicAccess, Bytes, GuestAddress, GuestAddressSpace, GuestMemoryError, GuestMemoryRegion,
-    GuestMemoryResult, GuestRegionCollection, GuestUsize, MemoryRegionAddress, ReadVolatile,
-    VolatileSlice, WriteVolatile,
+    AtomicAccess, Bytes, FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryError,
+    GuestMemoryRegion, GuestMemoryResult, GuestRegionCollection, GuestUsize, MemoryRegionAddress,
+    ReadVolatile, VolatileSlice, WriteVolatile,
 };
 
-use crate::addr::{ByteSize, Gfn, Offset, Pgoff};
-use crate::error::{Error, ErrorKind, Op};
-use crate::gmem::{HostView, OwnerTag, PinGuard, PinMode};
+use dirty::{DirtyLog, MaybeBitmap};
+use pins::PinSet;
+
+use crate::addr::{ByteSize, Gfn, Offset};
+use crate::error::{Errno, Error, ErrorKind, Op};
+use crate::geometry::FolioSize;
+use crate::gmem::{Export, GuestMemfd, HostView, OwnerTag, PinMode};
 use crate::range::{GfnRange, PgoffRange};
 use crate::sync::Mutex;
+
+/// Memory that a device works on, and the log of what it writes, if there is one.
+pub type GuestSlice<'a> = VolatileSlice<'a, BS<'a, MaybeBitmap>>;
 
 /// A part of guest-physical memory: where it begins, and the pages of an object that it is.
 #[derive(Clone, Debug)]
@@ -62,6 +76,9 @@ struct OwnedSlot {
     frames: GfnRange,
     slot: Slot,
     owner: OwnerTag,
+    dirty: DirtyLog,
+    /// Where another process has the slot, and what keeps it lent.
+    lent: Option<(FileOffset, Arc<Export>)>,
 }
 
 /// The memory of a guest as one device sees it. Cheap to clone.
@@ -99,7 +116,43 @@ impl AddressSpace {
     /// # Errors
     /// What [`GuestMemfd::register_owner`](crate::GuestMemfd::register_owner) says.
     pub fn for_owner(&self, owner: &str) -> Result<Self, Error> {
-        Self::new(owner, self.slots.iter().map(|owned| owned.slot.clone()))
+        self.each(|slot| {
+            let owner = slot.slot.view.memfd().register_owner(owner)?;
+            Ok(OwnedSlot { owner, ..slot })
+        })
+    }
+
+    /// The same memory, with a log of what is written through it, its clones and the address spaces made of
+    /// it, page by page. Writes by pointers that others keep (vhost, io_uring) and those of the guest are not in it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Overflow`] where a slot does not fit into the addresses of this machine.
+    pub fn with_dirty_log(&self) -> Result<Self, Error> {
+        self.each(|slot| Ok(OwnedSlot { dirty: DirtyLog::new(slot.frames)?, ..slot }))
+    }
+
+    /// What was written since the last time, in ascending order, and clears the log. A slice that is still
+    /// in use marks its pages after it has written.
+    pub fn take_dirty(&self) -> Vec<GfnRange> {
+        self.slots.iter().flat_map(|slot| slot.dirty.take(slot.frames)).collect()
+    }
+
+    /// The same memory, where the slots whose pages are all in one run of a file of this export have a
+    /// [`file_offset`](GuestMemoryRegion::file_offset). It stays lent for as long as the address space lives. An
+    /// export of several [regions](Export::regions) wants a slot for each.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Os`] without a free file descriptor.
+    pub fn with_export(&self, export: &Arc<Export>) -> Result<Self, Error> {
+        self.each(|slot| match slot.file_in(export)? {
+            Some(file) => Ok(OwnedSlot { lent: Some((file, Arc::clone(export))), ..slot }),
+            None => Ok(slot),
+        })
+    }
+
+    fn each(&self, change: impl Fn(OwnedSlot) -> Result<OwnedSlot, Error>) -> Result<Self, Error> {
+        let slots = self.slots.iter().map(|slot| Ok(Arc::new(change(OwnedSlot::clone(slot))?)));
+        Ok(Self { slots: slots.collect::<Result<_, Error>>()? })
     }
 }
 
@@ -110,7 +163,29 @@ impl OwnedSlot {
         if !object.pages().covers(&slot.pages) {
             return Err(Error::new(Op::BindSlot, ErrorKind::OutOfRange).on(slot.pages));
         }
-        Ok(Self { frames, owner: object.register_owner(owner)?, slot })
+        let owner = object.register_owner(owner)?;
+        Ok(Self { frames, slot, owner, dirty: DirtyLog::default(), lent: None })
+    }
+
+    fn object(&self) -> &GuestMemfd {
+        self.slot.view.memfd()
+    }
+
+    /// Where in a file of the export the whole slot is.
+    fn file_in(&self, export: &Export) -> Result<Option<FileOffset>, Error> {
+        if !export.memfd().is(self.object()) {
+            return Ok(None);
+        }
+        let Some(region) = export.regions().find(|it| it.pages.covers(&self.slot.pages)) else {
+            return Ok(None);
+        };
+        let file = region.file.try_clone_to_owned().map_err(|error| {
+            let errno = error.raw_os_error().map_or(Errno::EIO, Errno::new);
+            Error::new(Op::Export, ErrorKind::Os).errno_is(errno).because("dup")
+        })?;
+        let skip = self.slot.pages.start().get() - region.pages.start().get();
+        let start = region.file_start.get() + ByteSize::from_pages(skip).get();
+        Ok(Some(FileOffset::new(File::from(file), start)))
     }
 }
 
@@ -205,7 +280,7 @@ impl Region {
 }
 
 impl GuestMemoryRegion for Region {
-    type B = ();
+    type B = MaybeBitmap;
 
     fn len(&self) -> GuestUsize {
         self.slot.frames.len_bytes().get()
@@ -215,7 +290,18 @@ impl GuestMemoryRegion for Region {
         GuestAddress(self.slot.frames.start().ipa().get())
     }
 
-    fn bitmap(&self) -> BS<'_, Self::B> {}
+    fn bitmap(&self) -> BS<'_, Self::B> {
+        self.slot.dirty.slice_at(0)
+    }
+
+    /// Of exported memory only.
+    fn file_offset(&self) -> Option<&FileOffset> {
+        self.slot.lent.as_ref().map(|(file, _)| file)
+    }
+
+    fn is_hugetlbfs(&self) -> Option<bool> {
+        Some(self.slot.object().pool().view_granule() != FolioSize::Base)
+    }
 
     /// The byte's address in the host view. Nothing is pinned: the address stays valid while the
     /// view lives, and a touch faults while the page is private. Meant for memory tables that the
@@ -229,14 +315,15 @@ impl GuestMemoryRegion for Region {
         &self,
         at: MemoryRegionAddress,
         count: usize,
-    ) -> GuestMemoryResult<VolatileSlice<'_, BS<'_, Self::B>>> {
+    ) -> GuestMemoryResult<GuestSlice<'_>> {
         let (offset, left) = self.locate(at)?;
         if count as u64 > left {
             return Err(GuestMemoryError::InvalidBackendAddress);
         }
+        let bits = self.slot.dirty.slice_at(in_region(at));
         if count == 0 {
             // SAFETY: nothing can be reached through a slice without bytes.
-            return Ok(unsafe { VolatileSlice::new(ptr::dangling_mut(), 0) });
+            return Ok(unsafe { VolatileSlice::with_bitmap(ptr::dangling_mut(), 0, bits, None) });
         }
         self.hold(offset, count).map_err(into_memory_error)?;
         let start = self.host_pointer(offset, count)?;
@@ -245,7 +332,7 @@ impl GuestMemoryRegion for Region {
         // borrows the region, which holds the view, so they stay mapped. 3. the pins keep them
         // shared for as long. 4. nobody has a reference to them. That vm-memory's accesses and
         // ours race with different sizes, where the guest lets them race, is what its traits are like.
-        Ok(unsafe { VolatileSlice::new(start, count) })
+        Ok(unsafe { VolatileSlice::with_bitmap(start, count, bits, None) })
     }
 }
 
@@ -259,7 +346,10 @@ impl Bytes<MemoryRegionAddress> for Region {
             return Ok(0);
         }
         let (offset, len) = self.clamp(at, buf.len())?;
-        self.slot.slot.view.write(offset, &buf[..len]).map_err(into_memory_error)?;
+        let written = self.slot.slot.view.write(offset, &buf[..len]);
+        // Also after an error, which may have come half way.
+        self.slot.dirty.mark(in_region(at), len);
+        written.map_err(into_memory_error)?;
         Ok(len)
     }
 
@@ -352,58 +442,15 @@ fn into_memory_error(error: Error) -> GuestMemoryError {
     }
 }
 
+/// Where in a region that an address of this process has room for.
+fn in_region(at: MemoryRegionAddress) -> usize {
+    usize::try_from(at.0).unwrap_or(usize::MAX)
+}
+
 fn whole(completed: usize, expected: usize) -> GuestMemoryResult<()> {
     if completed == expected {
         Ok(())
     } else {
         Err(GuestMemoryError::PartialBuffer { expected, completed })
     }
-}
-
-/// The pages that a guard has pinned, each exactly once.
-#[derive(Debug, Default)]
-struct PinSet {
-    /// By first page; ranges that do not overlap.
-    held: BTreeMap<Pgoff, (PgoffRange, PinGuard)>,
-}
-
-impl PinSet {
-    /// Pins the parts of `pages` that are not held yet: all of them or none.
-    fn add(
-        &mut self,
-        pages: PgoffRange,
-        pin: impl Fn(PgoffRange) -> Result<PinGuard, Error>,
-    ) -> Result<(), Error> {
-        // Those pinned before a refusal are let go with the vector.
-        let pinned = self
-            .gaps(pages)
-            .into_iter()
-            .map(|gap| Ok((gap.start(), (gap, pin(gap)?))))
-            .collect::<Result<Vec<_>, Error>>()?;
-        self.held.extend(pinned);
-        Ok(())
-    }
-
-    fn gaps(&self, pages: PgoffRange) -> Vec<PgoffRange> {
-        let mut gaps = Vec::new();
-        let mut next = pages.start();
-        let before = self.held.range(..=pages.start()).next_back();
-        let inside = self.held.range(pages.start()..pages.end());
-        for (_, (range, _)) in before.into_iter().chain(inside) {
-            gaps.extend(between(next, range.start()));
-            next = next.max(range.end());
-        }
-        gaps.extend(between(next, pages.end()));
-        gaps
-    }
-
-    fn nr_pages(&self) -> u64 {
-        self.held.values().map(|(range, _)| range.nr_pages()).sum()
-    }
-}
-
-/// The pages from `start` up to `end`, if there are any.
-fn between(start: Pgoff, end: Pgoff) -> Option<PgoffRange> {
-    let nr_pages = end.get().checked_sub(start.get())?;
-    PgoffRange::new(start, nr_pages).ok()
 }

@@ -18,7 +18,7 @@ use gmem::{
     ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, HostView, SigbusHandler, Touch, Visibility,
 };
 use setting::{NR_HUGEPAGES, SHMEM_ENABLED, Setting};
-use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 
 const PRESERVE: ContentPolicy = ContentPolicy::Preserve;
 
@@ -169,6 +169,7 @@ fn on_hugetlb_a_device_slice_pins_the_whole_folio() {
     let space = AddressSpace::new("virtio-blk", [slot]).unwrap();
 
     let memory = space.memory();
+    assert_eq!(memory.iter().next().unwrap().is_hugetlbfs(), Some(true));
     let slice = memory.get_slice(GuestAddress(0x1000), 16).unwrap();
     assert_eq!(memory.pinned(), ByteSize::from_mib(2));
     // A neighbour that turned private would take the page out of the view with it.

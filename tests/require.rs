@@ -97,6 +97,11 @@ mod host {
     }
 
     #[test]
+    fn uring() {
+        let _: bool = common::require(Capability::Uring);
+    }
+
+    #[test]
     fn mlock() {
         let _: bool = common::require(Capability::Mlock);
     }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
-use gmem::vm_memory::{AddressSpace, MemoryGuard, refusal};
+use gmem::vm_memory::{AddressSpace, GuestSlice, MemoryGuard, refusal};
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
     VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
@@ -18,7 +18,7 @@ use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{
     Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryError, ReadVolatile,
-    VolatileMemoryError, VolatileSlice,
+    VolatileMemoryError,
 };
 
 use crate::Fallible;
@@ -180,7 +180,7 @@ impl Device {
     }
 
     /// Reads sectors of the file straight into guest memory.
-    fn read(&mut self, request: &Request, slices: &[VolatileSlice<'_>]) -> Result<u32, Refusal> {
+    fn read(&mut self, request: &Request, slices: &[GuestSlice<'_>]) -> Result<u32, Refusal> {
         let len: u64 = slices.iter().map(|slice| slice.len() as u64).sum();
         let start = request.sector.checked_mul(SECTOR).ok_or(Refusal::Request("no such sector"))?;
         let end = start.checked_add(len).ok_or(Refusal::Request("no such sector"))?;
@@ -253,7 +253,7 @@ fn parse(memory: &MemoryGuard, chain: DescriptorChain<MemoryGuard>) -> Option<Re
     Some(Request { kind, sector, data: rest.collect(), status: status.addr() })
 }
 
-fn get_id(slices: &[VolatileSlice<'_>]) -> Result<u32, Refusal> {
+fn get_id(slices: &[GuestSlice<'_>]) -> Result<u32, Refusal> {
     let [buffer] = slices else { return Err(Refusal::Request("a name needs one buffer")) };
     let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
     id[..ID.len()].copy_from_slice(ID);

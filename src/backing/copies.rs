@@ -11,6 +11,7 @@ use super::Arena;
 use crate::addr::{ByteSize, Pa, Pfn};
 use crate::error::{Errno, Error, ErrorKind, Op};
 use crate::geometry::{PAGE_BYTES, index};
+use crate::os::file_io::Target;
 use crate::os::recoverable::{self, Fault};
 use crate::os::sigbus::FaultCause;
 use crate::range::PfnRange;
@@ -102,6 +103,22 @@ impl Arena {
         // SAFETY: as in `scrub`, for both; they do not overlap, as checked above.
         unsafe { recoverable::copy_frames(source, target, len) }
             .map_err(|fault| gone(Op::Write, fault))
+    }
+
+    /// `len` bytes of the frames, from their byte `skip` on, for the kernel to write to or read.
+    pub(crate) fn target(
+        &self,
+        frames: PfnRange,
+        skip: usize,
+        len: usize,
+    ) -> Result<Target<'_>, Error> {
+        let (start, size) = self.bytes_of(Op::Write, frames)?;
+        if skip.checked_add(len).is_none_or(|end| end > size) {
+            return Err(Error::new(Op::Write, ErrorKind::OutOfRange));
+        }
+        // SAFETY: 1. `bytes_of` has checked that all of the frames are backed, and the piece borrows
+        // the arena, so they stay mapped. 2. whoever else reaches them does so outside of Rust.
+        Ok(unsafe { Target::new(start.wrapping_add(skip), len) })
     }
 
     fn bytes_of(&self, op: Op, frames: PfnRange) -> Result<(*mut u8, usize), Error> {

@@ -12,6 +12,7 @@
 //! | `part` | a run of frames of one zone, and whose they are |
 //! | `owner` | what an object is promised, and at whose expense |
 //! | `state` | all parts, owners and accounts of a pool |
+//! | `dedication` | whether a pool is one object's own |
 //! | `reservation` | an object's promise |
 //! | `scrub` | cleaning what comes back |
 //! | `compact` | making room for a large folio |
@@ -24,6 +25,7 @@ mod account;
 mod bits;
 mod buddy;
 mod compact;
+mod dedication;
 mod frames;
 #[cfg(feature = "oracle")]
 pub mod frames_only;

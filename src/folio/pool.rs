@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use super::dedication::Dedication;
 use super::part::{PartState, Zone};
 use super::state::{Poisoned, State};
 use crate::addr::{ByteSize, Pfn};
@@ -64,6 +65,7 @@ struct Inner {
     returned: Condvar,
     /// Whether a hypervisor keeps account of the frames.
     claimed: Mutex<Claimed>,
+    dedication: Dedication,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -86,6 +88,14 @@ impl Drop for Claim {
 #[derive(Clone, Debug, Default)]
 pub struct PoolBuilder {
     parts: Vec<(PartSpec, Zone)>,
+    whom: Whom,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+enum Whom {
+    #[default]
+    Everybody,
+    One,
 }
 
 impl PoolBuilder {
@@ -93,6 +103,14 @@ impl PoolBuilder {
     #[must_use]
     pub fn part(mut self, part: PartSpec, zone: Zone) -> Self {
         self.parts.push((part, zone));
+        self
+    }
+
+    /// Makes it the pool of one object at a time, whose memory can be [exported](crate::GuestMemfd::export).
+    /// Once it was, no other object is created in the pool: the peer may still have it mapped.
+    #[must_use]
+    pub fn dedicated(mut self) -> Self {
+        self.whom = Whom::One;
         self
     }
 
@@ -119,6 +137,10 @@ impl PoolBuilder {
             work: Condvar::new(),
             returned: Condvar::new(),
             claimed: Mutex::new(Claimed::No),
+            dedication: match self.whom {
+                Whom::Everybody => Dedication::to_everybody(),
+                Whom::One => Dedication::to_one(),
+            },
         })))
     }
 }
@@ -305,6 +327,10 @@ impl FolioPool {
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
         self.0.state.lock()
+    }
+
+    pub(super) fn dedication(&self) -> &Dedication {
+        &self.0.dedication
     }
 
     pub(super) fn work(&self) -> &Condvar {

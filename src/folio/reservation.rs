@@ -62,18 +62,36 @@ impl FolioPool {
             return Err(Error::new(Op::CreateObject, ErrorKind::NotFound)
                 .because("the account is with another pool"));
         }
+        self.dedication().occupy()?;
         let mut outcome = self.state().reserve(&demand);
         // What waits for a scrub is free, but in the pieces in which it came back.
         if outcome.is_err() && self.scrub_all() > 0 {
             outcome = self.state().reserve(&demand);
         }
-        Ok(Reservation { pool: self.clone(), key: outcome?, _account: wanted.account })
+        let key = outcome.inspect_err(|_| self.dedication().vacate())?;
+        Ok(Reservation { pool: self.clone(), key, _account: wanted.account })
     }
 }
 
 impl Reservation {
     pub(crate) fn pool(&self) -> &FolioPool {
         &self.pool
+    }
+
+    /// Refuses what [`spend`](Self::spend) would refuse.
+    pub(crate) fn check_exportable(&self) -> Result<(), Error> {
+        match self.pool.dedication().is_to_everybody() {
+            true => self.spend(),
+            false => Ok(()),
+        }
+    }
+
+    /// The pool's files go out.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] unless the pool is the object's own.
+    pub(crate) fn spend(&self) -> Result<(), Error> {
+        self.pool.dedication().spend()
     }
 
     /// Takes a folio, which is all zeroes, for the pages of the object from `page` on.
@@ -199,6 +217,7 @@ impl Drop for Reservation {
     fn drop(&mut self) {
         if !is_over() {
             self.pool.state().leave(self.key);
+            self.pool.dedication().vacate();
         }
     }
 }

@@ -68,7 +68,12 @@ impl GuestMemfd {
 
 impl Inner {
     /// The pages that hold a byte range; `None` for no bytes at all.
-    fn pages_of(&self, op: Op, at: Offset, len: usize) -> Result<Option<PgoffRange>, Error> {
+    pub(super) fn pages_of(
+        &self,
+        op: Op,
+        at: Offset,
+        len: usize,
+    ) -> Result<Option<PgoffRange>, Error> {
         let out_of_range = || Error::new(op, ErrorKind::OutOfRange);
         let end = at.checked_add(ByteSize::from_bytes(len as u64)).ok_or_else(out_of_range)?;
         if end.get() > self.pages.len_bytes().get() {

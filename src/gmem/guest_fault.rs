@@ -4,10 +4,10 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Weak;
 
-use super::layout::Binding;
+use super::layout::{Binding, Layout};
 use super::object::GuestMemfd;
 use crate::addr::{Gfn, Pgoff};
-use crate::error::{Error, ErrorKind, Found, Op};
+use crate::error::{Errno, Error, ErrorKind, Found, Op};
 use crate::range::{GfnRange, PgoffRange};
 use crate::stage2::Stage2;
 use crate::state::{Phase, Visibility};
@@ -37,7 +37,9 @@ impl GuestMemfd {
         }
         let is_other = |other: &Weak<dyn Stage2>| !Weak::ptr_eq(other, &vm);
         if !layout.bindings.is_empty() && layout.vm.as_ref().is_some_and(is_other) {
-            return exists("the object is bound to another machine");
+            // Not EEXIST: the kernel takes it for a file that is none of this machine's.
+            return exists("the object is bound to another machine")
+                .map_err(|error| error.errno_is(Errno::EINVAL));
         }
         // Subscribers are to find the pages at other places.
         object.take_back(op, &layout, &[pages]).map_err(|error| error.on(pages))?;
@@ -57,14 +59,38 @@ impl GuestMemfd {
             let take_back = || self.0.take_back(Op::BindSlot, &layout, &[pages]).is_ok();
             catch_unwind(AssertUnwindSafe(take_back)).unwrap_or(false)
         });
-        layout.bindings.try_remove(id.0);
+        remove(&mut layout, id);
         if let Some(pages) = retold {
             let grant = || self.0.grant_again(&layout, &[pages]);
             let _ = catch_unwind(AssertUnwindSafe(grant));
         }
-        if layout.bindings.is_empty() {
-            layout.vm = None;
+    }
+
+    /// Ends a binding while the guest runs, if the hypervisor takes the pages back from it.
+    ///
+    /// No fault of the guest is resolved meanwhile, and none finds the binding afterwards.
+    pub(crate) fn unbind_live(&self, id: BindingId) -> Result<(), Error> {
+        let (op, object) = (Op::UnbindSlot, &*self.0);
+        let layout = &mut *object.layout.write();
+        let Some(pages) = layout.bindings.get(id.0).map(|binding| binding.pages) else {
+            return Ok(());
+        };
+        let guest = object.guest_runs(op, layout, &[pages])?;
+        // Subscribers are to find the pages at no place any more.
+        object.take_back(op, layout, &[pages]).map_err(|error| error.on(pages))?;
+        let outcome = match layout.hypervisor() {
+            Some(hypervisor) => {
+                let reclaimed = hypervisor.reclaim(&guest);
+                reclaimed.map(|()| hypervisor.invalidate_range(&guest))
+            }
+            None => Ok(()),
+        };
+        if outcome.is_ok() {
+            remove(layout, id);
         }
+        object.grant_again(layout, &[pages]);
+        outcome
+            .map_err(|errno| Error::new(op, ErrorKind::HypervisorRefused).errno_is(errno).on(pages))
     }
 
     /// Resolves a guest's fault on a bound page: gives it a folio, and gives it to the guest if it is
@@ -94,5 +120,12 @@ impl GuestMemfd {
             })?;
         }
         Ok(Visibility::Private)
+    }
+}
+
+fn remove(layout: &mut Layout, id: BindingId) {
+    layout.bindings.try_remove(id.0);
+    if layout.bindings.is_empty() {
+        layout.vm = None;
     }
 }

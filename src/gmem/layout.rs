@@ -16,7 +16,7 @@ use crate::addr::{Gfn, Pfn, Pgoff};
 use crate::error::{Error, ErrorKind, Op};
 use crate::failpoint::{FailPoint, fails};
 use crate::folio::Slot;
-use crate::geometry::FolioSize;
+use crate::geometry::{FolioSize, index};
 use crate::range::{PfnRange, PgoffRange};
 use crate::stage2::{GuestRun, Stage2};
 use crate::state::{Phase, Visibility};
@@ -33,6 +33,8 @@ pub(super) struct Layout {
     pub(super) views: Slab<Arc<ViewMap>>,
     pub(super) bindings: Slab<Binding>,
     pub(super) subscribers: Slab<HandOut>,
+    /// What other processes have mapped. All of it is pinned.
+    pub(super) exports: Slab<PgoffRange>,
     /// The one virtual machine that the bindings are of. Not kept alive: it keeps the object alive.
     pub(super) vm: Option<Weak<dyn Stage2>>,
 }
@@ -43,15 +45,29 @@ impl Layout {
         self.vm.as_ref()?.upgrade()
     }
 
-    /// How many pages at least one view has mapped.
+    /// How many pages at least one view or one other process has mapped.
     pub(super) fn nr_mapped(&self) -> u64 {
         let mut views = self.views.iter().map(|(_, view)| view);
-        let Some(first) = views.next() else { return 0 };
-        let mut mapped = first.shown().clone();
+        let mut mapped = views.next().map(|first| first.shown().clone());
         for view in views {
-            mapped |= &*view.shown();
+            if let Some(mapped) = &mut mapped {
+                *mapped |= &*view.shown();
+            }
         }
-        mapped.count_ones() as u64
+        let of_views = mapped.as_ref().map_or(0, |mapped| mapped.count_ones() as u64);
+        let mut exports: Vec<_> = self.exports.iter().map(|(_, &range)| range).collect();
+        exports.sort_unstable_by_key(PgoffRange::start);
+        let mut counted = Pgoff::new(0);
+        let mut of_others = 0;
+        for range in exports {
+            let start = range.start().max(counted);
+            counted = counted.max(range.end());
+            let pages = index(start.get())..index(counted.get());
+            let nr_pages = pages.len() as u64;
+            let shown = mapped.as_ref().and_then(|mapped| mapped.get(pages));
+            of_others += nr_pages - shown.map_or(0, |shown| shown.count_ones() as u64);
+        }
+        of_views + of_others
     }
 }
 

@@ -11,6 +11,8 @@
 //! | `poison` | memory that failed |
 //! | `pin` | where a pin is taken, and by whom |
 //! | `access` | checked reads, writes and atomics of the host |
+//! | `export` | memory that another process maps |
+//! | `file_io` | files straight into guest memory, and back |
 //! | `host_view` | the object mapped into the VMM, where private memory faults |
 //! | `subscriber` | those who are told which pages they may let others at |
 //! | `handout` | what they are given: runs of pages with their frames |
@@ -23,6 +25,8 @@ mod access;
 mod allocate;
 mod collapse;
 mod convert;
+mod export;
+mod file_io;
 mod guest_fault;
 mod handout;
 mod host_view;
@@ -38,6 +42,8 @@ mod subscriber;
 
 pub use collapse::Collapse;
 pub use convert::{ContentPolicy, Conversion, ConvertOptions};
+pub use export::{Export, ExportedRegion};
+pub use file_io::{FilePlace, Transfer};
 pub(crate) use guest_fault::BindingId;
 pub use handout::HandOutRun;
 pub(crate) use handout::leaves;

@@ -221,7 +221,7 @@ pub struct ObjectStat {
     pub private: ByteSize,
     /// Pages with at least one pin.
     pub pinned: ByteSize,
-    /// Pages that host views have mapped.
+    /// Pages that host views have mapped, or other processes by an [`Export`](crate::Export).
     pub mapped: ByteSize,
     /// Pages that are kept out of use since a failure.
     pub quarantined: ByteSize,
@@ -284,6 +284,11 @@ impl GuestMemfd {
     /// By which number a [`HostFault`](crate::HostFault) names the object.
     pub fn id(&self) -> ObjectId {
         self.0.ledger.id()
+    }
+
+    /// Whether the other is a handle to the same object.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
     }
 
     /// The name it was given.

@@ -9,6 +9,7 @@ const FEATURES: u64 = 0x8600_0000;
 const HYP_MEMINFO: u64 = 0xc600_0002;
 const MEM_SHARE: u64 = 0xc600_0003;
 const MEM_UNSHARE: u64 = 0xc600_0004;
+const MEM_RELINQUISH: u64 = 0xc600_0009;
 /// The low bits of an identifier: its number among the calls of its service.
 const FUNCTION: u64 = 0xffff;
 
@@ -41,6 +42,9 @@ pub enum Hypercall {
     MemShare(Ipa),
     /// Have the page to itself again.
     MemUnshare(Ipa),
+    /// Give the page up: its memory is the host's, zeroed unless the host could see it. A balloon's call, and
+    /// what has to come before the VMM can take a memslot away.
+    MemRelinquish(Ipa),
 }
 
 impl Hypercall {
@@ -51,6 +55,7 @@ impl Hypercall {
             Self::HypMeminfo => [HYP_MEMINFO, 0, 0, 0],
             Self::MemShare(ipa) => [MEM_SHARE, ipa.get(), 0, 0],
             Self::MemUnshare(ipa) => [MEM_UNSHARE, ipa.get(), 0, 0],
+            Self::MemRelinquish(ipa) => [MEM_RELINQUISH, ipa.get(), 0, 0],
         })
     }
 }
@@ -88,6 +93,7 @@ pub(super) enum Asked {
     Answered(HvcResult),
     Share(Ipa),
     Unshare(Ipa),
+    Relinquish(Ipa),
     Unknown,
 }
 
@@ -96,7 +102,8 @@ pub(super) const fn decode(Registers(regs): Registers) -> Asked {
     const fn bit(id: u64) -> u64 {
         1 << (id & FUNCTION)
     }
-    let features = bit(FEATURES) | bit(HYP_MEMINFO) | bit(MEM_SHARE) | bit(MEM_UNSHARE);
+    let features =
+        bit(FEATURES) | bit(HYP_MEMINFO) | bit(MEM_SHARE) | bit(MEM_UNSHARE) | bit(MEM_RELINQUISH);
     let invalid = Asked::Answered(HvcResult::INVALID_PARAMETER);
     let ipa = Ipa::new(regs[1]);
     let is_one_page = ipa.is_page_aligned() && regs[2] == 0 && regs[3] == 0;
@@ -109,7 +116,8 @@ pub(super) const fn decode(Registers(regs): Registers) -> Asked {
         },
         MEM_SHARE if is_one_page => Asked::Share(ipa),
         MEM_UNSHARE if is_one_page => Asked::Unshare(ipa),
-        MEM_SHARE | MEM_UNSHARE => invalid,
+        MEM_RELINQUISH if is_one_page => Asked::Relinquish(ipa),
+        MEM_SHARE | MEM_UNSHARE | MEM_RELINQUISH => invalid,
         _ => Asked::Unknown,
     }
 }
@@ -123,8 +131,9 @@ mod tests {
         let ipa = Ipa::new(0x7000);
         assert_eq!(decode(Hypercall::MemShare(ipa).regs()), Asked::Share(ipa));
         assert_eq!(decode(Hypercall::MemUnshare(ipa).regs()), Asked::Unshare(ipa));
+        assert_eq!(decode(Hypercall::MemRelinquish(ipa).regs()), Asked::Relinquish(ipa));
         let features = decode(Hypercall::Features.regs());
-        assert_eq!(features, Asked::Answered(HvcResult::value(0b11101)));
+        assert_eq!(features, Asked::Answered(HvcResult::value(0b10_0001_1101)));
         let meminfo = decode(Hypercall::HypMeminfo.regs());
         assert_eq!(meminfo, Asked::Answered(HvcResult::value(4096)));
         assert_eq!(HvcResult::INVALID_PARAMETER.regs().0, [0xffff_ffff_ffff_fffd, 0, 0, 0]);
@@ -133,7 +142,7 @@ mod tests {
     #[test]
     fn arguments_that_are_reserved_must_be_zero() {
         let invalid = Asked::Answered(HvcResult::INVALID_PARAMETER);
-        for id in [MEM_SHARE, MEM_UNSHARE] {
+        for id in [MEM_SHARE, MEM_UNSHARE, MEM_RELINQUISH] {
             assert_eq!(decode(Registers([id, 0x7001, 0, 0])), invalid);
             assert_eq!(decode(Registers([id, 0x7000, 1, 0])), invalid);
             assert_eq!(decode(Registers([id, 0x7000, 0, 1])), invalid);

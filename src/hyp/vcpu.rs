@@ -197,6 +197,10 @@ impl Vcpu {
                 Ok(PageState::SharedOwned) => self.ask(ipa.gfn(), Visibility::Private),
                 _ => Ok(HvcResult::INVALID_PARAMETER),
             },
+            Asked::Relinquish(ipa) => match self.lease.core.relinquish(ipa.gfn()) {
+                Ok(()) => Ok(HvcResult::SUCCESS),
+                Err(_) => Ok(HvcResult::INVALID_PARAMETER),
+            },
             Asked::Unknown => Err(Exit::Hypercall { regs }),
         }
     }
@@ -228,7 +232,7 @@ impl Vcpu {
     fn ask(&mut self, gfn: Gfn, to: Visibility) -> Result<HvcResult, Exit> {
         let core = &self.lease.core;
         let slot = core.read().slot(gfn);
-        // A page that is mapped came from a memslot, and those stay as long as the guest lives.
+        // Another vCPU may have given the page up meanwhile, and the VMM taken the memslot away.
         let Some(SlotPage { memfd, page }) = slot else {
             return Ok(HvcResult::INVALID_PARAMETER);
         };

@@ -2,6 +2,7 @@
 //! `unsafe` code, but for the slices of the vm-memory adapter. What it offers upwards is safe.
 
 pub(crate) mod barrier;
+pub(crate) mod file_io;
 pub(crate) mod hugetlb;
 pub(crate) mod mapping;
 pub(crate) mod memfd;
@@ -13,6 +14,7 @@ pub(crate) mod pagemap;
     path = "recoverable/atomics.rs"
 )]
 pub(crate) mod recoverable;
+pub mod requirements;
 pub(crate) mod sigbus;
 pub(crate) mod smaps;
 pub(crate) mod sparse;

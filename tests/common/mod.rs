@@ -42,10 +42,12 @@ pub(crate) enum Capability {
     Mlock,
     /// A page of memory may be made to fail.
     Hwpoison,
+    /// io_uring.
+    Uring,
 }
 
 impl Capability {
-    pub(crate) const ALL: [Self; 8] = [
+    pub(crate) const ALL: [Self; 9] = [
         Self::Uffd,
         Self::Kvm,
         Self::Hugetlb,
@@ -54,6 +56,7 @@ impl Capability {
         Self::Numa,
         Self::Mlock,
         Self::Hwpoison,
+        Self::Uring,
     ];
 
     /// As in `GMEM_REQUIRE`.
@@ -67,6 +70,7 @@ impl Capability {
             Self::Numa => "numa",
             Self::Mlock => "mlock",
             Self::Hwpoison => "hwpoison",
+            Self::Uring => "uring",
         }
     }
 }

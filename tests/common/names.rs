@@ -9,7 +9,7 @@ pub(crate) const STEPS: &[&str] = &[
 
 /// What a host may or may not offer to the tests.
 pub(crate) const CAPABILITIES: &[&str] =
-    &["uffd", "kvm", "hugetlb", "hugetlb1g", "thp", "numa", "mlock", "hwpoison"];
+    &["uffd", "kvm", "hugetlb", "hugetlb1g", "thp", "numa", "mlock", "hwpoison", "uring"];
 
 /// Splits a comma-separated list of names and refuses what nobody has heard of.
 pub(crate) fn parse_required(list: &str) -> Result<Vec<&str>, String> {

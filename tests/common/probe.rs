@@ -1,8 +1,8 @@
 //! What the host offers, found out without the library: a fault in there must not turn into a skip.
 
-// UNSAFETY: two calls into userfaultfd, which rustix marks unsafe because of what could be done
-// with the descriptor. Nothing is done with it.
-#![expect(unsafe_code, reason = "asks the kernel for a userfaultfd and its features")]
+// UNSAFETY: calls into userfaultfd, which rustix marks unsafe because of what could be done
+// with the descriptor, and into io_uring, which no crate here wraps. Nothing is done with either.
+#![expect(unsafe_code, reason = "asks the kernel for a userfaultfd, its features, and an io_uring")]
 
 use std::fs::{self, OpenOptions};
 use std::io;
@@ -31,6 +31,7 @@ pub(crate) fn probe(capability: Capability) -> Result<(), String> {
         Capability::Thp => writable("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
         Capability::Mlock => mlock(),
         Capability::Hwpoison => hwpoison(),
+        Capability::Uring => uring(),
     }
 }
 
@@ -87,6 +88,20 @@ fn hwpoison() -> Result<(), String> {
         Some(_) if geteuid().is_root() => Ok(()),
         Some(_) => Err("only root may poison memory".into()),
         None => Err("takes a page from the machine for good: set GMEM_HWPOISON to allow it".into()),
+    }
+}
+
+fn uring() -> Result<(), String> {
+    let mut params = [0_u32; 30];
+    // SAFETY: reads and writes one `io_uring_params`, which are as many words.
+    let fd = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, params.as_mut_ptr()) };
+    match i32::try_from(fd) {
+        Ok(fd) if fd >= 0 => {
+            // SAFETY: made above, used no more.
+            unsafe { libc::close(fd) };
+            Ok(())
+        }
+        _ => Err(format!("io_uring_setup: {}", io::Error::last_os_error())),
     }
 }
 

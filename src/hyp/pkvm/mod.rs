@@ -9,7 +9,7 @@
 //! | `NOPAGE` (annotation: which guest, which gfn) | `OWNED` | that guest | donate; unshare |
 //! | `SHARED_BORROWED` (leaf) | `SHARED_OWNED` | host and guest | share |
 //!
-//! Nothing else is legal. There are four ways from row to row, all of 4 KiB; design/stage2.md has
+//! Nothing else is legal. There are five ways from row to row, all of 4 KiB; design/stage2.md has
 //! the order in which each looks at things, and what it answers.
 //!
 //! | transition | whose wish | from | to | bytes |
@@ -17,6 +17,7 @@
 //! | `host_donate_guest` | the host's | host's | guest's | preserved |
 //! | `guest_share_host` | the guest's | guest's | shared | preserved |
 //! | `guest_unshare_host` | the guest's | shared | guest's | preserved |
+//! | `guest_relinquish_page` | the guest's | guest's, shared | host's | zeroed if it was the guest's alone |
 //! | `reclaim_dying_guest_page` | teardown | guest's, shared | host's | zeroed if it was the guest's alone |
 //!
 //! # Where this differs from pKVM
@@ -24,12 +25,15 @@
 //!   vCPU exits, the VMM converts the memory in its [`GuestMemfd`](crate::GuestMemfd), and that asks
 //!   EL2: so pins are honoured, and host views follow. EL2 goes along only while the guest's request
 //!   for that page is pending, and the guest is told what really became of the page.
+//! - **A memslot may go while the guest lives**, once the guest has relinquished what it had there. pKVM
+//!   refuses to delete one of a protected guest that has run.
 //! - A page may be donated before a vCPU has run: a payload is loaded, then converted.
 //! - The host's page state is kept in its stage-2 table alone, in the software bits of the leaf, where
 //!   current pKVM has an array of page records besides.
 //! - No huge mappings, no non-protected guests, no forced reclaim of single pages yet.
 
 mod invariants;
+mod memslot;
 mod page;
 mod spec;
 mod transition;
@@ -39,9 +43,11 @@ use std::sync::{Arc, Weak};
 
 use slab::Slab;
 
+pub use self::memslot::MemslotId;
+pub(super) use self::memslot::SlotPage;
 use self::page::{HostPage, HostPages, VmHandle};
 use self::vm::VmCore;
-pub(super) use self::vm::{Lease, Request, SlotPage};
+pub(super) use self::vm::{Lease, Request};
 pub use self::vm::{Vm, VmStat};
 use crate::addr::{ByteSize, Pfn};
 use crate::backing::Arena;

@@ -1,4 +1,4 @@
-//! Where a page changes hands: the four transitions, and the hooks that are made of them.
+//! Where a page changes hands: the five transitions, and the hooks that are made of them.
 //!
 //! Each transition looks at all parties first, in the order in which pKVM looks, because the order
 //! decides which errno a caller gets. Then memory for tables is taken. Only then does anything
@@ -10,7 +10,7 @@ use crate::addr::{Gfn, Pfn};
 use crate::backing::Arena;
 use crate::error::Errno;
 use crate::range::PfnRange;
-use crate::stage2::{Entry, GuestRun, Level, PageState, TableError};
+use crate::stage2::{Entry, GuestRun, Leaf, Level, PageState, TableError};
 
 /// Host and guest, both locked: the host first.
 #[derive(Debug)]
@@ -179,6 +179,23 @@ impl Parties<'_> {
             Err(TableError::Poisoned) => return Ok(()),
             found => found?,
         };
+        self.take_back(gfn, leaf, arena)
+    }
+
+    /// Takes a page from the guest that gives it up. What it had to itself is zeroed first.
+    ///
+    /// # Errors
+    /// In this order: `EINVAL` if the guest is torn down; `EHWPOISON`, `ENOENT`, `E2BIG` (`ERANGE`); `EPERM`
+    /// if it is not the guest's own.
+    pub(super) fn guest_relinquish_page(&mut self, gfn: Gfn, arena: &Arena) -> Result<(), Errno> {
+        if self.guest.life != Life::Alive {
+            return Err(Errno::EINVAL);
+        }
+        let leaf = self.guest.table.page(gfn)?;
+        self.take_back(gfn, leaf, arena)
+    }
+
+    fn take_back(&mut self, gfn: Gfn, leaf: Leaf, arena: &Arena) -> Result<(), Errno> {
         let is_private = match leaf.state {
             PageState::Owned => true,
             PageState::SharedOwned => false,

@@ -4,13 +4,14 @@ use std::sync::{Arc, RwLockReadGuard, Weak};
 
 use slab::Slab;
 
+use super::memslot::{MemslotId, Memslots, Slot, SlotPage};
 use super::page::{GuestPages, Life, VmHandle};
 use super::transition::Parties;
 use super::{Host, Hypervisor, refused};
-use crate::addr::{ByteSize, Gfn, Ipa, Offset, Pfn, Pgoff};
+use crate::addr::{ByteSize, Gfn, Ipa, Offset, Pfn};
 use crate::backing::Arena;
 use crate::error::{Errno, Error, ErrorKind, Op};
-use crate::gmem::{BindingId, GuestMemfd};
+use crate::gmem::GuestMemfd;
 use crate::hyp::Vcpu;
 use crate::range::{GfnRange, PgoffRange};
 use crate::stage2::{Entry, GuestMove, GuestRun, PageState, Stage2, Table, TableError, TableShape};
@@ -54,27 +55,9 @@ pub(in crate::hyp) struct VmCore {
 #[derive(Debug)]
 pub(in crate::hyp) struct VmState {
     pub(super) pages: GuestPages,
-    /// In ascending order of guest frames.
-    slots: Vec<Slot>,
+    slots: Memslots,
     /// The vCPUs, and what each has asked for and waits for.
     vcpus: Slab<Option<Request>>,
-}
-
-/// Guest frames that are pages of an object.
-#[derive(Debug)]
-struct Slot {
-    gfns: GfnRange,
-    first: Pgoff,
-    memfd: GuestMemfd,
-    /// None while the object is being asked.
-    binding: Option<BindingId>,
-}
-
-/// A page of an object that a memslot puts at a guest frame.
-#[derive(Clone, Debug)]
-pub(in crate::hyp) struct SlotPage {
-    pub(in crate::hyp) memfd: GuestMemfd,
-    pub(in crate::hyp) page: Pgoff,
 }
 
 /// A guest's wish for a page, pending until it is answered.
@@ -106,16 +89,51 @@ impl Vm {
         Hypervisor(Arc::clone(&self.0.core.host))
     }
 
-    /// Puts pages of an object at a guest frame. They are given to the guest one by one, when it
-    /// touches them, or together by a conversion to private.
+    /// Puts pages of an object at a guest frame, in the first memslot that is free. They are given to the
+    /// guest one by one, when it touches them, or together by a conversion to private. Its vCPUs may run
+    /// meanwhile.
     ///
     /// # Errors
-    /// [`ErrorKind::Exists`] if a memslot is there, or the object has these pages in another;
+    /// As [`bind_slot`](Self::bind_slot); [`ErrorKind::Saturated`] if no memslot is free.
+    pub fn bind(
+        &self,
+        gfn: Gfn,
+        memfd: &GuestMemfd,
+        pages: PgoffRange,
+    ) -> Result<MemslotId, Error> {
+        self.0.core.bind(None, gfn, memfd, pages)
+    }
+
+    /// [`bind`](Self::bind), in the memslot of that number.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exists`] if another memslot is at one of the guest frames or has one of the object's pages
+    /// (`EEXIST`), if the number is in use, or if the object has memslots of another machine (`EINVAL`);
     /// [`ErrorKind::OutOfRange`] beyond the guest's address space or the object;
     /// [`ErrorKind::Unsupported`] for an object of another pool than the hypervisor's;
     /// [`ErrorKind::HypervisorRefused`] with `EINVAL` if the guest is torn down.
-    pub fn bind(&self, gfn: Gfn, memfd: &GuestMemfd, pages: PgoffRange) -> Result<(), Error> {
-        self.0.core.bind(gfn, memfd, pages)
+    pub fn bind_slot(
+        &self,
+        id: MemslotId,
+        gfn: Gfn,
+        memfd: &GuestMemfd,
+        pages: PgoffRange,
+    ) -> Result<(), Error> {
+        self.0.core.bind(Some(id), gfn, memfd, pages).map(drop)
+    }
+
+    /// Deletes a memslot. Its vCPUs may run meanwhile: from here on they find no memory there. The pages stay in
+    /// the object as they are, and can be bound again, here or elsewhere.
+    ///
+    /// A protected guest loses nothing against its will: it must have [given up](crate::hyp::Hypercall::MemRelinquish)
+    /// whatever it had been given there.
+    ///
+    /// # Errors
+    /// [`ErrorKind::HypervisorRefused`] with `EBUSY` while the guest has a page there, private or shared;
+    /// [`ErrorKind::NotFound`] (`EINVAL`) if there is no such memslot; [`ErrorKind::Busy`] while it is being
+    /// bound or deleted by somebody else. Nothing has changed then.
+    pub fn unbind(&self, id: MemslotId) -> Result<(), Error> {
+        self.0.core.unbind(id)
     }
 
     /// A vCPU. While it exists the guest cannot be torn down.
@@ -181,35 +199,7 @@ impl VmState {
 
     /// What a memslot has there.
     pub(in crate::hyp) fn slot(&self, gfn: Gfn) -> Option<SlotPage> {
-        let next = self.slots.partition_point(|slot| slot.gfns.start() <= gfn);
-        let slot = self.slots.get(next.checked_sub(1)?)?;
-        if !slot.gfns.contains(gfn) || slot.binding.is_none() {
-            return None;
-        }
-        let page = slot.first.checked_add(gfn.get() - slot.gfns.start().get())?;
-        Some(SlotPage { memfd: slot.memfd.clone(), page })
-    }
-
-    /// Enters a memslot that is not yet in use, so that no other can take its place.
-    fn hold_slot(&mut self, slot: Slot) -> Result<(), ErrorKind> {
-        if self.pages.life != Life::Alive {
-            return Err(ErrorKind::HypervisorRefused);
-        }
-        if slot.gfns.end() > self.pages.table.shape().gfn_limit() {
-            return Err(ErrorKind::OutOfRange);
-        }
-        if self.slots.iter().any(|other| other.gfns.intersection(&slot.gfns).is_some()) {
-            return Err(ErrorKind::Exists);
-        }
-        self.slots.try_reserve(1).map_err(|_| ErrorKind::Exhausted)?;
-        let at = self.slots.partition_point(|other| other.gfns.start() < slot.gfns.start());
-        self.slots.insert(at, slot);
-        Ok(())
-    }
-
-    /// The memslot that was held at `gfns`, unless it was given up meanwhile.
-    fn held_slot(&mut self, gfns: GfnRange) -> Option<usize> {
-        self.slots.iter().position(|slot| slot.gfns == gfns)
+        self.slots.page(gfn)
     }
 }
 
@@ -222,7 +212,7 @@ impl VmCore {
     ) -> Result<Arc<Self>, Error> {
         let table = Table::with_limit(shape, nr_tables).map_err(refused)?;
         let pages = GuestPages { handle, table, life: Life::Alive };
-        let state = VmState { pages, slots: Vec::new(), vcpus: Slab::new() };
+        let state = VmState { pages, slots: Memslots::default(), vcpus: Slab::new() };
         Ok(Arc::new(Self { host, handle, state: RwLock::new(state) }))
     }
 
@@ -248,45 +238,73 @@ impl VmCore {
 
     fn bind(
         self: &Arc<Self>,
+        id: Option<MemslotId>,
         gfn: Gfn,
         memfd: &GuestMemfd,
         pages: PgoffRange,
-    ) -> Result<(), Error> {
+    ) -> Result<MemslotId, Error> {
         let error = |kind| Error::new(Op::BindSlot, kind).on(pages);
         let torn_down = || error(ErrorKind::HypervisorRefused).errno_is(Errno::EINVAL);
+        let too_far = || error(ErrorKind::OutOfRange).because("guest address space");
         if !Arc::ptr_eq(memfd.pool().arena(), &self.host.arena) {
             return Err(error(ErrorKind::Unsupported).because("the object is of another pool"));
         }
-        let gfns = GfnRange::new(gfn, pages.nr_pages())
-            .map_err(|_| error(ErrorKind::OutOfRange).because("guest address space"))?;
-        let slot = Slot { gfns, first: pages.start(), memfd: memfd.clone(), binding: None };
-        self.state.write().hold_slot(slot).map_err(|kind| match kind {
-            ErrorKind::HypervisorRefused => torn_down(),
-            kind => error(kind),
-        })?;
+        let gfns = GfnRange::new(gfn, pages.nr_pages()).map_err(|_| too_far())?;
+        let id = {
+            let mut state = self.state.write();
+            if state.pages.life != Life::Alive {
+                return Err(torn_down());
+            }
+            if gfns.end() > state.pages.table.shape().gfn_limit() {
+                return Err(too_far());
+            }
+            let id = id.map_or_else(|| state.slots.free_id(), Ok)?;
+            let memfd = memfd.clone();
+            let slot = Slot { id, gfns, first: pages.start(), memfd, binding: None };
+            state.slots.hold(slot).map_err(|error| error.on(pages))?;
+            id
+        };
         let weak: Weak<Self> = Arc::downgrade(self);
         // With no lock held: the object has its own, which come before ours.
         let bound = memfd.bind(weak, gfn, pages);
         let mut state = self.state.write();
-        let held = state.held_slot(gfns);
-        match (bound, held) {
-            (Ok(id), Some(index)) => {
-                state.slots[index].binding = Some(id);
-                Ok(())
+        match (bound, state.slots.get_mut(id)) {
+            (Ok(binding), Some(slot)) => {
+                slot.binding = Some(binding);
+                Ok(id)
             }
-            (Ok(id), None) => {
+            (Ok(binding), None) => {
                 // Torn down meanwhile, which could not know this binding.
                 drop(state);
-                memfd.unbind(id);
+                memfd.unbind(binding);
                 Err(torn_down())
             }
-            (Err(refusal), held) => {
-                if let Some(index) = held {
-                    state.slots.remove(index);
-                }
+            (Err(refusal), _) => {
+                state.slots.remove(id);
                 Err(refusal)
             }
         }
+    }
+
+    fn unbind(&self, id: MemslotId) -> Result<(), Error> {
+        let (memfd, binding) = self.state.write().slots.suspend(id)?;
+        let outcome = memfd.unbind_live(binding);
+        let mut state = self.state.write();
+        match (&outcome, state.slots.get_mut(id)) {
+            (Ok(()), _) => state.slots.remove(id),
+            (Err(_), Some(slot)) => slot.binding = Some(binding),
+            (Err(_), None) => {
+                // Torn down meanwhile, which could not know this binding.
+                drop(state);
+                memfd.unbind(binding);
+            }
+        }
+        outcome
+    }
+
+    /// A guest gives up a page for good.
+    pub(in crate::hyp) fn relinquish(&self, gfn: Gfn) -> Result<(), Errno> {
+        self.with_parties(|parties, _| parties.guest_relinquish_page(gfn, &self.host.arena))
     }
 
     fn teardown(&self) -> Result<(), Error> {
@@ -336,7 +354,7 @@ impl VmCore {
         self.host.forget(self.handle);
         let mut state = self.state.write();
         state.pages.life = Life::Gone;
-        std::mem::take(&mut state.slots)
+        state.slots.take()
     }
 
     /// Does something with both parties locked, the host first.
