@@ -71,7 +71,7 @@ pub use crate::folio::{
 pub use crate::gmem::{
     ContentPolicy, Conversion, ConvertOptions, GuestMemfd, GuestMemfdBuilder, HostFault, HostView,
     Migration, ObjectStat, OwnerTag, PageInfo, PageStatus, PinGuard, PinMode, Punched, Residency,
-    Subscriber, Subscription, Touch,
+    Subscriber, Subscription, Touch, ViewMapping, ViewOptions, ViewPath,
 };
 pub use crate::os::sigbus::{FaultCause, SigbusHandler};
 pub use crate::state::{CancelToken, Visibility, Wait};

@@ -30,6 +30,9 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
+/// Measures some rows.
+type Part = fn(&mut Bench) -> Outcome<()>;
+
 const MIB: usize = 1 << 20;
 
 fn main() -> ExitCode {
@@ -37,7 +40,7 @@ fn main() -> ExitCode {
     // cargo adds `--bench`.
     let filter = std::env::args().skip(1).find(|arg| !arg.starts_with("--"));
     let mut bench = Bench::new(quick, filter.unwrap_or_default());
-    let parts: &[(&[&str], fn(&mut Bench) -> Outcome<()>)] = &[
+    let parts: &[(&[&str], Part)] = &[
         (&["convert_4k_view"], convert_4k),
         (&["convert_2m_memfd_view"], |bench| convert_2m(bench, Pages::Small)),
         (&["convert_2m_thp_view"], |bench| convert_2m(bench, Pages::Transparent)),

@@ -309,7 +309,7 @@ impl Inner {
                 .because("membarrier(2) is refused since it was registered"));
         }
         self.revoke_from_subscribers(op, layout, frozen.runs())?;
-        let hidden = frozen.runs().iter().try_for_each(|&run| self.hide(layout, run));
+        let hidden = self.hide(layout, frozen.runs());
         let outcome = hidden.and_then(|()| {
             self.move_pages(op, layout, &guest, frozen, content, |hypervisor, prepare| {
                 hypervisor.make_private(&guest, prepare)
@@ -407,7 +407,7 @@ impl Drop for HidesIfPanicking<'_> {
             for (pages, word) in self.object.spans(self.object.pages) {
                 if word.phase() == Phase::Quarantined {
                     // Should this fail too, nothing is left to be tried.
-                    let _ = self.object.hide(self.layout, pages);
+                    let _ = self.object.hide(self.layout, &[pages]);
                 }
             }
         }

@@ -9,9 +9,9 @@ use std::sync::{Arc, Weak};
 
 use slab::Slab;
 
-use super::host_view::{NotInstalled, ViewMap};
 use super::object::{Inner, runs};
 use super::subscriber::Subscriber;
+use super::view_map::{NotInstalled, ViewMap};
 use crate::addr::{Gfn, Pfn};
 use crate::error::{Error, ErrorKind, Op};
 use crate::failpoint::{FailPoint, fails};
@@ -47,9 +47,9 @@ impl Layout {
     pub(super) fn nr_mapped(&self) -> u64 {
         let mut views = self.views.iter().map(|(_, view)| view);
         let Some(first) = views.next() else { return 0 };
-        let mut mapped = first.shown().clone();
+        let mut mapped = first.shown().pages().clone();
         for view in views {
-            mapped |= &*view.shown();
+            mapped |= view.shown().pages();
         }
         mapped.count_ones() as u64
     }
@@ -187,8 +187,8 @@ impl Inner {
         }
         match self.reservation.pool().view_granule() {
             FolioSize::Base => {
-                for (pages, _) in self.frames.resident(pages) {
-                    layout.views.iter().for_each(|(_, view)| view.show(pages));
+                for (pages, frames) in self.frames.resident(pages) {
+                    layout.views.iter().for_each(|(_, view)| view.show(self, pages, frames));
                 }
             }
             FolioSize::Huge2M | FolioSize::Huge1G => {
@@ -203,24 +203,26 @@ impl Inner {
                 };
                 let resident = |slot: &Slot| self.is_resident(slot.pages());
                 for slot in self.frames.shape().slots(pages).filter(resident).filter(is_shared) {
-                    layout.views.iter().for_each(|(_, view)| view.show(slot.pages()));
+                    for (pages, frames) in self.frames.resident(slot.pages()) {
+                        layout.views.iter().for_each(|(_, view)| view.show(self, pages, frames));
+                    }
                 }
             }
         }
     }
 
     /// Takes the pages out of every view, and with them whatever a view cannot tell from them.
-    pub(super) fn hide(&self, layout: &Layout, pages: PgoffRange) -> Result<(), Error> {
+    pub(super) fn hide(&self, layout: &Layout, ranges: &[PgoffRange]) -> Result<(), Error> {
         let granule = self.reservation.pool().view_granule();
         for (_, view) in &layout.views {
-            if fails(FailPoint::View) {
+            if ranges.iter().any(|_| fails(FailPoint::View)) {
                 return Err(Error::new(Op::MapView, ErrorKind::Os).because("made to fail"));
             }
             match granule {
-                FolioSize::Base => view.hide(pages)?,
+                FolioSize::Base => view.hide(self, ranges)?,
                 FolioSize::Huge2M | FolioSize::Huge1G => {
-                    for slot in self.frames.shape().slots(pages) {
-                        view.hide(slot.pages())?;
+                    for slot in ranges.iter().flat_map(|&range| self.frames.shape().slots(range)) {
+                        view.hide(self, &[slot.pages()])?;
                     }
                 }
             }

@@ -1,8 +1,8 @@
 //! Migration: a folio moves to other frames, and nobody but those who count frames notices.
 
-use super::host_view::NotInstalled;
 use super::layout::Layout;
 use super::object::{GuestMemfd, Inner, PlacedPrivate};
+use super::view_map::NotInstalled;
 use crate::addr::{ByteSize, Pfn, Pgoff};
 use crate::error::{Errno, Error, ErrorKind, Op};
 use crate::failpoint::{FailPoint, fails};
@@ -183,7 +183,7 @@ impl Inner {
         let shared = self.shared_runs(op, slot.pages())?;
         self.revoke_from_subscribers(op, layout, &shared)?;
         let outcome = self
-            .hide(layout, slot.pages())
+            .hide(layout, &[slot.pages()])
             .and_then(|()| self.replace(layout, &guest, slot, (old, to)));
         self.grant_to_subscribers(layout, &shared);
         outcome

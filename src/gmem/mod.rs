@@ -10,6 +10,8 @@
 //! | `pin` | where a pin is taken, and by whom |
 //! | `access` | checked reads, writes and atomics of the host |
 //! | `host_view` | the object mapped into the VMM, where private memory faults |
+//! | `view_options` | how a view is to be made |
+//! | `view_map` | what of a view can be touched, and how it is made so |
 //! | `subscriber` | those who are told which pages are shared |
 //! | `guest_fault` | the door for hypervisors: memslots, and the faults of guests |
 //! | `invariants` | what must hold of an object: its part of the audit |
@@ -27,6 +29,8 @@ mod object;
 mod pin;
 mod punch;
 mod subscriber;
+mod view_map;
+mod view_options;
 
 pub use convert::{ContentPolicy, Conversion, ConvertOptions};
 pub(crate) use guest_fault::BindingId;
@@ -36,3 +40,4 @@ pub use object::{GuestMemfd, GuestMemfdBuilder, ObjectStat, PageInfo, PageStatus
 pub use pin::{OwnerTag, PinGuard, PinMode};
 pub use punch::Punched;
 pub use subscriber::{Subscriber, Subscription};
+pub use view_options::{ViewMapping, ViewOptions, ViewPath};
