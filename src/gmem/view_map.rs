@@ -265,7 +265,12 @@ impl ViewMap {
             .ok_or_else(|| NotInstalled::Undone(Error::new(Op::MapView, ErrorKind::Unsupported)))?;
         self.map.map_over(at, len, fd, file_at).map_err(NotInstalled::Undone)?;
         self.map.keep_private(at, len).map_err(NotInstalled::Left)?;
-        if self.mapping == ViewMapping::Eager || self.granule != FolioSize::Base {
+        let is_small = self
+            .arena
+            .part_of(frames.start())
+            .is_some_and(|part| part.backing() == ArenaBacking::Memfd);
+        // A huge entry costs less than the fault that would bring it.
+        if self.mapping == ViewMapping::Eager || !is_small {
             // What is not populated is faulted in when it is touched. Before collapsing is forbidden:
             // the kernel takes it for a ban on huge entries as well.
             let _ = self.map.populate_shared(at, len);

@@ -45,7 +45,7 @@ pub enum ViewMapping {
     Eager,
     /// When it is touched, where the kernel can fault it in by itself: in blocks of 2 MiB that turn shared
     /// as a whole, and with [`ViewPath::Fixed`] everywhere. Other pages are mapped when they turn shared, as
-    /// is all of hugetlb.
+    /// is all that is in huge pages.
     Lazy,
 }
 
