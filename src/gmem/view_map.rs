@@ -55,6 +55,9 @@ pub(super) struct Shown {
     pages: BitVec,
     /// For each block of 2 MiB: whether it is open. All of its pages are shown then.
     open: BitVec,
+    /// Mappings that are given up when the kernel allows no more of them, since without room for any the
+    /// pages hidden so far could not even be shown again. Only without userfaultfd.
+    spare: Option<[Mapping; 2]>,
 }
 
 impl Shown {
@@ -99,7 +102,14 @@ impl ViewMap {
         let pages = try_bits(op, object.pages.nr_pages())?;
         let open = try_bits(op, object.pages.nr_pages() / HUGE_PAGES)?;
         let arena = Arc::clone(&object.arena);
-        Ok(Self { map, way, mapping, arena, granule, shown: Mutex::new(Shown { pages, open }) })
+        Ok(Self {
+            map,
+            way,
+            mapping,
+            arena,
+            granule,
+            shown: Mutex::new(Shown { pages, open, spare: None }),
+        })
     }
 
     pub(super) fn map(&self) -> &Mapping {
@@ -293,11 +303,7 @@ impl ViewMap {
     pub(super) fn hide(&self, object: &Inner, ranges: &[PgoffRange]) -> Result<(), Error> {
         let shown = &mut *self.shown();
         match &self.way {
-            Way::Fixed => ranges.iter().try_for_each(|&range| {
-                self.cover(object, range)?;
-                shown.set(range, false);
-                Ok(())
-            }),
+            Way::Fixed => self.hide_fixed(object, shown, ranges),
             Way::Userfault(uffd) => {
                 for &range in ranges {
                     self.close_for(uffd, shown, range)?;
@@ -307,6 +313,24 @@ impl ViewMap {
                 self.map.discard_each(ranges.iter().map(|&range| bytes(range)))
             }
         }
+    }
+
+    fn hide_fixed(
+        &self,
+        object: &Inner,
+        shown: &mut Shown,
+        ranges: &[PgoffRange],
+    ) -> Result<(), Error> {
+        if shown.spare.is_none() {
+            let page = FolioSize::Base.bytes();
+            let one = || Mapping::of_nothing(Op::MapView, object.identity.as_fd(), page, page);
+            shown.spare = Some([one()?, one()?]);
+        }
+        for &range in ranges {
+            self.cover(object, range).inspect_err(|_| drop(shown.spare.take()))?;
+            shown.set(range, false);
+        }
+        Ok(())
     }
 
     /// Closes what is open of the blocks that the range is in.
