@@ -167,8 +167,14 @@ fn read_parts(from: *mut u8, skip: usize, buf: &mut [u8]) {
     if !first.is_empty() {
         first.copy_from_slice(&load_word(from, 0).to_ne_bytes()[skip..skip + head]);
     }
-    for (chunk, word) in middle.chunks_exact_mut(WORD).zip(whole) {
-        chunk.copy_from_slice(&load_word(from, word).to_ne_bytes());
+    if middle.len() >= MANY {
+        let source = from.wrapping_add(whole.start * WORD);
+        // SAFETY: the target is a slice of that many bytes; of the source see `copy_words`.
+        unsafe { copy_words(source, middle.as_mut_ptr(), whole.len()) };
+    } else {
+        for (chunk, word) in middle.chunks_exact_mut(WORD).zip(whole) {
+            chunk.copy_from_slice(&load_word(from, word).to_ne_bytes());
+        }
     }
     if !last.is_empty() {
         last.copy_from_slice(&load_word(from, tail).to_ne_bytes()[..last.len()]);
@@ -182,15 +188,54 @@ fn write_parts(to: *mut u8, skip: usize, buf: &[u8]) {
     if !first.is_empty() {
         store_part(to, 0, skip, first);
     }
-    for (chunk, word) in middle.chunks_exact(WORD).zip(whole) {
-        let mut bytes = [0; WORD];
-        bytes.copy_from_slice(chunk);
-        store_word(to, word, u64::from_ne_bytes(bytes));
+    if middle.len() >= MANY {
+        let target = to.wrapping_add(whole.start * WORD);
+        // SAFETY: the source is a slice of that many bytes; of the target see `copy_words`.
+        unsafe { copy_words(middle.as_ptr(), target, whole.len()) };
+    } else {
+        for (chunk, word) in middle.chunks_exact(WORD).zip(whole) {
+            let mut bytes = [0; WORD];
+            bytes.copy_from_slice(chunk);
+            store_word(to, word, u64::from_ne_bytes(bytes));
+        }
     }
     if !last.is_empty() {
         store_part(to, tail, 0, last);
     }
 }
+
+/// From how many bytes on one instruction copies faster than a loop, which the compiler may not widen.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+const MANY: usize = 512;
+#[cfg(not(all(target_arch = "x86_64", not(miri))))]
+const MANY: usize = usize::MAX;
+
+/// Copies words between the arena and a buffer, in any order and each as by a relaxed atomic access: the
+/// processor is asked to move aligned words of eight bytes, and the compiler knows nothing of how.
+///
+/// # Safety
+/// Both are valid for so many words and do not overlap. What is in the arena is aligned to words.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+unsafe fn copy_words(from: *const u8, to: *mut u8, nr_words: usize) {
+    // SAFETY: 1. the caller vouches for the memory. 2. the direction flag is clear on entry to asm, by the
+    // rules of the ABI. 3. no flag is changed.
+    unsafe {
+        std::arch::asm!(
+            "rep movsq",
+            inout("rcx") nr_words => _,
+            inout("rsi") from => _,
+            inout("rdi") to => _,
+            options(nostack, preserves_flags),
+        );
+    }
+}
+
+/// Never called: `MANY` is out of reach.
+///
+/// # Safety
+/// None is needed.
+#[cfg(not(all(target_arch = "x86_64", not(miri))))]
+unsafe fn copy_words(_: *const u8, _: *mut u8, _: usize) {}
 
 /// A word of the arena, counted from `base`.
 #[inline]

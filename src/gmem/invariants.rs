@@ -61,7 +61,7 @@ impl GuestMemfd {
                 }
             };
             for ((&(page, word), is_shown), present) in
-                words.iter().zip(shown.pages().iter()).zip(present)
+                words.iter().zip(shown.pages.iter()).zip(present)
             {
                 if *is_shown && word.visibility() == Visibility::Private {
                     say(page, String::from("private and mapped in a view"));

@@ -47,9 +47,9 @@ impl Layout {
     pub(super) fn nr_mapped(&self) -> u64 {
         let mut views = self.views.iter().map(|(_, view)| view);
         let Some(first) = views.next() else { return 0 };
-        let mut mapped = first.shown().pages().clone();
+        let mut mapped = first.shown().pages.clone();
         for view in views {
-            mapped |= view.shown().pages();
+            mapped |= &view.shown().pages;
         }
         mapped.count_ones() as u64
     }

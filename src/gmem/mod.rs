@@ -11,6 +11,7 @@
 //! | `access` | checked reads, writes and atomics of the host |
 //! | `host_view` | the object mapped into the VMM, where private memory faults |
 //! | `view_options` | how a view is to be made |
+//! | `shown` | which pages and blocks of a view are shown |
 //! | `view_map` | what of a view can be touched, and how it is made so |
 //! | `subscriber` | those who are told which pages are shared |
 //! | `guest_fault` | the door for hypervisors: memslots, and the faults of guests |
@@ -28,6 +29,7 @@ mod migrate;
 mod object;
 mod pin;
 mod punch;
+mod shown;
 mod subscriber;
 mod view_map;
 mod view_options;

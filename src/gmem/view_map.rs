@@ -18,14 +18,12 @@ use std::fmt;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bitvec::vec::BitVec;
-
 use super::object::Inner;
+use super::shown::{Shown, between, block_of, first_page, next_run, part, whole_blocks};
 use super::view_options::{ViewMapping, ViewPath};
 use crate::addr::{ByteSize, Pfn, Pgoff};
 use crate::backing::{Arena, ArenaBacking, Part};
 use crate::error::{Error, ErrorKind, Op};
-use crate::folio::try_bits;
 use crate::geometry::{FolioSize, HUGE_PAGES, index};
 use crate::os::mapping::Mapping;
 use crate::os::smaps::Smaps;
@@ -49,38 +47,6 @@ enum Way {
     Fixed,
 }
 
-/// What can be touched, as far as it is ours to say.
-pub(super) struct Shown {
-    /// For each page.
-    pages: BitVec,
-    /// For each block of 2 MiB: whether it is open. All of its pages are shown then.
-    open: BitVec,
-    /// Mappings that are given up when the kernel allows no more of them, since without room for any the
-    /// pages hidden so far could not even be shown again. Only without userfaultfd.
-    spare: Option<[Mapping; 2]>,
-}
-
-impl Shown {
-    pub(super) fn pages(&self) -> &BitVec {
-        &self.pages
-    }
-
-    fn set_open(&mut self, blocks: PgoffRange, value: bool) {
-        let range =
-            index(blocks.start().get() / HUGE_PAGES)..index(blocks.end().get() / HUGE_PAGES);
-        if let Some(bits) = self.open.get_mut(range) {
-            bits.fill(value);
-        }
-    }
-
-    fn set(&mut self, pages: PgoffRange, value: bool) {
-        let range = index(pages.start().get())..index(pages.end().get());
-        if let Some(bits) = self.pages.get_mut(range) {
-            bits.fill(value);
-        }
-    }
-}
-
 impl ViewMap {
     pub(super) fn new(object: &Inner, path: ViewPath, mapping: ViewMapping) -> Result<Self, Error> {
         let op = Op::MapView;
@@ -99,17 +65,9 @@ impl ViewMap {
         let granule = object.reservation.pool().view_granule();
         let align = granule.max(FolioSize::Huge2M).bytes();
         let map = Mapping::of_nothing(op, object.identity.as_fd(), size, align)?;
-        let pages = try_bits(op, object.pages.nr_pages())?;
-        let open = try_bits(op, object.pages.nr_pages() / HUGE_PAGES)?;
+        let shown = Shown::nothing(op, object.pages.nr_pages())?;
         let arena = Arc::clone(&object.arena);
-        Ok(Self {
-            map,
-            way,
-            mapping,
-            arena,
-            granule,
-            shown: Mutex::new(Shown { pages, open, spare: None }),
-        })
+        Ok(Self { map, way, mapping, arena, granule, shown: Mutex::new(shown) })
     }
 
     pub(super) fn map(&self) -> &Mapping {
@@ -352,7 +310,7 @@ impl ViewMap {
         // What can still be open is at the two ends, and not in the range as a whole.
         let last = Pgoff::new(range.end().get() - 1);
         for block in [block_of(range.start()), block_of(last)] {
-            if shown.open.get(index(block.get())).is_some_and(|bit| *bit) {
+            if shown.is_open(block) {
                 self.close_part(uffd, shown, PgoffRange::new(first_page(block), HUGE_PAGES)?)?;
             }
         }
@@ -459,8 +417,7 @@ impl ViewMap {
 
     /// Whether the kernel maps this page by itself when it is touched, if it is shown.
     pub(super) fn is_faulted_in(&self, shown: &Shown, page: Pgoff) -> bool {
-        let is_open = || shown.open.get(index(block_of(page).get())).is_some_and(|bit| *bit);
-        matches!(self.way, Way::Fixed) || is_open()
+        matches!(self.way, Way::Fixed) || shown.is_open(block_of(page))
     }
 
     pub(super) fn shown(&self) -> MutexGuard<'_, Shown> {
@@ -488,47 +445,6 @@ impl fmt::Debug for ViewMap {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "ViewMap({}+{:#x})", self.map.hva(), self.map.len())
     }
-}
-
-/// The first run of bits from `from` up to `end` that have this value.
-fn next_run(bits: &BitVec, from: Pgoff, end: Pgoff, value: bool) -> Option<PgoffRange> {
-    let bits = bits.get(index(from.get())..index(end.get()))?;
-    let (skip, len) = match value {
-        true => bits
-            .first_one()
-            .map(|skip| (skip, bits.get(skip..).map_or(0, |it| it.leading_ones())))?,
-        false => bits
-            .first_zero()
-            .map(|skip| (skip, bits.get(skip..).map_or(0, |it| it.leading_zeros())))?,
-    };
-    PgoffRange::new(Pgoff::new(from.get() + skip as u64), len as u64).ok()
-}
-
-/// Blocks of 2 MiB are counted by the same type as pages.
-fn block_of(page: Pgoff) -> Pgoff {
-    Pgoff::new(page.get() / HUGE_PAGES)
-}
-
-fn first_page(block: Pgoff) -> Pgoff {
-    Pgoff::new(block.get() * HUGE_PAGES)
-}
-
-/// The whole blocks of 2 MiB in the pages.
-fn whole_blocks(pages: PgoffRange) -> Option<PgoffRange> {
-    let start = pages.start().get().next_multiple_of(HUGE_PAGES);
-    let end = pages.end().get() / HUGE_PAGES * HUGE_PAGES;
-    between(Pgoff::new(start), Pgoff::new(end))
-}
-
-/// The pages from `start` up to `end`, if there are any.
-fn between(start: Pgoff, end: Pgoff) -> Option<PgoffRange> {
-    PgoffRange::new(start, end.get().checked_sub(start.get())?).ok()
-}
-
-/// The frames of some of the pages.
-fn part(pages: PgoffRange, frames: PfnRange, some: PgoffRange) -> Option<PfnRange> {
-    let skip = some.start().get().checked_sub(pages.start().get())?;
-    PfnRange::new(frames.start().checked_add(skip)?, some.nr_pages()).ok()
 }
 
 /// Where the pages are in a mapping of the whole object. The object fits in an address space, or

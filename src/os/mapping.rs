@@ -203,6 +203,11 @@ impl Mapping {
         ranges: impl Iterator<Item = (usize, usize)>,
     ) -> Result<(), Error> {
         let mut ranges = ranges.peekable();
+        let Some((at, len)) = ranges.next() else { return Ok(()) };
+        if ranges.peek().is_none() {
+            return self.discard(at, len);
+        }
+        let mut ranges = std::iter::once((at, len)).chain(ranges).peekable();
         let mut vector = [libc::iovec { iov_base: ptr::null_mut(), iov_len: 0 }; MOST_AT_ONCE];
         while ranges.peek().is_some() {
             let mut nr_taken = 0;
