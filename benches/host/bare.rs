@@ -28,6 +28,15 @@ fn check(result: libc::c_long) -> io::Result<libc::c_long> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
+/// How many nanoseconds this thread has run, in the kernel and out of it.
+pub(crate) fn cpu_time() -> f64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes the structure.
+    let result = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    assert_eq!(result, 0, "every Linux has this clock");
+    time.tv_sec as f64 * 1e9 + time.tv_nsec as f64
+}
+
 pub(crate) fn memfd(len: usize, pages: Pages) -> io::Result<File> {
     let flags = match pages {
         Pages::Hugetlb => libc::MFD_CLOEXEC | libc::MFD_HUGETLB | libc::MFD_HUGE_2MB,

@@ -1,7 +1,9 @@
-//! How a row is measured: ours and a peer in one process, turn by turn, and medians of the turns.
+//! How a row is measured: ours and a peer in one process, turn by turn, and medians of the turns. What counts
+//! is the time that the thread has had of a processor: it is the only one here, and waits for nobody.
 
 use std::hint::black_box;
-use std::time::Instant;
+
+use crate::bare::cpu_time;
 
 /// How much to measure, and whether all that was measured is as it must be.
 pub(crate) struct Bench {
@@ -45,11 +47,11 @@ impl Bench {
             false => (31, row.calls),
         };
         let time = |call: &mut dyn FnMut()| {
-            let start = Instant::now();
+            let start = cpu_time();
             for _ in 0..calls {
                 call();
             }
-            start.elapsed().as_nanos() as f64 / f64::from(calls) / f64::from(row.per_call)
+            (cpu_time() - start) / f64::from(calls) / f64::from(row.per_call)
         };
         let (mut our_times, mut peer_times) = (Vec::new(), Vec::new());
         // The first turn warms up, and is not counted.

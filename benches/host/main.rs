@@ -1,7 +1,7 @@
 //! What the host's side costs: `cargo bench --bench host -- [--quick] [PART OF A ROW'S NAME]`.
 //!
 //! As the state bench: `row NAME ours=NS peer=PEERNAME peer_ns=NS ratio=R`, ours and a peer in one
-//! process, turn by turn, medians. The peers are bare system calls that end in the same. Ends with 1 if a
+//! process, turn by turn, medians, of the time that the thread has had of a processor. The peers are bare system calls that end in the same. Ends with 1 if a
 //! row is not as it must be. A row that this host cannot run says so.
 
 // UNSAFETY: the peers are bare system calls on mappings of their own.
@@ -14,7 +14,6 @@ mod setting;
 
 use std::fs::File;
 use std::process::ExitCode;
-use std::time::Instant;
 
 use bare::{BareView, HUGE, Map, PAGE, Pages};
 use gmem::addr::{ByteSize, Offset, Pgoff};
@@ -269,9 +268,9 @@ fn guest_memfd_touch(bench: &mut Bench) -> Outcome<()> {
 }
 
 fn timed<R>(call: impl FnOnce() -> R) -> f64 {
-    let start = Instant::now();
+    let start = bare::cpu_time();
     std::hint::black_box(call());
-    start.elapsed().as_nanos() as f64
+    bare::cpu_time() - start
 }
 
 fn checked_copies(bench: &mut Bench) -> Outcome<()> {
