@@ -181,6 +181,7 @@ impl Inner {
     ///
     /// Where views only take whole huge folios, one is mapped if it has no hole and the rest of it is shared,
     /// or is among `becoming_shared`, which the caller holds. The layout is then locked for writing.
+    #[inline]
     pub(super) fn show(&self, layout: &Layout, pages: PgoffRange, becoming_shared: &[PgoffRange]) {
         if layout.views.is_empty() {
             return;
@@ -212,6 +213,7 @@ impl Inner {
     }
 
     /// Takes the pages out of every view, and with them whatever a view cannot tell from them.
+    #[inline]
     pub(super) fn hide(&self, layout: &Layout, ranges: &[PgoffRange]) -> Result<(), Error> {
         let granule = self.reservation.pool().view_granule();
         for (_, view) in &layout.views {

@@ -38,15 +38,22 @@ impl Shown {
         }
     }
 
+    #[inline]
     pub(super) fn set(&mut self, pages: PgoffRange, value: bool) {
-        let range = index(pages.start().get())..index(pages.end().get());
-        if let Some(bits) = self.pages.get_mut(range) {
+        let (start, end) = (index(pages.start().get()), index(pages.end().get()));
+        if end - start == 1 {
+            // One page most times, and what follows is slow for that.
+            if let Some(mut bit) = self.pages.get_mut(start) {
+                bit.set(value);
+            }
+        } else if let Some(bits) = self.pages.get_mut(start..end) {
             bits.fill(value);
         }
     }
 }
 
 /// The first run of bits from `from` up to `end` that have this value.
+#[inline]
 pub(super) fn next_run(bits: &BitVec, from: Pgoff, end: Pgoff, value: bool) -> Option<PgoffRange> {
     let bits = bits.get(index(from.get())..index(end.get()))?;
     // One page most times, and what follows is slow for that.

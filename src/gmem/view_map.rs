@@ -136,6 +136,7 @@ impl ViewMap {
 
     /// Makes the pages accessible, which have these frames. Should the kernel have no memory or no room
     /// for that, they go on faulting, which is safe, and `shown` says so.
+    #[inline]
     pub(super) fn show(&self, object: &Inner, pages: PgoffRange, frames: PfnRange) {
         let shown = &mut *self.shown();
         let mut from = pages.start();
@@ -166,6 +167,7 @@ impl ViewMap {
     }
 
     /// Shows pages none of which is shown. What is to be opened is; says whether all can be touched then.
+    #[inline]
     fn show_registered(
         &self,
         uffd: &Userfault,
@@ -246,6 +248,7 @@ impl ViewMap {
         self.map.forbid_collapse(at, len).map_err(NotInstalled::Left)
     }
 
+    #[inline]
     fn map_pages(&self, uffd: &Userfault, pages: PgoffRange) -> bool {
         let (at, len) = bytes(pages);
         let step = index(self.granule.bytes().get());
@@ -258,6 +261,7 @@ impl ViewMap {
     }
 
     /// Makes the pages of all the ranges fault. If it fails, some of them may.
+    #[inline]
     pub(super) fn hide(&self, object: &Inner, ranges: &[PgoffRange]) -> Result<(), Error> {
         let shown = &mut *self.shown();
         match &self.way {
@@ -292,6 +296,7 @@ impl ViewMap {
     }
 
     /// Closes what is open of the blocks that the range is in.
+    #[inline]
     fn close_for(
         &self,
         uffd: &Userfault,

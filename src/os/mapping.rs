@@ -192,12 +192,14 @@ impl Mapping {
 
     /// Makes the pages of a mapping vanish from it: what a file holds stays there, zeroes are zeroes
     /// again.
+    #[inline]
     pub(crate) fn discard(&self, at: usize, len: usize) -> Result<(), Error> {
         // The plain one refuses memory that somebody has locked with mlockall.
         self.advise(at, len, Advice::LinuxDontneedLocked, "madvise(MADV_DONTNEED_LOCKED)")
     }
 
     /// [`discard`](Self::discard) for many ranges, with one system call for as many as it takes.
+    #[inline]
     pub(crate) fn discard_each(
         &self,
         ranges: impl Iterator<Item = (usize, usize)>,
@@ -306,6 +308,7 @@ impl Mapping {
         self.advise(at, len, Advice::LinuxDontDump, "madvise(MADV_DONTDUMP)")
     }
 
+    #[inline]
     fn advise(
         &self,
         at: usize,
@@ -327,6 +330,7 @@ impl Mapping {
         Err(Error::new(self.op, ErrorKind::Exhausted).errno_is(Errno::EAGAIN).because(call))
     }
 
+    #[inline]
     pub(super) fn at(&self, at: usize, len: usize) -> Result<*mut u8, Error> {
         match at.checked_add(len) {
             Some(end) if end <= self.len => Ok(self.base.as_ptr().wrapping_add(at)),

@@ -79,6 +79,7 @@ impl Userfault {
 
     /// Maps the file's pages at `at..at + len` back in. Pages that are mapped already stay as they
     /// are; `step` is how far to go for one of those.
+    #[inline]
     pub(crate) fn map_pages(
         &self,
         map: &Mapping,
@@ -103,6 +104,7 @@ impl Userfault {
         Ok(())
     }
 
+    #[inline]
     fn call<const OPCODE: Opcode, T>(&self, arg: &mut T) -> Result<(), Errno> {
         // SAFETY: each caller pairs the opcode with the structure that linux/userfaultfd.h names
         // for it.
@@ -132,6 +134,7 @@ fn from_device(flags: UserfaultfdFlags) -> Result<OwnedFd, Error> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+#[inline]
 fn range(map: &Mapping, at: usize, len: usize) -> Result<uffdio_range, Error> {
     match at.checked_add(len) {
         Some(end) if end <= map.len() => {
