@@ -163,7 +163,8 @@ impl ViewMap {
     /// Maps the empty file over the pages.
     fn cover(&self, object: &Inner, pages: PgoffRange) -> Result<(), Error> {
         let (at, len) = bytes(pages);
-        self.map.map_over(at, len, object.identity.as_fd(), 0)
+        // From where the pages are in the object, so that neighbours become one mapping.
+        self.map.map_over(at, len, object.identity.as_fd(), pages.start_offset().get())
     }
 
     /// Shows pages none of which is shown. What is to be opened is; says whether all can be touched then.
