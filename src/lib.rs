@@ -84,7 +84,7 @@ pub use crate::gmem::{
     Collapse, ContentPolicy, Conversion, ConvertOptions, Export, ExportedRegion, FilePlace,
     GuestMemfd, GuestMemfdBuilder, HandOutRun, HostView, Migration, ObjectStat, OnSilence,
     OwnerTag, PageInfo, PageStatus, PinGuard, PinMode, Punched, Residency, Sides, SubscribeOptions,
-    Subscriber, Subscription, Touch, Transfer,
+    Subscriber, Subscription, Touch, Transfer, ViewMapping, ViewOptions, ViewPath,
 };
 pub use crate::identity::{ObjectId, ViewId};
 pub use crate::os::requirements;

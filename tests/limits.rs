@@ -14,7 +14,10 @@ use gmem::addr::{ByteSize, Pgoff};
 use gmem::audit;
 use gmem::error::{Error, ErrorKind};
 use gmem::range::PgoffRange;
-use gmem::{ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, PartSpec, Visibility, Zone};
+use gmem::{
+    ArenaBacking, ContentPolicy, ConvertOptions, FolioPool, GuestMemfd, PartSpec, ViewOptions,
+    ViewPath, Visibility, Zone,
+};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 const CHILD: &str = "GMEM_TEST_LIMITED_CHILD";
@@ -96,6 +99,41 @@ fn the_limit_of_mappings_costs_no_folio() {
     });
 }
 
+/// By MAP_FIXED, each page that differs from its neighbours is a mapping. Beyond what the kernel allows a
+/// conversion is refused, and all is as before; userfaultfd needs no mapping for it.
+#[test]
+fn beyond_the_limit_of_mappings_a_fixed_view_refuses_and_another_does_not() {
+    let test = "beyond_the_limit_of_mappings_a_fixed_view_refuses_and_another_does_not";
+    under(test, Resource::Core, 0, || {
+        let pool = FolioPool::new(ArenaBacking::Memfd, ByteSize::from_mib(8)).unwrap();
+        let builder = GuestMemfd::builder(ByteSize::from_mib(8)).initial(Visibility::Shared);
+        let memfd = builder.create(&pool).unwrap();
+        let page = |at| PgoffRange::new(Pgoff::new(at), 1).unwrap();
+        let pages: Vec<_> = (0..2048).step_by(2).map(page).collect();
+        let private =
+            || memfd.convert_ranges(&pages, Visibility::Private, &ConvertOptions::default());
+        let limit: usize = std::fs::read_to_string("/proc/sys/vm/max_map_count")
+            .map(|text| text.trim().parse().unwrap())
+            .unwrap();
+        let view = memfd.map_view_with(&ViewOptions::default().path(ViewPath::Fixed)).unwrap();
+        let filler = Filler::leaving(limit, 500);
+        let error = private().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Exhausted, "{error}");
+        assert_eq!(memfd.stat().private, ByteSize::default());
+        assert_eq!(memfd.stat().mapped, ByteSize::from_mib(8), "all is there again");
+        assert_eq!(audit::check(&pool, &[&memfd]).to_string(), "clean");
+        drop(view);
+        if common::require(Capability::Uffd) {
+            let view = memfd.map_view().unwrap();
+            assert!(private().is_ok());
+            assert_eq!(memfd.stat().mapped, ByteSize::from_mib(4));
+            assert_eq!(audit::check(&pool, &[&memfd]).to_string(), "clean");
+            drop(view);
+        }
+        drop(filler);
+    });
+}
+
 /// As many mappings as the kernel gives.
 struct Filler {
     base: *mut libc::c_void,
@@ -104,17 +142,30 @@ struct Filler {
 
 impl Filler {
     fn new(most: usize) -> Self {
+        Self::leaving(most, 0)
+    }
+
+    /// All but some of them.
+    fn leaving(most: usize, nr_left: usize) -> Self {
         let (len, none) = (most * 2 * 4096, libc::PROT_NONE);
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         // SAFETY: no address is asked for, so nothing is replaced.
         let base = unsafe { libc::mmap(std::ptr::null_mut(), len, none, flags, -1, 0) };
         assert_ne!(base, libc::MAP_FAILED);
+        // What the process has already is not counted, so it is tried until it fails; then some go again.
+        let mut reached = 0;
         for page in (0..2 * most).step_by(2) {
+            reached = page;
             let at = base.wrapping_byte_add(page * 4096);
             // SAFETY: a page of the mapping above.
             if unsafe { libc::mprotect(at, 4096, libc::PROT_READ) } != 0 {
                 break;
             }
+        }
+        for page in (0..reached).step_by(2).rev().take(nr_left / 2) {
+            let at = base.wrapping_byte_add(page * 4096);
+            // SAFETY: a page of the mapping above.
+            assert_eq!(unsafe { libc::mprotect(at, 4096, none) }, 0);
         }
         Self { base, len }
     }

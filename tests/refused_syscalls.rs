@@ -13,7 +13,10 @@ use gmem::addr::{Access, ByteSize, Offset, Pgoff};
 use gmem::audit;
 use gmem::error::{Errno, ErrorKind};
 use gmem::range::PgoffRange;
-use gmem::{ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, SigbusHandler, Touch, Visibility};
+use gmem::{
+    ArenaBacking, ContentPolicy, ConvertOptions, FolioPool, GuestMemfd, SigbusHandler, Touch,
+    ViewOptions, ViewPath, Visibility,
+};
 
 const PRESERVE: ContentPolicy = ContentPolicy::Preserve;
 
@@ -58,20 +61,51 @@ fn refuse_where(place: u32, number: u32) {
 }
 
 #[test]
-fn without_userfaultfd_only_views_are_missing_and_the_error_says_why() {
+fn without_userfaultfd_views_go_another_way_and_say_why() {
     thread::spawn(|| {
         refuse(libc::SYS_userfaultfd);
         let (pool, memfd) = object();
-        let error = memfd.map_view().unwrap_err();
+        let asked_for = ViewOptions::default().path(ViewPath::UserfaultfdSyscall);
+        let error = memfd.map_view_with(&asked_for).unwrap_err();
         assert_eq!((error.kind(), error.errno()), (ErrorKind::MissingCapability, Errno::EPERM));
         assert_eq!(
             error.to_string(),
             "map a view: the host lacks a capability: userfaultfd(2): not permitted (a seccomp \
              filter?) (EPERM)"
         );
+        let view = memfd.map_view().unwrap();
+        assert_ne!(view.path(), ViewPath::UserfaultfdSyscall);
+        assert_eq!(view.passed_over()[0], (ViewPath::UserfaultfdSyscall, error));
         memfd.write(Offset::new(0), b"still works").unwrap();
         let _ = memfd.convert(memfd.pages(), Visibility::Private, PRESERVE).unwrap();
+        let handler = SigbusHandler::install().unwrap();
+        let touch = view.touch(handler, Offset::new(0), Access::Read).unwrap();
+        assert!(matches!(touch, Touch::Fault(_)), "{touch:?}");
         assert_eq!(audit::check(&pool, &[&memfd]).to_string(), "clean");
+    })
+    .join()
+    .unwrap();
+}
+
+/// Without one call for all of them, each page is revoked by its own.
+#[test]
+fn without_process_madvise_scattered_pages_are_hidden_all_the_same() {
+    if !common::require(Capability::Uffd) {
+        return;
+    }
+    thread::spawn(|| {
+        refuse(libc::SYS_process_madvise);
+        let (pool, memfd) = object();
+        let view = memfd.map_view().unwrap();
+        let page = |at| PgoffRange::new(Pgoff::new(at), 1).unwrap();
+        let pages: Vec<_> = (0..512).step_by(3).map(page).collect();
+        let to = Visibility::Private;
+        let done = memfd.convert_ranges(&pages, to, &ConvertOptions::default()).unwrap();
+        assert_eq!(done.changed_pages(), pages.len() as u64);
+        // Which asks the kernel's page tables.
+        assert_eq!(audit::check(&pool, &[&memfd]).to_string(), "clean");
+        assert_eq!(memfd.stat().mapped, ByteSize::from_pages(512 - pages.len() as u64));
+        drop(view);
     })
     .join()
     .unwrap();

@@ -169,6 +169,8 @@ fn life(mut file: File, (read, write): (OwnedFd, OwnedFd)) {
 
     let (private, preserve) = (Visibility::Private, ContentPolicy::Preserve);
     let _ = memfd.convert(pages(0, 700), private, preserve).unwrap();
+    let scattered = [pages(702, 1), pages(704, 1)];
+    let _ = memfd.convert_ranges(&scattered, private, &ConvertOptions::default()).unwrap();
     let touch = view.touch(handler, Offset::new(5), Access::Read).unwrap();
     assert!(matches!(touch, Touch::Fault(_)));
     let touch = view.touch(handler, Offset::new(8 << 20), Access::Write).unwrap();

@@ -72,7 +72,7 @@ impl Inner {
         // The kernel would copy what cannot be read.
         self.check_sound(op, pages, pfn)?;
         self.take_back(op, layout, &[pages])?;
-        let outcome = self.hide(layout, pages).and_then(|()| self.arena.collapse(frames));
+        let outcome = self.hide(layout, &[pages]).and_then(|()| self.arena.collapse(frames));
         // Before anybody can pin them, who would rely on finding them there.
         self.show_shared(layout, pages);
         self.grant_again(layout, &[pages]);

@@ -326,7 +326,7 @@ impl Inner {
                 .because("membarrier(2) is refused since it was registered"));
         }
         self.take_back(op, layout, frozen.runs())?;
-        let hidden = frozen.runs().iter().try_for_each(|&run| self.hide(layout, run));
+        let hidden = self.hide(layout, frozen.runs());
         let outcome = hidden.and_then(|()| {
             self.move_pages(op, layout, &guest, frozen, content, |hypervisor, prepare| {
                 hypervisor.make_private(&guest, prepare)

@@ -1,195 +1,20 @@
 //! The object mapped into the VMM: shared pages are there, private ones fault.
-//!
-//! A view is a range of addresses that begins as a mapping of the object's empty file, where every
-//! touch is a `SIGBUS`. Folios of the arena are mapped over it and registered with userfaultfd, so
-//! that a page without a page-table entry is a `SIGBUS` too. To share a page is to give it an entry,
-//! to make it private is to take that away: no mapping is split, no byte moves.
-//!
-//! What this covers: loads, stores and system calls of this process through this view. What it does
-//! not: a child after fork (it gets no mapping at all), other mappings of the arena, and pins that
-//! the kernel took through the view earlier (io_uring, O_DIRECT, VFIO).
 
-use std::fmt;
-use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-use bitvec::vec::BitVec;
-
+use super::layout::granules;
 use super::object::{GuestMemfd, Inner};
-use crate::addr::{Access, ByteSize, Hva, Offset, Pfn, Pgoff};
-use crate::backing::Arena;
-use crate::error::{Error, ErrorKind, Op};
-use crate::folio::try_bits;
-use crate::geometry::{FolioSize, index};
+use super::view_map::{NotInstalled, ViewMap};
+use super::view_options::{ViewOptions, ViewPath};
+use crate::addr::{Access, ByteSize, Hva, Offset, Pgoff};
+use crate::error::{Error, ErrorKind, Found, Op};
+use crate::geometry::FolioSize;
 use crate::identity::ViewId;
-use crate::os::mapping::Mapping;
 use crate::os::recoverable::Fault;
 use crate::os::sigbus::views::{self, Decode, Entered, Entry};
 use crate::os::sigbus::{FaultReason, HostFault, NotTouched, SigbusHandler};
-use crate::os::uffd::Userfault;
-use crate::range::{PfnRange, PgoffRange};
+use crate::range::PgoffRange;
 use crate::state::{Phase, Visibility};
-
-/// One mapping of an object.
-pub(super) struct ViewMap {
-    // Before `uffd`, since fields are dropped in this order: without it every page that the mapping
-    // still covers could be touched.
-    map: Mapping,
-    uffd: Userfault,
-    arena: Arc<Arena>,
-    granule_bytes: usize,
-    /// Which pages have a page-table entry, as far as it is ours to say. Held across the system
-    /// call that changes it, so that the two never differ.
-    shown: Mutex<BitVec>,
-}
-
-impl ViewMap {
-    pub(super) fn new(object: &Inner) -> Result<Self, Error> {
-        let op = Op::MapView;
-        if !object.arena.has_files() {
-            return Err(Error::new(op, ErrorKind::Unsupported)
-                .because("a pool on the heap has no file that could be mapped"));
-        }
-        let uffd = Userfault::open()?;
-        let size = object.pages.len_bytes();
-        let granule = object.reservation.pool().view_granule();
-        let align = granule.max(FolioSize::Huge2M).bytes();
-        let map = Mapping::of_nothing(op, object.identity.as_fd(), size, align)?;
-        let granule_bytes = index(granule.bytes().get());
-        let shown = Mutex::new(try_bits(op, object.pages.nr_pages())?);
-        Ok(Self { map, uffd, arena: Arc::clone(&object.arena), granule_bytes, shown })
-    }
-
-    /// Puts a folio behind the pages. Nothing of it is shown when this returns.
-    ///
-    /// Until it is registered a raw pointer can touch the folio. So the caller installs no folio that
-    /// anybody has written to in a view whose address is known, and scrubs it afterwards.
-    pub(super) fn install(
-        &self,
-        object: &Inner,
-        pages: PgoffRange,
-        pfn: Pfn,
-    ) -> Result<(), NotInstalled> {
-        let no_file = |error: Error| NotInstalled::Undone(error.on(pages));
-        let frames = PfnRange::new(pfn, pages.nr_pages()).map_err(no_file)?;
-        let (fd, file_at) = self
-            .arena
-            .file_of(frames)
-            .ok_or_else(|| no_file(Error::new(Op::MapView, ErrorKind::Unsupported)))?;
-        let (at, len) = bytes(pages);
-        self.map.map_over(at, len, fd, file_at).map_err(NotInstalled::Undone)?;
-        let opened = self.register(at, len);
-        opened.map_err(|error| match self.map.map_over(at, len, object.identity.as_fd(), 0) {
-            Ok(()) => NotInstalled::Undone(error),
-            Err(_) => NotInstalled::Left(error),
-        })
-    }
-
-    /// Puts another folio behind pages of which nothing is shown, in a view whose address is known. The old
-    /// one and this one may hold what nobody may see: not even for a moment does either show, and no store
-    /// of a raw pointer gets lost in one of them. For that moment the fault is a `SIGSEGV`.
-    pub(super) fn exchange(
-        &self,
-        object: &Inner,
-        pages: PgoffRange,
-        pfn: Pfn,
-    ) -> Result<(), Error> {
-        let (at, len) = bytes(pages);
-        let frames = PfnRange::new(pfn, pages.nr_pages())?;
-        let (fd, file_at) = self
-            .arena
-            .file_of(frames)
-            .ok_or_else(|| Error::new(Op::MapView, ErrorKind::Unsupported))?;
-        self.map.map_inaccessible(at, len, fd, file_at)?;
-        let outcome = self.register(at, len).and_then(|()| self.map.make_accessible(at, len));
-        if outcome.is_err() {
-            // Inaccessible is as good as hidden, should this fail too.
-            let _ = self.map.map_over(at, len, object.identity.as_fd(), 0);
-        }
-        outcome
-    }
-
-    /// Makes what is mapped at the pages answer with SIGBUS.
-    fn register(&self, at: usize, len: usize) -> Result<(), Error> {
-        self.map.keep_private(at, len)?;
-        self.map.forbid_collapse(at, len)?;
-        self.uffd.register(&self.map, at, len)?;
-        // Whatever was touched before it was registered is mapped, and stays so if left alone.
-        self.map.discard(at, len)
-    }
-
-    /// Gives the pages their entries. Should the kernel have no memory for page tables, the pages
-    /// go on faulting, which is safe, and `shown` says so.
-    pub(super) fn show(&self, pages: PgoffRange) {
-        let mut shown = self.shown();
-        let (at, len) = bytes(pages);
-        let done = self.uffd.map_pages(&self.map, at, len, self.granule_bytes).is_ok();
-        set(&mut shown, pages, done);
-        if !done {
-            // Whatever was mapped of them is taken out again, to agree with `shown`.
-            let _ = self.map.discard(at, len);
-        }
-    }
-
-    /// Takes the pages' entries away.
-    pub(super) fn hide(&self, pages: PgoffRange) -> Result<(), Error> {
-        let mut shown = self.shown();
-        let (at, len) = bytes(pages);
-        self.map.discard(at, len)?;
-        set(&mut shown, pages, false);
-        Ok(())
-    }
-
-    /// Takes the folio behind the pages away.
-    pub(super) fn remove(&self, object: &Inner, pages: PgoffRange) -> Result<(), Error> {
-        let (at, len) = bytes(pages);
-        self.map.map_over(at, len, object.identity.as_fd(), 0)
-    }
-
-    /// Which pages the kernel's page tables really have, for the audit.
-    pub(super) fn present(&self, nr_pages: usize) -> std::io::Result<Vec<bool>> {
-        crate::os::pagemap::present(self.map.hva(), nr_pages)
-    }
-
-    pub(super) fn shown(&self) -> MutexGuard<'_, BitVec> {
-        self.shown.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Why a folio could not be installed, and what of it is left.
-pub(super) enum NotInstalled {
-    /// Nothing.
-    Undone(Error),
-    /// A mapping that may show the folio to raw pointers, or bytes that they may have written.
-    Left(Error),
-}
-
-impl NotInstalled {
-    fn into_error(self) -> Error {
-        match self {
-            Self::Undone(error) | Self::Left(error) => error,
-        }
-    }
-}
-
-impl fmt::Debug for ViewMap {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "ViewMap({}+{:#x})", self.map.hva(), self.map.len())
-    }
-}
-
-fn set(shown: &mut BitVec, pages: PgoffRange, value: bool) {
-    let range = index(pages.start().get())..index(pages.end().get());
-    if let Some(bits) = shown.get_mut(range) {
-        bits.fill(value);
-    }
-}
-
-/// Where the pages are in a mapping of the whole object. The object fits in an address space, or
-/// there would be no view.
-fn bytes(pages: PgoffRange) -> (usize, usize) {
-    (index(pages.start_offset().get()), index(pages.len_bytes().get()))
-}
 
 /// A whole object mapped into this process.
 ///
@@ -207,6 +32,8 @@ pub struct HostView {
     map: Arc<ViewMap>,
     memfd: GuestMemfd,
     key: usize,
+    path: ViewPath,
+    passed_over: Vec<(ViewPath, Error)>,
 }
 
 /// What a [`HostView::touch`] met.
@@ -219,17 +46,26 @@ pub enum Touch {
 }
 
 impl GuestMemfd {
-    /// Maps the whole object. Shared pages get folios first, so that a raw access to one never
-    /// faults.
+    /// [`map_view_with`](Self::map_view_with), with nothing said otherwise.
     ///
     /// # Errors
-    /// [`ErrorKind::MissingCapability`], which names what userfaultfd lacks on this host;
-    /// [`ErrorKind::Unsupported`] for a pool on the heap; [`ErrorKind::Exhausted`] or
-    /// [`ErrorKind::Os`] if the process has no room for mappings or descriptors.
+    /// As [`map_view_with`](Self::map_view_with).
     pub fn map_view(&self) -> Result<HostView, Error> {
+        self.map_view_with(&ViewOptions::default())
+    }
+
+    /// Maps the whole object. Shared pages get folios first, so that a raw access to one never fails.
+    /// An object may have any number of views, each with options of its own.
+    ///
+    /// # Errors
+    /// [`ErrorKind::MissingCapability`] for a path that this host does not offer, which names what is
+    /// missing; [`ErrorKind::Unsupported`] for a pool on the heap; [`ErrorKind::Exhausted`] or
+    /// [`ErrorKind::Os`] if the process has no room for mappings or descriptors.
+    pub fn map_view_with(&self, options: &ViewOptions) -> Result<HostView, Error> {
         let object = &*self.0;
         let mut layout = object.layout.write();
-        let map = Arc::new(ViewMap::new(object)?);
+        let (path, map, passed_over) = object.new_view(options)?;
+        let map = Arc::new(map);
         object.populate_shared(Op::MapView, &mut layout, object.pages)?;
         for (pages, frames) in object.frames.folios(object.pages) {
             // Nobody knows its address yet, and if it fails it goes again.
@@ -240,11 +76,11 @@ impl GuestMemfd {
         let entered = views::enter(Entry {
             object: self.id(),
             view: ViewId::new_unique(),
-            start: map.map.hva(),
+            start: map.map().hva(),
             size: object.pages.len_bytes(),
             decode: Arc::<Inner>::clone(&self.0),
         });
-        Ok(HostView { entered, map, memfd: self.clone(), key })
+        Ok(HostView { entered, map, memfd: self.clone(), key, path, passed_over })
     }
 }
 
@@ -259,6 +95,29 @@ impl Decode for Inner {
             _ if self.frames.has_folio(page) => FaultReason::Hole,
             _ => FaultReason::Absent,
         }
+    }
+}
+
+/// A view by some path, and why others that come before it were not to be had.
+type Made = (ViewPath, ViewMap, Vec<(ViewPath, Error)>);
+
+impl Inner {
+    fn new_view(&self, options: &ViewOptions) -> Result<Made, Error> {
+        let new = |path| ViewMap::new(self, path, options.mapping);
+        if options.path != ViewPath::Best {
+            return Ok((options.path, new(options.path)?, Vec::new()));
+        }
+        let mut passed_over = Vec::new();
+        for path in ViewPath::BY_PREFERENCE {
+            match new(path) {
+                Ok(map) => return Ok((path, map, passed_over)),
+                Err(error) if error.kind() == ErrorKind::MissingCapability => {
+                    passed_over.push((path, error));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Err(Error::new(Op::MapView, ErrorKind::MissingCapability))
     }
 }
 
@@ -291,6 +150,82 @@ impl HostView {
         self.entered.entry().view
     }
 
+    /// By what private pages are kept out of reach; never [`ViewPath::Best`].
+    pub fn path(&self) -> ViewPath {
+        self.path
+    }
+
+    /// The paths that [`ViewPath::Best`] would have preferred, and why each could not be had.
+    pub fn passed_over(&self) -> &[(ViewPath, Error)] {
+        &self.passed_over
+    }
+
+    /// The unit in which pages can be touched or fault here. On hugetlb it is that of the huge pages, and a
+    /// shared page faults while any neighbour in its unit is private; checked accesses go by 4 KiB there too.
+    pub fn granule(&self) -> FolioSize {
+        self.memfd.pool().view_granule()
+    }
+
+    /// Whether raw pointers can touch all of the range, at this moment. A pin makes the moment last.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`]; [`ErrorKind::NotShared`] with the first private page;
+    /// [`ErrorKind::Unsupported`] for a page that is shared, but cannot be mapped because its
+    /// [granule](Self::granule) is not all shared; [`ErrorKind::NotFound`] for one that has no memory yet,
+    /// or for whose entry the kernel had none.
+    pub fn check_mapped(&self, range: PgoffRange) -> Result<(), Error> {
+        let op = Op::MapView;
+        let object = &*self.memfd.0;
+        object.check_range(op, range)?;
+        let _layout = object.layout.read();
+        let Some(hidden) = self.map.first_hidden(range) else { return Ok(()) };
+        let word = |page| object.word(page).map(|word| word.visibility());
+        if word(hidden) == Some(Visibility::Private) {
+            let error = Error::new(op, ErrorKind::NotShared).on(range);
+            return Err(error.at(hidden.offset(), Found::Private));
+        }
+        let is_private = |&page: &_| word(page) == Some(Visibility::Private);
+        let neighbour = match self.granule() {
+            FolioSize::Base => None,
+            granule => granules(PgoffRange::single(hidden)?, granule)
+                .next()
+                .and_then(|pages| pages.iter().find(is_private)),
+        };
+        match neighbour {
+            Some(page) => Err(Error::new(op, ErrorKind::Unsupported)
+                .because("a view of hugetlb maps whole huge pages, and part of this one is private")
+                .on(range)
+                .at(page.offset(), Found::Private)),
+            None => Err(Error::new(op, ErrorKind::NotFound).on(range)),
+        }
+    }
+
+    /// Maps blocks of 2 MiB by one huge entry each where all of their pages are shared and the memory is a
+    /// transparent huge page; says how much lies in blocks that were not mapped so before. Blocks that turn
+    /// shared as a whole are without being asked; this is for those that did in parts.
+    ///
+    /// A huge entry saves the TLB, and costs some 30 us when the first page of its block turns private.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`]; [`ErrorKind::Exhausted`] or [`ErrorKind::Os`] if the process has no room
+    /// for mappings. The pages are as accessible as before then.
+    pub fn regain_huge(&self, range: PgoffRange) -> Result<ByteSize, Error> {
+        let object = &*self.memfd.0;
+        object.check_range(Op::MapView, range)?;
+        let _layout = object.layout.read();
+        let mut nr_pages = 0;
+        for (pages, frames) in object.frames.resident(range) {
+            nr_pages += self.map.regain(object, pages, frames)?;
+        }
+        Ok(ByteSize::from_pages(nr_pages))
+    }
+
+    /// How much is mapped by huge entries of transparent huge pages, by the kernel's account. Takes a look at
+    /// every mapping of the process.
+    pub fn huge(&self) -> ByteSize {
+        self.map.huge()
+    }
+
     /// How many bytes are mapped: the object's size.
     pub fn size(&self) -> ByteSize {
         self.memfd.size()
@@ -298,7 +233,7 @@ impl HostView {
 
     /// Where the object's first byte is mapped; a multiple of 2 MiB.
     pub fn hva(&self) -> Hva {
-        self.map.map.hva()
+        self.map.map().hva()
     }
 
     /// Where a byte of the object is mapped; `None` past the end.
@@ -316,15 +251,14 @@ impl HostView {
         if end.get() > self.size().get() {
             return None;
         }
-        let base = self.map.map.base().as_ptr();
+        let base = self.map.map().base().as_ptr();
         std::ptr::NonNull::new(base.wrapping_add(usize::try_from(at.get()).ok()?))
     }
 
     /// Whether all of the pages are mapped now. If they are pinned they stay so.
     #[cfg_attr(not(feature = "vm-memory"), expect(dead_code, reason = "for the adapter"))]
     pub(crate) fn shows(&self, pages: PgoffRange) -> bool {
-        let range = index(pages.start().get())..index(pages.end().get());
-        self.map.shown().get(range).is_some_and(|shown| shown.all())
+        self.map.first_hidden(pages).is_none()
     }
 
     /// Copies bytes out of shared memory; as [`GuestMemfd::read`].
@@ -378,7 +312,7 @@ impl HostView {
         };
         let out_of_range = || Error::new(op, ErrorKind::OutOfRange);
         let place = usize::try_from(at.get()).map_err(|_| out_of_range())?;
-        match handler.touch(&self.map.map, place, access) {
+        match handler.touch(self.map.map(), place, access) {
             Ok(byte) => Ok(Touch::Byte(byte)),
             Err(NotTouched::OutOfRange) => Err(out_of_range()),
             Err(NotTouched::SignalPending) => {

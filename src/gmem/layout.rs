@@ -9,9 +9,9 @@ use std::sync::{Arc, Weak};
 
 use slab::Slab;
 
-use super::host_view::{NotInstalled, ViewMap};
 use super::object::{Inner, runs};
 use super::subscriber::HandOut;
+use super::view_map::{NotInstalled, ViewMap};
 use crate::addr::{Gfn, Pfn, Pgoff};
 use crate::error::{Error, ErrorKind, Op};
 use crate::failpoint::{FailPoint, fails};
@@ -48,10 +48,10 @@ impl Layout {
     /// How many pages at least one view or one other process has mapped.
     pub(super) fn nr_mapped(&self) -> u64 {
         let mut views = self.views.iter().map(|(_, view)| view);
-        let mut mapped = views.next().map(|first| first.shown().clone());
+        let mut mapped = views.next().map(|first| first.shown().pages.clone());
         for view in views {
             if let Some(mapped) = &mut mapped {
-                *mapped |= &*view.shown();
+                *mapped |= &view.shown().pages;
             }
         }
         let of_views = mapped.as_ref().map_or(0, |mapped| mapped.count_ones() as u64);
@@ -84,7 +84,7 @@ impl Drop for HidesIfPanicking<'_> {
             for (pages, word) in self.object.spans(self.object.pages) {
                 if word.phase() == Phase::Quarantined {
                     // Should this fail too, nothing is left to be tried.
-                    let _ = self.object.hide(self.layout, pages);
+                    let _ = self.object.hide(self.layout, &[pages]);
                 }
             }
         }
@@ -223,14 +223,15 @@ impl Inner {
     ///
     /// Where views only take whole huge folios, one is mapped if it has no hole and the rest of it is shared,
     /// or is among `becoming_shared`, which the caller holds. The layout is then locked for writing.
+    #[inline]
     pub(super) fn show(&self, layout: &Layout, pages: PgoffRange, becoming_shared: &[PgoffRange]) {
         if layout.views.is_empty() {
             return;
         }
         match self.reservation.pool().view_granule() {
             FolioSize::Base => {
-                for (pages, _) in self.frames.resident(pages) {
-                    layout.views.iter().for_each(|(_, view)| view.show(pages));
+                for (pages, frames) in self.frames.resident(pages) {
+                    layout.views.iter().for_each(|(_, view)| view.show(self, pages, frames));
                 }
             }
             granule => {
@@ -245,7 +246,9 @@ impl Inner {
                 };
                 let resident = |pages: &PgoffRange| self.is_resident(*pages);
                 for pages in granules(pages, granule).filter(resident).filter(is_shared) {
-                    layout.views.iter().for_each(|(_, view)| view.show(pages));
+                    for (pages, frames) in self.frames.resident(pages) {
+                        layout.views.iter().for_each(|(_, view)| view.show(self, pages, frames));
+                    }
                 }
             }
         }
@@ -258,15 +261,19 @@ impl Inner {
     }
 
     /// Takes the pages out of every view, and with them whatever a view cannot tell from them.
-    pub(super) fn hide(&self, layout: &Layout, pages: PgoffRange) -> Result<(), Error> {
+    #[inline]
+    pub(super) fn hide(&self, layout: &Layout, ranges: &[PgoffRange]) -> Result<(), Error> {
         let granule = self.reservation.pool().view_granule();
         for (_, view) in &layout.views {
-            if fails(FailPoint::View) {
+            if ranges.iter().any(|_| fails(FailPoint::View)) {
                 return Err(Error::new(Op::MapView, ErrorKind::Os).because("made to fail"));
             }
             match granule {
-                FolioSize::Base => view.hide(pages)?,
-                granule => granules(pages, granule).try_for_each(|pages| view.hide(pages))?,
+                FolioSize::Base => view.hide(self, ranges)?,
+                granule => ranges
+                    .iter()
+                    .flat_map(|&range| granules(range, granule))
+                    .try_for_each(|pages| view.hide(self, &[pages]))?,
             }
         }
         Ok(())
@@ -275,7 +282,7 @@ impl Inner {
 
 /// What views map at once of a range, or more: whatever holds one of its pages. Where that is more than a page
 /// the object is made of nothing else.
-fn granules(pages: PgoffRange, granule: FolioSize) -> impl Iterator<Item = PgoffRange> {
+pub(super) fn granules(pages: PgoffRange, granule: FolioSize) -> impl Iterator<Item = PgoffRange> {
     let first = pages.start().get() >> granule.order();
     let behind = pages.end().get().div_ceil(granule.nr_pages());
     let pages = move |place: u64| {

@@ -207,7 +207,7 @@ impl Inner {
         }
         self.take_back(op, layout, &[slot.pages()])?;
         let outcome = self
-            .hide(layout, slot.pages())
+            .hide(layout, &[slot.pages()])
             .and_then(|()| self.replace(layout, &guest, slot, (old, to)));
         // Before anybody can pin them, who would rely on finding them there.
         self.show_shared(layout, slot.pages());

@@ -14,6 +14,9 @@
 //! | `export` | memory that another process maps |
 //! | `file_io` | files straight into guest memory, and back |
 //! | `host_view` | the object mapped into the VMM, where private memory faults |
+//! | `view_options` | how a view is to be made |
+//! | `shown` | which pages and blocks of a view are shown |
+//! | `view_map` | what of a view can be touched, and how it is made so |
 //! | `subscriber` | those who are told which pages they may let others at |
 //! | `handout` | what they are given: runs of pages with their frames |
 //! | `revoke` | taking pages back from them, and giving them |
@@ -38,7 +41,10 @@ mod pin;
 mod poison;
 mod punch;
 mod revoke;
+mod shown;
 mod subscriber;
+mod view_map;
+mod view_options;
 
 pub use collapse::Collapse;
 pub use convert::{ContentPolicy, Conversion, ConvertOptions};
@@ -55,3 +61,4 @@ pub use object::{
 pub use pin::{OwnerTag, PinGuard, PinMode};
 pub use punch::Punched;
 pub use subscriber::{OnSilence, SubscribeOptions, Subscriber, Subscription};
+pub use view_options::{ViewMapping, ViewOptions, ViewPath};

@@ -76,7 +76,7 @@ impl Inner {
                 return Err(Error::new(op, ErrorKind::MissingCapability).because("membarrier(2)"));
             }
             self.take_back(op, layout, &[pages])?;
-            if let Err(error) = self.hide(layout, pages) {
+            if let Err(error) = self.hide(layout, &[pages]) {
                 self.show_beside(layout, pages);
                 self.grant_again(layout, &[pages]);
                 return Err(error);

@@ -186,7 +186,7 @@ impl Inner {
         range: PgoffRange,
         reach: PgoffRange,
     ) -> Result<Punched, Error> {
-        self.hide(layout, range)?;
+        self.hide(layout, &[range])?;
         if let Some(hypervisor) = layout.hypervisor() {
             hypervisor
                 .reclaim(guest)

@@ -18,6 +18,12 @@ use crate::sync::relax;
 /// `MADV_COLLAPSE` of linux/mman.h.
 const MADV_COLLAPSE: libc::c_int = 25;
 
+/// `PIDFD_SELF_THREAD_GROUP` of linux/pidfd.h: this process, without a descriptor.
+const PIDFD_SELF: libc::c_int = -10_001;
+
+/// How many ranges one call takes: what is quick to put together on the stack, and pays for the call.
+const MOST_AT_ONCE: usize = 128;
+
 /// What views and arenas are mapped for.
 const ACCESSIBLE: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
 
@@ -188,9 +194,43 @@ impl Mapping {
 
     /// Makes the pages of a mapping vanish from it: what a file holds stays there, zeroes are zeroes
     /// again.
+    #[inline]
     pub(crate) fn discard(&self, at: usize, len: usize) -> Result<(), Error> {
         // The plain one refuses memory that somebody has locked with mlockall.
         self.advise(at, len, Advice::LinuxDontneedLocked, "madvise(MADV_DONTNEED_LOCKED)")
+    }
+
+    /// [`discard`](Self::discard) for many ranges, with one system call for as many as it takes.
+    #[inline]
+    pub(crate) fn discard_each(
+        &self,
+        ranges: impl Iterator<Item = (usize, usize)>,
+    ) -> Result<(), Error> {
+        let mut ranges = ranges.peekable();
+        let Some((at, len)) = ranges.next() else { return Ok(()) };
+        if ranges.peek().is_none() {
+            return self.discard(at, len);
+        }
+        let mut ranges = std::iter::once((at, len)).chain(ranges).peekable();
+        let mut vector = [libc::iovec { iov_base: ptr::null_mut(), iov_len: 0 }; MOST_AT_ONCE];
+        while ranges.peek().is_some() {
+            let mut nr_taken = 0;
+            for (entry, (at, len)) in vector.iter_mut().zip(&mut ranges) {
+                *entry = libc::iovec { iov_base: self.at(at, len)?.cast(), iov_len: len };
+                nr_taken += 1;
+            }
+            let taken = vector.get(..nr_taken).unwrap_or_default();
+            let mut done = if nr_taken == 1 { 0 } else { discard_vector(taken) };
+            for entry in taken {
+                match done.checked_sub(entry.iov_len) {
+                    Some(rest) => done = rest,
+                    None => {
+                        self.discard(entry.iov_base.addr() - self.hva().get(), entry.iov_len)?
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Asks for huge pages.
@@ -201,6 +241,11 @@ impl Mapping {
     /// Makes every page present and writable now.
     pub(crate) fn populate(&self, at: usize, len: usize) -> Result<(), Error> {
         self.advise(at, len, Advice::LinuxPopulateWrite, "madvise(MADV_POPULATE_WRITE)")
+    }
+
+    /// Gives every page that the file has its entry now, without touching its bytes.
+    pub(crate) fn populate_shared(&self, at: usize, len: usize) -> Result<(), Error> {
+        self.advise(at, len, Advice::LinuxPopulateRead, "madvise(MADV_POPULATE_READ)")
     }
 
     /// Makes huge pages of what is there, and of holes, now, where collapsing is forbidden otherwise.
@@ -265,6 +310,7 @@ impl Mapping {
         self.advise(at, len, Advice::LinuxDontDump, "madvise(MADV_DONTDUMP)")
     }
 
+    #[inline]
     fn advise(
         &self,
         at: usize,
@@ -286,6 +332,7 @@ impl Mapping {
         Err(Error::new(self.op, ErrorKind::Exhausted).errno_is(Errno::EAGAIN).because(call))
     }
 
+    #[inline]
     pub(super) fn at(&self, at: usize, len: usize) -> Result<*mut u8, Error> {
         match at.checked_add(len) {
             Some(end) if end <= self.len => Ok(self.base.as_ptr().wrapping_add(at)),
@@ -298,6 +345,18 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         release(self.base.as_ptr(), self.len);
     }
+}
+
+/// `MADV_DONTNEED_LOCKED` for all the ranges; says how many bytes of them, from the first on, it was done
+/// for. Nothing on a kernel that does not do this for the process itself (before Linux 6.14).
+fn discard_vector(ranges: &[libc::iovec]) -> usize {
+    let advice = Advice::LinuxDontneedLocked as libc::c_int;
+    let (vector, len) = (ranges.as_ptr(), ranges.len());
+    // SAFETY: 1. the vector outlives the call. 2. its ranges lie in our own mapping: `Mapping::at` has
+    // checked each. 3. nobody has a reference into them, so pages may go.
+    let done =
+        unsafe { libc::syscall(libc::SYS_process_madvise, PIDFD_SELF, vector, len, advice, 0) };
+    usize::try_from(done).unwrap_or(0)
 }
 
 /// Unmaps addresses that the caller owns and gives up.

@@ -45,6 +45,7 @@ pub const SYSCALLS: &[Syscall] = syscalls! {
     munmap: SYS_munmap, "pools, objects, views";
     mprotect: SYS_mprotect, "views, as a folio moves";
     madvise: SYS_madvise, "pools, views";
+    process_madvise: SYS_process_madvise, "conversions of several ranges to private, with views";
     mbind: SYS_mbind, "parts of pools on a NUMA node";
     prlimit64: SYS_prlimit64, "the limit of a file's size, at the creation of a pool";
     close: SYS_close, "everything";
@@ -58,14 +59,15 @@ pub const SYSCALLS: &[Syscall] = syscalls! {
     preadv: SYS_preadv, "read_from_file";
     writev: SYS_writev, "write_to_file at the file's position";
     pwritev: SYS_pwritev, "write_to_file";
-    openat: SYS_openat, "what the host offers, read from /proc and /sys; counts of huge memory; the audit";
+    openat: SYS_openat, "what the host offers, read from /proc and /sys; /dev/userfaultfd; counts of huge memory; the audit";
     read: SYS_read, "as openat";
     pread64: SYS_pread64, "the audit: /proc/self/pagemap";
     statx: SYS_statx, "as openat";
 };
 
-/// The requests of `ioctl`, all on a userfaultfd.
+/// The requests of `ioctl`, all on a userfaultfd but the first, which is on `/dev/userfaultfd`.
 pub const IOCTLS: &[Ioctl] = &[
+    Ioctl { request: 0xAA00, name: "USERFAULTFD_IOC_NEW" },
     Ioctl { request: UFFDIO_API, name: "UFFDIO_API" },
     Ioctl { request: UFFDIO_REGISTER, name: "UFFDIO_REGISTER" },
     Ioctl { request: UFFDIO_CONTINUE, name: "UFFDIO_CONTINUE" },

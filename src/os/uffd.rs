@@ -8,7 +8,7 @@
 // UNSAFETY: the ioctls of userfaultfd on ranges of a `Mapping` that the caller owns.
 #![expect(unsafe_code, reason = "the only file that speaks to userfaultfd")]
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use linux_raw_sys::general::{
     UFFD_FEATURE_EXACT_ADDRESS, UFFD_FEATURE_MINOR_HUGETLBFS, UFFD_FEATURE_MINOR_SHMEM,
@@ -17,6 +17,7 @@ use linux_raw_sys::general::{
     uffdio_continue, uffdio_range, uffdio_register,
 };
 use linux_raw_sys::ioctl::{UFFDIO_API, UFFDIO_CONTINUE, UFFDIO_REGISTER};
+use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater, ioctl};
 use rustix::mm::{UserfaultfdFlags, userfaultfd};
@@ -27,6 +28,11 @@ use crate::os::mapping::Mapping;
 
 /// `UFFD_API` of linux/userfaultfd.h, the only version there has been.
 const API: u64 = 0xAA;
+
+const DEVICE: &str = "/dev/userfaultfd";
+
+/// `USERFAULTFD_IOC_NEW` of linux/userfaultfd.h: `_IO(0xAA, 0x00)`.
+const NEW: libc::Ioctl = 0xAA00;
 
 const FEATURES: u64 = (UFFD_FEATURE_SIGBUS
     | UFFD_FEATURE_EXACT_ADDRESS
@@ -40,13 +46,23 @@ const FEATURES: u64 = (UFFD_FEATURE_SIGBUS
 #[derive(Debug)]
 pub(crate) struct Userfault(OwnedFd);
 
+/// Where a userfaultfd comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// userfaultfd(2).
+    Syscall,
+    /// `/dev/userfaultfd`, for whoever may open it.
+    Device,
+}
+
 impl Userfault {
-    pub(crate) fn open() -> Result<Self, Error> {
+    pub(crate) fn open(source: Source) -> Result<Self, Error> {
         let user_mode_only = UserfaultfdFlags::from_bits_retain(UFFD_USER_MODE_ONLY);
-        // SAFETY: the descriptor does nothing until a range is registered with it.
-        let fd = unsafe { userfaultfd(UserfaultfdFlags::CLOEXEC | user_mode_only) }
-            .map_err(|e| unavailable(e, "userfaultfd(2)"))?;
-        let this = Self(fd);
+        let flags = UserfaultfdFlags::CLOEXEC | user_mode_only;
+        let this = Self(match source {
+            Source::Syscall => from_syscall(flags)?,
+            Source::Device => from_device(flags)?,
+        });
         let mut api = uffdio_api { api: API, features: FEATURES, ioctls: 0 };
         this.call::<{ UFFDIO_API as Opcode }, _>(&mut api)
             .map_err(|e| unavailable(e, "UFFDIO_API with SIGBUS, MISSING and MINOR on shmem"))?;
@@ -63,6 +79,7 @@ impl Userfault {
 
     /// Maps the file's pages at `at..at + len` back in. Pages that are mapped already stay as they
     /// are; `step` is how far to go for one of those.
+    #[inline]
     pub(crate) fn map_pages(
         &self,
         map: &Mapping,
@@ -87,6 +104,7 @@ impl Userfault {
         Ok(())
     }
 
+    #[inline]
     fn call<const OPCODE: Opcode, T>(&self, arg: &mut T) -> Result<(), Errno> {
         // SAFETY: each caller pairs the opcode with the structure that linux/userfaultfd.h names
         // for it.
@@ -97,6 +115,26 @@ impl Userfault {
     }
 }
 
+fn from_syscall(flags: UserfaultfdFlags) -> Result<OwnedFd, Error> {
+    // SAFETY: the descriptor does nothing until a range is registered with it.
+    unsafe { userfaultfd(flags) }.map_err(|e| unavailable(e, "userfaultfd(2)"))
+}
+
+fn from_device(flags: UserfaultfdFlags) -> Result<OwnedFd, Error> {
+    let device = open(DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
+    let device = device.map_err(|e| unavailable(e, DEVICE))?;
+    // SAFETY: the call takes flags and no pointer.
+    let fd = unsafe { libc::ioctl(device.as_raw_fd(), NEW, flags.bits()) };
+    if fd < 0 {
+        let os_error = std::io::Error::last_os_error();
+        let errno = Errno::from_io_error(&os_error).unwrap_or(Errno::IO);
+        return Err(unavailable(errno, "USERFAULTFD_IOC_NEW"));
+    }
+    // SAFETY: the descriptor is new, and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+#[inline]
 fn range(map: &Mapping, at: usize, len: usize) -> Result<uffdio_range, Error> {
     match at.checked_add(len) {
         Some(end) if end <= map.len() => {
@@ -110,6 +148,8 @@ fn range(map: &Mapping, at: usize, len: usize) -> Result<uffdio_range, Error> {
 fn unavailable(errno: Errno, what: &str) -> Error {
     let why = match errno {
         Errno::NOSYS => "the kernel was built without userfaultfd",
+        Errno::NOENT | Errno::NODEV | Errno::NXIO => "the kernel or the container lacks it",
+        Errno::ACCESS => "not permitted (the device's mode)",
         Errno::PERM => "not permitted (a seccomp filter?)",
         Errno::INVAL => "the kernel lacks it (Linux 5.19 or newer is needed)",
         e @ (Errno::MFILE | Errno::NFILE | Errno::NOMEM) => {

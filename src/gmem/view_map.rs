@@ -1,0 +1,481 @@
+//! One mapping of an object: which pages of it can be touched, and how they are made so.
+//!
+//! A view is a range of addresses that begins as a mapping of the object's empty file, where every
+//! touch is a `SIGBUS`. With userfaultfd, folios of the arena are mapped over it and registered, so
+//! that a page without a page-table entry is a `SIGBUS` too. To share a page is to give it an entry,
+//! to make it private is to take that away: no mapping is split, no byte moves. Without userfaultfd,
+//! pages are mapped over it when they turn shared, and the empty file when they turn private.
+//!
+//! A block of 2 MiB all of which is shared needs nobody's protection. It may be *open*: not registered,
+//! so that the kernel maps what is touched by itself, and by a huge entry where it can. Before a page
+//! of it is hidden it is closed.
+//!
+//! What this covers: loads, stores and system calls of this process through this view. What it does
+//! not: a child after fork (it gets no mapping at all), other mappings of the arena, and pins that
+//! the kernel took through the view earlier (io_uring, O_DIRECT, VFIO).
+
+use std::fmt;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::object::Inner;
+use super::shown::{Shown, between, block_of, first_page, next_run, part, whole_blocks};
+use super::view_options::{ViewMapping, ViewPath};
+use crate::addr::{ByteSize, Pfn, Pgoff};
+use crate::backing::{Arena, ArenaBacking, Part};
+use crate::error::{Errno, Error, ErrorKind, Op};
+use crate::geometry::{FolioSize, HUGE_PAGES, PAGE_BYTES, index};
+use crate::os::mapping::Mapping;
+use crate::os::smaps::Smaps;
+use crate::os::uffd::{Source, Userfault};
+use crate::range::{PfnRange, PgoffRange};
+
+pub(super) struct ViewMap {
+    // Before `way`, since fields are dropped in this order: without userfaultfd every page that the
+    // mapping still covers could be touched.
+    map: Mapping,
+    way: Way,
+    mapping: ViewMapping,
+    arena: Arc<Arena>,
+    granule: FolioSize,
+    /// Held across the system calls that change it, so that the two never differ.
+    shown: Mutex<Shown>,
+}
+
+enum Way {
+    Userfault(Userfault),
+    Fixed,
+}
+
+impl ViewMap {
+    pub(super) fn new(object: &Inner, path: ViewPath, mapping: ViewMapping) -> Result<Self, Error> {
+        let op = Op::MapView;
+        if !object.arena.has_files() {
+            return Err(Error::new(op, ErrorKind::Unsupported)
+                .because("a pool on the heap has no file that could be mapped"));
+        }
+        let way = match path {
+            ViewPath::Best | ViewPath::UserfaultfdSyscall => {
+                Way::Userfault(Userfault::open(Source::Syscall)?)
+            }
+            ViewPath::UserfaultfdDevice => Way::Userfault(Userfault::open(Source::Device)?),
+            ViewPath::Fixed => Way::Fixed,
+        };
+        let size = object.pages.len_bytes();
+        let granule = object.reservation.pool().view_granule();
+        let align = granule.max(FolioSize::Huge2M).bytes();
+        let map = Mapping::of_nothing(op, object.identity.as_fd(), size, align)?;
+        let shown = Shown::nothing(op, object.pages.nr_pages())?;
+        let arena = Arc::clone(&object.arena);
+        Ok(Self { map, way, mapping, arena, granule, shown: Mutex::new(shown) })
+    }
+
+    pub(super) fn map(&self) -> &Mapping {
+        &self.map
+    }
+
+    /// Puts a folio behind the pages. Nothing of it is shown when this returns.
+    ///
+    /// Until it is registered a raw pointer can touch the folio. So the caller installs no folio that
+    /// anybody has written to in a view whose address is known, and scrubs it afterwards.
+    pub(super) fn install(
+        &self,
+        object: &Inner,
+        pages: PgoffRange,
+        pfn: Pfn,
+    ) -> Result<(), NotInstalled> {
+        let Way::Userfault(uffd) = &self.way else { return Ok(()) };
+        let no_file = |error: Error| NotInstalled::Undone(error.on(pages));
+        let frames = PfnRange::new(pfn, pages.nr_pages()).map_err(no_file)?;
+        let (fd, file_at) = self
+            .arena
+            .file_of(frames)
+            .ok_or_else(|| no_file(Error::new(Op::MapView, ErrorKind::Unsupported)))?;
+        let (at, len) = bytes(pages);
+        self.map.map_over(at, len, fd, file_at).map_err(NotInstalled::Undone)?;
+        let opened = self.register(uffd, at, len);
+        opened.map_err(|error| match self.map.map_over(at, len, object.identity.as_fd(), 0) {
+            Ok(()) => NotInstalled::Undone(error),
+            Err(_) => NotInstalled::Left(error),
+        })
+    }
+
+    /// Puts another folio behind pages of which nothing is shown, in a view whose address is known. The old
+    /// one and this one may hold what nobody may see: not even for a moment does either show, and no store
+    /// of a raw pointer gets lost in one of them. For that moment the fault is a `SIGSEGV`. Without
+    /// userfaultfd neither is there: what is hidden is the empty file.
+    pub(super) fn exchange(
+        &self,
+        object: &Inner,
+        pages: PgoffRange,
+        pfn: Pfn,
+    ) -> Result<(), Error> {
+        let Way::Userfault(uffd) = &self.way else { return Ok(()) };
+        let (at, len) = bytes(pages);
+        let frames = PfnRange::new(pfn, pages.nr_pages())?;
+        let (fd, file_at) = self
+            .arena
+            .file_of(frames)
+            .ok_or_else(|| Error::new(Op::MapView, ErrorKind::Unsupported))?;
+        self.map.map_inaccessible(at, len, fd, file_at)?;
+        let outcome = self.register(uffd, at, len).and_then(|()| self.map.make_accessible(at, len));
+        if outcome.is_err() {
+            // Inaccessible is as good as hidden, should this fail too.
+            let _ = self.cover(object, pages);
+        }
+        outcome
+    }
+
+    /// Makes what is mapped at the pages answer with SIGBUS.
+    fn register(&self, uffd: &Userfault, at: usize, len: usize) -> Result<(), Error> {
+        self.map.keep_private(at, len)?;
+        self.map.forbid_collapse(at, len)?;
+        uffd.register(&self.map, at, len)?;
+        // Whatever was touched before it was registered is mapped, and stays so if left alone.
+        self.map.discard(at, len)
+    }
+
+    /// Takes the folio behind the pages away, nothing of which is shown.
+    pub(super) fn remove(&self, object: &Inner, pages: PgoffRange) -> Result<(), Error> {
+        let Way::Userfault(_) = &self.way else { return Ok(()) };
+        self.cover(object, pages)
+    }
+
+    /// Makes the pages accessible, which have these frames. Should the kernel have no memory or no room
+    /// for that, they go on faulting, which is safe, and `shown` says so.
+    #[inline]
+    pub(super) fn show(&self, object: &Inner, pages: PgoffRange, frames: PfnRange) {
+        let shown = &mut *self.shown();
+        let mut from = pages.start();
+        while let Some(run) = next_run(&shown.pages, from, pages.end(), false) {
+            from = run.end();
+            let Some(frames) = part(pages, frames, run) else { return };
+            let done = match &self.way {
+                Way::Fixed => self.show_fixed(object, run, frames),
+                Way::Userfault(uffd) => self.show_registered(uffd, shown, run, frames),
+            };
+            shown.set(run, done);
+        }
+    }
+
+    /// Shows pages by mapping them; says whether they can be touched then.
+    fn show_fixed(&self, object: &Inner, run: PgoffRange, frames: PfnRange) -> bool {
+        match self.map_file(run, frames) {
+            Ok(()) => true,
+            Err(NotInstalled::Undone(_)) => false,
+            Err(NotInstalled::Left(_)) => self.cover(object, run).is_err(),
+        }
+    }
+
+    /// Maps the empty file over the pages.
+    fn cover(&self, object: &Inner, pages: PgoffRange) -> Result<(), Error> {
+        let (at, len) = bytes(pages);
+        // From where the pages are in the object, so that neighbours become one mapping.
+        self.map.map_over(at, len, object.identity.as_fd(), pages.start_offset().get())
+    }
+
+    /// Shows pages none of which is shown. What is to be opened is; says whether all can be touched then.
+    #[inline]
+    fn show_registered(
+        &self,
+        uffd: &Userfault,
+        shown: &mut Shown,
+        run: PgoffRange,
+        frames: PfnRange,
+    ) -> bool {
+        let Some(blocks) = self.opens(run, frames) else { return self.map_pages(uffd, run) };
+        let opened = part(run, frames, blocks)
+            .is_some_and(|frames| self.open(uffd, shown, blocks, frames).is_ok());
+        if !opened {
+            return self.map_pages(uffd, run);
+        }
+        let around = [between(run.start(), blocks.start()), between(blocks.end(), run.end())];
+        let done = around.into_iter().flatten().all(|rest| self.map_pages(uffd, rest));
+        if !done && self.close_whole(uffd, shown, blocks).is_ok() {
+            // All of the run goes, to agree with `shown`.
+            let (at, len) = bytes(run);
+            let _ = self.map.discard(at, len);
+        }
+        done
+    }
+
+    /// The blocks of the run that are to be opened, now that they turn shared as a whole.
+    fn opens(&self, run: PgoffRange, frames: PfnRange) -> Option<PgoffRange> {
+        let is_wanted = match (self.granule, self.mapping) {
+            (FolioSize::Base, ViewMapping::Lazy) => true,
+            // One entry for 512, and cheaper than theirs.
+            (FolioSize::Base, ViewMapping::Eager) => {
+                self.arena.part_of(frames.start())?.backing() == ArenaBacking::MemfdThp
+            }
+            (FolioSize::Huge2M | FolioSize::Huge1G, _) => false,
+        };
+        whole_blocks(run).filter(|_| is_wanted)
+    }
+
+    /// Opens whole blocks that are shared: nobody has a page of them to hide.
+    fn open(
+        &self,
+        uffd: &Userfault,
+        shown: &mut Shown,
+        blocks: PgoffRange,
+        frames: PfnRange,
+    ) -> Result<(), Error> {
+        match self.map_file(blocks, frames) {
+            Ok(()) => shown.set_open(blocks, true),
+            Err(NotInstalled::Undone(error)) => return Err(error),
+            Err(NotInstalled::Left(error)) => {
+                let (at, len) = bytes(blocks);
+                if self.register(uffd, at, len).is_ok() {
+                    return Err(error);
+                }
+                // It cannot be closed at the moment; it is shared.
+                shown.set_open(blocks, true);
+            }
+        }
+        Ok(())
+    }
+
+    /// Maps the frames over the pages, for everybody to touch.
+    fn map_file(&self, pages: PgoffRange, frames: PfnRange) -> Result<(), NotInstalled> {
+        let (at, len) = bytes(pages);
+        let file = self.arena.file_of(frames);
+        let (fd, file_at) = file
+            .ok_or_else(|| NotInstalled::Undone(Error::new(Op::MapView, ErrorKind::Unsupported)))?;
+        self.map.map_over(at, len, fd, file_at).map_err(NotInstalled::Undone)?;
+        self.map.keep_private(at, len).map_err(NotInstalled::Left)?;
+        let is_small = self
+            .arena
+            .part_of(frames.start())
+            .is_some_and(|part| part.backing() == ArenaBacking::Memfd);
+        // A huge entry costs less than the fault that would bring it.
+        if self.mapping == ViewMapping::Eager || !is_small {
+            // What is not populated is faulted in when it is touched. Before collapsing is forbidden:
+            // the kernel takes it for a ban on huge entries as well.
+            let _ = self.map.populate_shared(at, len);
+        }
+        self.map.forbid_collapse(at, len).map_err(NotInstalled::Left)
+    }
+
+    #[inline]
+    fn map_pages(&self, uffd: &Userfault, pages: PgoffRange) -> bool {
+        let (at, len) = bytes(pages);
+        let step = index(self.granule.bytes().get());
+        let done = uffd.map_pages(&self.map, at, len, step).is_ok();
+        if !done {
+            // Whatever was mapped of them is taken out again, to agree with `shown`.
+            let _ = self.map.discard(at, len);
+        }
+        done
+    }
+
+    /// Makes the pages of all the ranges fault. If it fails, some of them may.
+    #[inline]
+    pub(super) fn hide(&self, object: &Inner, ranges: &[PgoffRange]) -> Result<(), Error> {
+        let shown = &mut *self.shown();
+        match &self.way {
+            Way::Fixed => self.hide_fixed(object, shown, ranges),
+            Way::Userfault(uffd) => {
+                for &range in ranges {
+                    self.close_for(uffd, shown, range)?;
+                }
+                // If it fails half way, what still has entries is found to have them when it is shown again.
+                ranges.iter().for_each(|&range| shown.set(range, false));
+                self.map.discard_each(ranges.iter().map(|&range| bytes(range)))
+            }
+        }
+    }
+
+    fn hide_fixed(
+        &self,
+        object: &Inner,
+        shown: &mut Shown,
+        ranges: &[PgoffRange],
+    ) -> Result<(), Error> {
+        if shown.spare.is_none() {
+            let page = FolioSize::Base.bytes();
+            let one = || Mapping::of_nothing(Op::MapView, object.identity.as_fd(), page, page);
+            shown.spare = Some([one()?, one()?]);
+        }
+        for &range in ranges {
+            self.cover(object, range).inspect_err(|_| drop(shown.spare.take()))?;
+            shown.set(range, false);
+        }
+        Ok(())
+    }
+
+    /// Closes what is open of the blocks that the range is in.
+    #[inline]
+    fn close_for(
+        &self,
+        uffd: &Userfault,
+        shown: &mut Shown,
+        range: PgoffRange,
+    ) -> Result<(), Error> {
+        if let Some(blocks) = whole_blocks(range) {
+            let (mut from, end) = (block_of(blocks.start()), block_of(blocks.end()));
+            while let Some(open) = next_run(&shown.open, from, end, true) {
+                from = open.end();
+                let pages =
+                    PgoffRange::new(first_page(open.start()), open.nr_pages() * HUGE_PAGES)?;
+                self.close_whole(uffd, shown, pages)?;
+            }
+        }
+        // What can still be open is at the two ends, and not in the range as a whole.
+        let last = Pgoff::new(range.end().get() - 1);
+        for block in [block_of(range.start()), block_of(last)] {
+            if shown.is_open(block) {
+                self.close_part(uffd, shown, PgoffRange::new(first_page(block), HUGE_PAGES)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Closes blocks that are about to be hidden as a whole.
+    fn close_whole(
+        &self,
+        uffd: &Userfault,
+        shown: &mut Shown,
+        blocks: PgoffRange,
+    ) -> Result<(), Error> {
+        let (at, len) = bytes(blocks);
+        uffd.register(&self.map, at, len)?;
+        shown.set_open(blocks, false);
+        Ok(())
+    }
+
+    /// Closes a block of which some pages stay shown. Those never fault with a signal meanwhile: entries for
+    /// single pages are there before it is registered, and a huge one would go as a whole with the first page
+    /// that is taken out of it.
+    fn close_part(
+        &self,
+        uffd: &Userfault,
+        shown: &mut Shown,
+        block: PgoffRange,
+    ) -> Result<(), Error> {
+        let (at, len) = bytes(block);
+        self.map.discard(at, len)?;
+        match self.map.populate_shared(at, len) {
+            // Memory that failed has no entry any more, and ends the call. It is what is to be hidden, or was
+            // touched in vain already.
+            Err(error) if error.errno() == Errno::EHWPOISON => self.populate_sound(at, len)?,
+            outcome => outcome?,
+        }
+        self.close_whole(uffd, shown, block)
+    }
+
+    fn populate_sound(&self, at: usize, len: usize) -> Result<(), Error> {
+        (at..at + len).step_by(PAGE_BYTES).try_for_each(|at| {
+            match self.map.populate_shared(at, PAGE_BYTES) {
+                Err(error) if error.errno() == Errno::EHWPOISON => Ok(()),
+                outcome => outcome,
+            }
+        })
+    }
+
+    /// Maps blocks of 2 MiB by huge entries where all of them is shown and the memory is huge; says how many
+    /// pages are in blocks for which that was done.
+    pub(super) fn regain(
+        &self,
+        object: &Inner,
+        pages: PgoffRange,
+        frames: PfnRange,
+    ) -> Result<u64, Error> {
+        let is_thp = |part: &Part| part.backing() == ArenaBacking::MemfdThp;
+        let Some(blocks) = whole_blocks(pages) else { return Ok(0) };
+        if !self.arena.part_of(frames.start()).is_some_and(is_thp) {
+            return Ok(0);
+        }
+        let shown = &mut *self.shown();
+        let mut nr_pages = 0;
+        for block in blocks.start().get() / HUGE_PAGES..blocks.end().get() / HUGE_PAGES {
+            let block = PgoffRange::new(first_page(Pgoff::new(block)), HUGE_PAGES)?;
+            let is_open =
+                next_run(&shown.open, block_of(block.start()), block_of(block.end()), true);
+            let hidden = next_run(&shown.pages, block.start(), block.end(), false);
+            if is_open.is_some() || hidden.is_some() {
+                continue;
+            }
+            let Some(frames) = part(pages, frames, block) else { continue };
+            self.regain_block(object, shown, block, frames)?;
+            nr_pages += HUGE_PAGES;
+        }
+        Ok(nr_pages)
+    }
+
+    fn regain_block(
+        &self,
+        object: &Inner,
+        shown: &mut Shown,
+        block: PgoffRange,
+        frames: PfnRange,
+    ) -> Result<(), Error> {
+        match &self.way {
+            Way::Fixed => match self.map_file(block, frames) {
+                Ok(()) => Ok(()),
+                Err(NotInstalled::Undone(error)) => Err(error),
+                Err(NotInstalled::Left(error)) => {
+                    shown.set(block, self.cover(object, block).is_err());
+                    Err(error)
+                }
+            },
+            Way::Userfault(uffd) => self.open(uffd, shown, block, frames).inspect_err(|_| {
+                let mapped = self.map_pages(uffd, block);
+                shown.set(block, mapped);
+            }),
+        }
+    }
+
+    /// The first page of the range that cannot be touched.
+    pub(super) fn first_hidden(&self, range: PgoffRange) -> Option<Pgoff> {
+        let hidden = next_run(&self.shown().pages, range.start(), range.end(), false);
+        hidden.map(|run| run.start())
+    }
+
+    /// How much is mapped by huge entries of transparent huge pages, by the kernel's account.
+    pub(super) fn huge(&self) -> ByteSize {
+        let start = self.map.hva().get() as u64;
+        Smaps::read().shared_huge(&(start..start + self.map.len() as u64))
+    }
+
+    /// Which pages the kernel's page tables really have, for the audit.
+    pub(super) fn present(&self, nr_pages: usize) -> std::io::Result<Vec<bool>> {
+        crate::os::pagemap::present(self.map.hva(), nr_pages)
+    }
+
+    /// Whether the kernel maps this page by itself when it is touched, if it is shown.
+    pub(super) fn is_faulted_in(&self, shown: &Shown, page: Pgoff) -> bool {
+        matches!(self.way, Way::Fixed) || shown.is_open(block_of(page))
+    }
+
+    pub(super) fn shown(&self) -> MutexGuard<'_, Shown> {
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Why a folio could not be installed, and what of it is left.
+pub(super) enum NotInstalled {
+    /// Nothing.
+    Undone(Error),
+    /// A mapping that may show the folio to raw pointers, or bytes that they may have written.
+    Left(Error),
+}
+
+impl NotInstalled {
+    pub(super) fn into_error(self) -> Error {
+        match self {
+            Self::Undone(error) | Self::Left(error) => error,
+        }
+    }
+}
+
+impl fmt::Debug for ViewMap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ViewMap({}+{:#x})", self.map.hva(), self.map.len())
+    }
+}
+
+/// Where the pages are in a mapping of the whole object. The object fits in an address space, or
+/// there would be no view.
+fn bytes(pages: PgoffRange) -> (usize, usize) {
+    (index(pages.start_offset().get()), index(pages.len_bytes().get()))
+}
