@@ -20,7 +20,7 @@ use gmem::addr::{Access, ByteSize, Offset, Pgoff};
 use gmem::range::PgoffRange;
 use gmem::{
     ArenaBacking, ContentPolicy, FaultAnswer, FaultCause, FaultReason, FolioPool, GuestMemfd,
-    HostFault, HostView, SigbusHandler, Touch, Visibility,
+    HostFault, HostView, PartSpec, SigbusHandler, Touch, Visibility, Zone,
 };
 
 const CHILD: &str = "GMEM_TEST_SIGBUS_CHILD";
@@ -373,6 +373,69 @@ fn a_foreign_fault_kills_where_nobody_stood_before() {
         return;
     };
     assert_eq!(fate.signal(), Some(libc::SIGBUS), "{fate}");
+}
+
+#[test]
+fn a_foreign_segfault_kills_where_nobody_stood_before() {
+    let Some(fate) = fate("a_foreign_segfault_kills_where_nobody_stood_before", || {
+        let (_pool, memfd) = object(Visibility::Private);
+        let _view = memfd.map_view().unwrap();
+        decide_by(never);
+        let map = foreign();
+        // SAFETY: a mapping of ours, which nobody has a reference to.
+        assert_eq!(unsafe { libc::mprotect(map.cast(), 4096, libc::PROT_NONE) }, 0);
+        // SAFETY: mapped; the fault is what is wanted.
+        std::hint::black_box(unsafe { map.read_volatile() });
+    }) else {
+        return;
+    };
+    assert_eq!(fate.signal(), Some(libc::SIGSEGV), "{fate}");
+}
+
+fn again(fault: &HostFault) -> FaultAnswer {
+    let page_is_right = fault.offset.pgoff() == Pgoff::new(3);
+    if fault.cause != FaultCause::NotMapped || !page_is_right {
+        // SAFETY: async-signal-safe, and does not return.
+        unsafe { libc::_exit(1) };
+    }
+    NR_SEEN.fetch_add(1, Ordering::SeqCst);
+    FaultAnswer::Retry
+}
+
+/// While a folio moves the fault is a SIGSEGV for a moment, which goes the same way.
+#[test]
+fn a_folio_that_moves_under_raw_pointers_is_asked_about_and_they_go_on() {
+    let Some(fate) =
+        fate("a_folio_that_moves_under_raw_pointers_is_asked_about_and_they_go_on", || {
+            decide_by(again);
+            let part = || PartSpec::new([ArenaBacking::Memfd], ByteSize::from_mib(2));
+            let builder = FolioPool::builder().part(part(), Zone::Normal);
+            let pool = builder.part(part(), Zone::Movable).create().unwrap();
+            let builder = GuestMemfd::builder(ByteSize::from_mib(2)).initial(Visibility::Shared);
+            let memfd = builder.zones(&[Zone::Normal, Zone::Movable]).create(&pool).unwrap();
+            let view = memfd.map_view().unwrap();
+            let is_over = AtomicBool::new(false);
+            thread::scope(|scope| {
+                let writer = scope.spawn(|| {
+                    let mut nr = 0_u8;
+                    while !is_over.load(Ordering::SeqCst) {
+                        nr = nr.wrapping_add(1);
+                        write_raw(&view, 3 << 12, nr);
+                        assert_eq!(read_raw(&view, 3 << 12), nr);
+                    }
+                });
+                for to in [Zone::Movable, Zone::Normal].into_iter().cycle().take(400) {
+                    assert!(memfd.migrate(memfd.pages(), to).unwrap().refused.is_empty());
+                }
+                is_over.store(true, Ordering::SeqCst);
+                writer.join().unwrap();
+            });
+            assert!(NR_SEEN.load(Ordering::SeqCst) > 0);
+        })
+    else {
+        return;
+    };
+    assert_eq!(fate.code(), Some(SURVIVED), "{fate}");
 }
 
 static BEFORE: AtomicUsize = AtomicUsize::new(0);

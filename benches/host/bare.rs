@@ -160,7 +160,7 @@ impl Userfault {
     }
 
     fn call<T>(&self, opcode: u32, arg: &mut T) -> io::Result<()> {
-        let opcode = libc::c_ulong::from(opcode);
+        let opcode = opcode as libc::Ioctl;
         // SAFETY: each caller pairs the opcode with its structure, which outlives the call.
         let result = unsafe { libc::ioctl(self.0.as_raw_fd(), opcode, ptr::from_mut(arg)) };
         check(result.into()).map(drop)
@@ -231,9 +231,9 @@ pub(crate) fn guest_memfd(len: usize) -> io::Result<File> {
         flags: u64,
         reserved: [u64; 6],
     }
-    const KVM_CREATE_VM: libc::c_ulong = 0xAE01;
+    const KVM_CREATE_VM: libc::Ioctl = 0xAE01;
     // _IOWR(0xAE, 0xd4, struct kvm_create_guest_memfd)
-    const KVM_CREATE_GUEST_MEMFD: libc::c_ulong = 0xC040_AED4;
+    const KVM_CREATE_GUEST_MEMFD: libc::Ioctl = 0xC040_AED4_u32 as libc::Ioctl;
     const MMAP_AND_INIT_SHARED: u64 = 3;
     let kvm = File::options().read(true).write(true).open("/dev/kvm")?;
     // SAFETY: takes a number.
