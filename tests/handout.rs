@@ -570,7 +570,7 @@ fn runs_say_where_the_guest_sees_them_also_when_memslots_come_and_go() {
     let vm = Hypervisor::new(&pool).unwrap().create_vm().unwrap();
     let seen_at = |page: u64| lock(&book.has).get(&page).unwrap().1;
     assert_eq!(seen_at(4), None);
-    vm.bind(Gfn::new(0x100), &memfd, range(4, 4)).unwrap();
+    let first = vm.bind(Gfn::new(0x100), &memfd, range(4, 4)).unwrap();
     vm.bind(Gfn::new(0x900), &memfd, range(8, 2)).unwrap();
     assert_eq!(
         [3, 4, 7, 8, 9, 10].map(seen_at).map(|gfn| gfn.map_or(0, Gfn::get)),
@@ -582,6 +582,17 @@ fn runs_say_where_the_guest_sees_them_also_when_memslots_come_and_go() {
     let error = vm.bind(Gfn::new(0x1000), &memfd, range(12, 2)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::SubscriberRefused);
     book.is(Mood::LetGo);
+    let last = vm.bind(Gfn::new(0x1000), &memfd, range(12, 2)).unwrap();
+    assert_eq!(seen_at(12), Some(Gfn::new(0x1000)));
+    // While the guest runs, either of the two may keep a memslot.
+    assert_eq!(vm.unbind(first).unwrap_err().kind(), ErrorKind::HypervisorRefused);
+    assert_eq!(seen_at(5), Some(Gfn::new(0x101)));
+    book.is(Mood::Refuse);
+    assert_eq!(vm.unbind(last).unwrap_err().kind(), ErrorKind::SubscriberRefused);
+    assert_eq!(seen_at(12), Some(Gfn::new(0x1000)));
+    book.is(Mood::LetGo);
+    vm.unbind(last).unwrap();
+    assert_eq!([12, 13].map(seen_at), [None; 2]);
     vm.bind(Gfn::new(0x1000), &memfd, range(12, 2)).unwrap();
     drop(vm);
     assert!((0..4).chain(10..16).all(|page| seen_at(page).is_none()));
