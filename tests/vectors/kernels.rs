@@ -67,9 +67,16 @@ impl Subject for Kernel {
             Op::Fd(call) => calls::on_fd(self.fd(), call),
             Op::Fallocate(mode, offset, len) => {
                 // SAFETY: takes numbers.
-                match unsafe { libc::fallocate(self.fd(), mode, offset, len) } {
+                let call = || match unsafe { libc::fallocate(self.fd(), mode, offset, len) } {
                     0 => Answer::Done,
                     _ => Answer::Errno(std::io::Error::last_os_error().raw_os_error().unwrap()),
+                };
+                loop {
+                    // The kernel may have had something else for this thread to do, and wants to be asked again.
+                    match call() {
+                        Answer::Errno(libc::EINTR) => {}
+                        answer => break answer,
+                    }
                 }
             }
             Op::Map(map) => self.map(map),
