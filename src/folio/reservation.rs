@@ -64,7 +64,8 @@ impl FolioPool {
         }
         let mut outcome = self.state().reserve(&demand);
         // What waits for a scrub is free, but in the pieces in which it came back.
-        if outcome.is_err() && self.scrub_all() > 0 {
+        let is_short = matches!(&outcome, Err(error) if error.kind() == ErrorKind::Exhausted);
+        if is_short && self.scrub_all() > 0 {
             outcome = self.state().reserve(&demand);
         }
         Ok(Reservation { pool: self.clone(), key: outcome?, _account: wanted.account })

@@ -61,9 +61,9 @@ impl Inner {
                 .freeze(reader, &[pages], Wanted::All, &Wait::never())
                 .map_err(|stop| self.stopped(op, Some(pages), stop))?;
             let outcome = self.collapse_frozen(layout, slot, pfn);
-            // Conversions need the lock to go on, so nothing turns private between the two.
-            frozen.thaw();
+            // First shown: whoever pins a page relies on finding it in the view.
             self.show_shared(layout, pages);
+            frozen.thaw();
             outcome.map_err(|error| error.of(op).on(pages))
         })
     }

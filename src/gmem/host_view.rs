@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bitvec::vec::BitVec;
 
 use super::object::{GuestMemfd, Inner};
+use super::punch::between;
 use crate::addr::{Access, ByteSize, Hva, Offset, Pfn};
 use crate::backing::Arena;
 use crate::error::{Error, ErrorKind, Op};
@@ -38,6 +39,8 @@ pub(super) struct ViewMap {
     /// Which pages have a page-table entry, as far as it is ours to say. Held across the system
     /// call that changes it, so that the two never differ.
     shown: Mutex<BitVec>,
+    /// Pages behind which something else is mapped than the object has there. They are not shown.
+    astray: Mutex<Vec<PgoffRange>>,
 }
 
 impl ViewMap {
@@ -54,7 +57,8 @@ impl ViewMap {
         let map = Mapping::of_nothing(op, object.identity.as_fd(), size, align)?;
         let granule_bytes = index(granule.bytes().get());
         let shown = Mutex::new(try_bits(op, object.pages.nr_pages())?);
-        Ok(Self { map, uffd, arena: Arc::clone(&object.arena), granule_bytes, shown })
+        let (arena, astray) = (Arc::clone(&object.arena), Mutex::default());
+        Ok(Self { map, uffd, arena, granule_bytes, shown, astray })
     }
 
     /// Puts a folio behind the pages. Nothing of it is shown when this returns.
@@ -75,6 +79,7 @@ impl ViewMap {
             .ok_or_else(|| no_file(Error::new(Op::MapView, ErrorKind::Unsupported)))?;
         let (at, len) = bytes(pages);
         self.map.map_over(at, len, fd, file_at).map_err(NotInstalled::Undone)?;
+        self.is_right(pages);
         let opened = self.register(at, len);
         opened.map_err(|error| match self.map.map_over(at, len, object.identity.as_fd(), 0) {
             Ok(()) => NotInstalled::Undone(error),
@@ -97,13 +102,36 @@ impl ViewMap {
             .arena
             .file_of(frames)
             .ok_or_else(|| Error::new(Op::MapView, ErrorKind::Unsupported))?;
+        let exhausted = |_| Error::new(Op::MapView, ErrorKind::Exhausted);
+        // Should it have to be undone, and that fail.
+        self.astray().try_reserve(1).map_err(exhausted)?;
         self.map.map_inaccessible(at, len, fd, file_at)?;
+        self.is_right(pages);
         let outcome = self.register(at, len).and_then(|()| self.map.make_accessible(at, len));
         if outcome.is_err() {
             // Inaccessible is as good as hidden, should this fail too.
             let _ = self.map.map_over(at, len, object.identity.as_fd(), 0);
         }
         outcome
+    }
+
+    /// An [`exchange`](Self::exchange) could not be undone: the pages stay hidden until something else is put
+    /// there.
+    pub(super) fn goes_astray(&self, pages: PgoffRange) {
+        self.is_right(pages);
+        let mut astray = self.astray();
+        // An exchange that had no room here has changed nothing.
+        if astray.try_reserve(1).is_ok() {
+            astray.push(pages);
+        }
+    }
+
+    fn is_right(&self, pages: PgoffRange) {
+        self.astray().retain(|astray| astray.intersection(&pages).is_none());
+    }
+
+    fn astray(&self) -> MutexGuard<'_, Vec<PgoffRange>> {
+        self.astray.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes what is mapped at the pages answer with SIGBUS.
@@ -118,6 +146,22 @@ impl ViewMap {
     /// Gives the pages their entries. Should the kernel have no memory for page tables, the pages
     /// go on faulting, which is safe, and `shown` says so.
     pub(super) fn show(&self, pages: PgoffRange) {
+        let astray = self.astray();
+        let mut rest = Some(pages);
+        // In ascending order or not: whatever lies between the first one and the start is shown.
+        while let Some(part) = rest {
+            let first = astray.iter().filter_map(|astray| astray.intersection(&part));
+            let Some(first) = first.min_by_key(|astray| astray.start()) else {
+                return self.show_all(part);
+            };
+            if let Some(before) = between(part.start(), first.start()) {
+                self.show_all(before);
+            }
+            rest = between(first.end(), part.end());
+        }
+    }
+
+    fn show_all(&self, pages: PgoffRange) {
         let mut shown = self.shown();
         let (at, len) = bytes(pages);
         let done = self.uffd.map_pages(&self.map, at, len, self.granule_bytes).is_ok();
@@ -140,7 +184,9 @@ impl ViewMap {
     /// Takes the folio behind the pages away.
     pub(super) fn remove(&self, object: &Inner, pages: PgoffRange) -> Result<(), Error> {
         let (at, len) = bytes(pages);
-        self.map.map_over(at, len, object.identity.as_fd(), 0)
+        self.map.map_over(at, len, object.identity.as_fd(), 0)?;
+        self.is_right(pages);
+        Ok(())
     }
 
     /// Which pages the kernel's page tables really have, for the audit.

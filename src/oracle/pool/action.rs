@@ -107,7 +107,7 @@ pub enum PoolAction {
         /// Which page.
         range: RangeClaim,
     },
-    /// Reports that a frame failed.
+    /// Reports that a frame failed, if it holds no page of an object.
     Poison {
         /// Which one.
         frame: FrameClaim,

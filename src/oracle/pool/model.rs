@@ -7,7 +7,7 @@ use super::mistake::PoolMistake;
 use super::object::{Charges, Object, Page, Run};
 use crate::error::ErrorKind;
 use crate::folio::{PrivatePlacement, Zone};
-use crate::geometry::FolioSize;
+use crate::geometry::{FolioSize, index};
 
 /// What a call came to, or what is wrong with that.
 pub(super) type Verdict = Result<(), String>;
@@ -449,6 +449,13 @@ impl Model {
             charges.charged -= object.charged;
         }
         Ok(())
+    }
+
+    /// Whether a frame is in a folio of an object.
+    pub(super) fn is_in_use(&self, pfn: u64) -> bool {
+        let part = self.part_of(pfn).and_then(|nr| self.parts.get(nr));
+        let frame = part.and_then(|part| part.frames.get(index(pfn - part.start)));
+        frame.is_some_and(|frame| matches!(frame.used, Use::Of(_)))
     }
 
     /// A frame is reported to have failed.

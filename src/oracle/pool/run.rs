@@ -210,6 +210,10 @@ impl Runner {
             PoolAction::Poison { frame } => {
                 let last = self.model.parts.last().map_or(0, |part| part.start + part.nr_pages());
                 let pfn = frame.of(last);
+                if self.model.is_in_use(pfn) {
+                    // A page of an object is quarantined then, which the model has no notion of.
+                    return Ok(());
+                }
                 let outcome = kind(self.pool.report_memory_failure(Pfn::new(pfn)));
                 self.coverage.note("Poison", outcome);
                 self.model.poison(pfn, outcome)
