@@ -243,7 +243,7 @@ impl FolioMap {
     /// Makes sure that [`punch`](Self::punch) can write down what it does.
     ///
     /// # Errors
-    /// [`ErrorKind::Exhausted`].
+    /// [`ErrorKind::Exhausted`](crate::error::ErrorKind::Exhausted).
     pub(crate) fn make_room_for_holes(&self) -> Result<(), Error> {
         if self.holes.get().is_none() {
             // Should somebody else have been faster, his is as good.

@@ -451,11 +451,16 @@ impl Model {
         Ok(())
     }
 
-    /// Whether a frame is in a folio of an object.
-    pub(super) fn is_in_use(&self, pfn: u64) -> bool {
-        let part = self.part_of(pfn).and_then(|nr| self.parts.get(nr));
-        let frame = part.and_then(|part| part.frames.get(index(pfn - part.start)));
-        frame.is_some_and(|frame| matches!(frame.used, Use::Of(_)))
+    /// The object that has a frame.
+    pub(super) fn holder(&self, pfn: u64) -> Option<usize> {
+        let part = self.part_of(pfn).and_then(|nr| self.parts.get(nr))?;
+        let Use::Of(nr) = part.frames.get(index(pfn - part.start))?.used else { return None };
+        self.objects.iter().position(|object| object.nr == nr)
+    }
+
+    pub(super) fn has_pins(&self, at: usize) -> bool {
+        let object = self.objects.get(at);
+        object.is_some_and(|object| object.pages.iter().any(|page| page.is_pinned))
     }
 
     /// A frame is reported to have failed.
