@@ -278,3 +278,39 @@ fn other_backings_do_not_collapse() {
         assert_clean(&pool, &memfd);
     }
 }
+
+/// A collapse takes pages out of views for its time. Whoever pins one right afterwards finds it there.
+#[test]
+fn a_pin_beside_collapses_finds_its_page() {
+    if !common::require(Capability::Uffd) {
+        return;
+    }
+    let pool = FolioPool::new(ArenaBacking::Memfd, ByteSize::from_mib(4)).unwrap();
+    let memfd = shared(&pool, 2 * FOLIO, FolioSize::Huge2M);
+    memfd.allocate(memfd.pages()).unwrap();
+    let view = memfd.map_view().unwrap();
+    let owner = memfd.register_owner("device").unwrap();
+    let is_over = std::sync::atomic::AtomicBool::new(false);
+    let mut nr_pins = 0;
+    std::thread::scope(|threads| {
+        threads.spawn(|| {
+            // Relaxed: it ends soon enough, and orders nothing.
+            while !is_over.load(std::sync::atomic::Ordering::Relaxed) {
+                memfd.collapse(memfd.pages()).unwrap();
+            }
+        });
+        for _ in 0..200_000 {
+            if let Ok(_pin) = memfd.pin(range(FOLIO - 1, 1), owner, PinMode::Counted) {
+                nr_pins += 1;
+                if !is_readable(&view, FOLIO - 1) {
+                    // Relaxed: as above.
+                    is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+                    panic!("pin {nr_pins} finds nothing in the view");
+                }
+            }
+        }
+        // Relaxed: as above.
+        is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    assert!(nr_pins > 1000, "{nr_pins}");
+}

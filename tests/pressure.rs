@@ -467,3 +467,23 @@ fn what_the_host_does_not_have_is_reported_in_order() {
         assert_eq!(pool.stat().huge, size);
     }
 }
+
+/// What an object may hold costs memory where it holds something.
+#[test]
+fn an_object_of_absurd_size_takes_little() {
+    let resident = || -> u64 {
+        let text = std::fs::read_to_string("/proc/self/statm").unwrap();
+        text.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 4096
+    };
+    let pool = pool(ArenaBacking::Heap, 2);
+    let before = resident();
+    let memfd = GuestMemfd::builder(ByteSize::from_mib(32 << 10))
+        .folio_size(FolioSize::Base)
+        .initial(Visibility::Shared)
+        .commitment(Commitment::Overcommitted)
+        .create(&pool)
+        .unwrap();
+    memfd.write(Offset::new(20 << 30), &[1]).unwrap();
+    let grown = resident().saturating_sub(before);
+    assert!(grown < 16 << 20, "{grown} bytes for 32 GiB of which a page is there");
+}

@@ -6,8 +6,9 @@ use std::sync::atomic::Ordering;
 use super::holes::Holes;
 use super::ledger::Blocks;
 use crate::addr::{Pfn, Pgoff};
-use crate::error::{Error, ErrorKind, Op};
+use crate::error::Error;
 use crate::geometry::{FolioSize, GIANT_ORDER, HUGE_ORDER, HUGE_PAGES, MAX_PAGES, index};
+use crate::os::words::boxed;
 use crate::range::{PfnRange, PgoffRange};
 use crate::state::{Flaw, seeded};
 use crate::sync::AtomicU64;
@@ -173,12 +174,10 @@ impl Behind {
 
 impl FolioMap {
     pub(crate) fn new(shape: Shape) -> Result<Self, Error> {
-        let exhausted = |_| Error::new(Op::CreateObject, ErrorKind::Exhausted);
-        let len = index(shape.nr_slots());
-        let mut slots = Vec::new();
-        slots.try_reserve_exact(len).map_err(exhausted)?;
-        slots.resize_with(len, || AtomicU64::new(0));
-        Ok(Self { shape, slots: slots.into_boxed_slice(), holes: OnceLock::new() })
+        // What was not written yet takes no memory, where there is much of it: an object may be larger than
+        // whatever it will ever hold.
+        let slots = boxed(index(shape.nr_slots()))?;
+        Ok(Self { shape, slots, holes: OnceLock::new() })
     }
 
     pub(crate) fn shape(&self) -> Shape {
@@ -250,7 +249,7 @@ impl FolioMap {
     /// Makes sure that [`punch`](Self::punch) can write down what it does.
     ///
     /// # Errors
-    /// [`ErrorKind::Exhausted`].
+    /// [`ErrorKind::Exhausted`](crate::error::ErrorKind::Exhausted).
     pub(crate) fn make_room_for_holes(&self) -> Result<(), Error> {
         if self.holes.get().is_none() {
             // Should somebody else have been faster, his is as good.

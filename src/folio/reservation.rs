@@ -65,7 +65,8 @@ impl FolioPool {
         self.dedication().occupy()?;
         let mut outcome = self.state().reserve(&demand);
         // What waits for a scrub is free, but in the pieces in which it came back.
-        if outcome.is_err() && self.scrub_all() > 0 {
+        let is_short = matches!(&outcome, Err(error) if error.kind() == ErrorKind::Exhausted);
+        if is_short && self.scrub_all() > 0 {
             outcome = self.state().reserve(&demand);
         }
         let key = outcome.inspect_err(|_| self.dedication().vacate())?;

@@ -122,7 +122,8 @@ impl FolioPool {
     }
 
     /// Starts a thread that cleans folios of 2 MiB and more when they come back, as long as less than
-    /// `keep_clean` bytes of such folios are clean; the others wait until they are needed.
+    /// `keep_clean` bytes of such folios are clean; the others wait until they are needed. It ends at a scrub
+    /// that fails, which only memory that is gone can cause: see [`Scrubber::is_alive`].
     ///
     /// # Errors
     /// [`ErrorKind::Os`] if the host gives no thread.

@@ -6,7 +6,8 @@ use crate::range::PgoffRange;
 
 impl GuestMemfd {
     /// Gives every page of the range a folio, as `fallocate(FALLOC_FL_KEEP_SIZE)` does, and fills its holes.
-    /// Cannot fail for want of frames: they were reserved when the object was created.
+    /// Cannot fail for want of frames, which were reserved when the object was created, unless it
+    /// [overcommits](crate::Commitment::Overcommitted).
     ///
     /// # Errors
     /// [`ErrorKind::OutOfRange`](crate::error::ErrorKind::OutOfRange);

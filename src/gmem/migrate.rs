@@ -246,8 +246,12 @@ impl Inner {
         let pfn = self.reservation.take_to(slot.size(), pages.start(), (old, to))?;
         let mut guard = Replacement { object: self, unknown: Some(pfn) };
         // All views first: what may fail with them does so before the hypervisor has moved anything.
+        let mut nr_touched = 0;
         let mut views = layout.views.iter().map(|(_, view)| view);
-        let exchanged = views.try_for_each(|view| view.exchange(self, pages, pfn));
+        let exchanged = views.try_for_each(|view| {
+            nr_touched += 1;
+            view.exchange(self, pages, pfn)
+        });
         let outcome = exchanged.and_then(|()| self.move_contents(layout, guest, slot, (old, pfn)));
         guard.unknown = None;
         match outcome {
@@ -256,11 +260,18 @@ impl Inner {
                 self.reservation.moved_out(old, pfn, slot.size());
             }
             Err(_) => {
-                for (_, view) in &layout.views {
-                    // One in which it cannot be put back goes on answering with SIGBUS there.
-                    let _ = view.exchange(self, pages, old);
+                let mut stays = false;
+                for (_, view) in layout.views.iter().take(nr_touched) {
+                    if view.exchange(self, pages, old).is_err() {
+                        // It may map the new one for as long as it lives.
+                        view.goes_astray(pages);
+                        stays = true;
+                    }
                 }
-                self.reservation.moved_out(pfn, old, slot.size());
+                match stays {
+                    true => self.reservation.quarantine(pfn),
+                    false => self.reservation.moved_out(pfn, old, slot.size()),
+                }
             }
         }
         outcome

@@ -141,7 +141,8 @@ impl GuestMemfdBuilder {
         self
     }
 
-    /// Creates the object, and reserves in the pool whatever it may ever hold.
+    /// Creates the object, and reserves in the pool whatever it may ever hold, unless it
+    /// [overcommits](crate::Commitment::Overcommitted).
     ///
     /// # Errors
     /// [`ErrorKind::InvalidSize`] for a size that is zero, no multiple of 4 KiB or above 2^63 - 1

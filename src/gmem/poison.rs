@@ -89,7 +89,11 @@ impl Inner {
         match outcome {
             // A freeze that is neither released nor thawed quarantines.
             Ok(()) => drop(frozen),
-            Err(_) => frozen.thaw(),
+            Err(_) => {
+                // First shown: whoever pins a page relies on finding it in the view.
+                self.show_shared(layout, pages);
+                frozen.thaw();
+            }
         }
         self.show_beside(layout, pages);
         outcome.map_err(|error| error.of(op).on(pages))

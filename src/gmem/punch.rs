@@ -271,6 +271,6 @@ impl Inner {
 }
 
 /// The pages from `start` up to `end`, if there are any.
-fn between(start: Pgoff, end: Pgoff) -> Option<PgoffRange> {
+pub(super) fn between(start: Pgoff, end: Pgoff) -> Option<PgoffRange> {
     PgoffRange::new(start, end.get().checked_sub(start.get())?).ok()
 }

@@ -40,6 +40,8 @@ pub(super) struct ViewMap {
     granule: FolioSize,
     /// Held across the system calls that change it, so that the two never differ.
     shown: Mutex<Shown>,
+    /// Pages behind which something else is mapped than the object has there. They are not shown.
+    astray: Mutex<Vec<PgoffRange>>,
 }
 
 enum Way {
@@ -67,7 +69,8 @@ impl ViewMap {
         let map = Mapping::of_nothing(op, object.identity.as_fd(), size, align)?;
         let shown = Shown::nothing(op, object.pages.nr_pages())?;
         let arena = Arc::clone(&object.arena);
-        Ok(Self { map, way, mapping, arena, granule, shown: Mutex::new(shown) })
+        let (shown, astray) = (Mutex::new(shown), Mutex::default());
+        Ok(Self { map, way, mapping, arena, granule, shown, astray })
     }
 
     pub(super) fn map(&self) -> &Mapping {
@@ -93,6 +96,7 @@ impl ViewMap {
             .ok_or_else(|| no_file(Error::new(Op::MapView, ErrorKind::Unsupported)))?;
         let (at, len) = bytes(pages);
         self.map.map_over(at, len, fd, file_at).map_err(NotInstalled::Undone)?;
+        self.is_right(pages);
         let opened = self.register(uffd, at, len);
         opened.map_err(|error| match self.map.map_over(at, len, object.identity.as_fd(), 0) {
             Ok(()) => NotInstalled::Undone(error),
@@ -117,13 +121,36 @@ impl ViewMap {
             .arena
             .file_of(frames)
             .ok_or_else(|| Error::new(Op::MapView, ErrorKind::Unsupported))?;
+        let exhausted = |_| Error::new(Op::MapView, ErrorKind::Exhausted);
+        // Should it have to be undone, and that fail.
+        self.astray().try_reserve(1).map_err(exhausted)?;
         self.map.map_inaccessible(at, len, fd, file_at)?;
+        self.is_right(pages);
         let outcome = self.register(uffd, at, len).and_then(|()| self.map.make_accessible(at, len));
         if outcome.is_err() {
             // Inaccessible is as good as hidden, should this fail too.
             let _ = self.cover(object, pages);
         }
         outcome
+    }
+
+    /// An [`exchange`](Self::exchange) could not be undone: the pages stay hidden until something else is put
+    /// there.
+    pub(super) fn goes_astray(&self, pages: PgoffRange) {
+        self.is_right(pages);
+        let mut astray = self.astray();
+        // An exchange that had no room here has changed nothing.
+        if astray.try_reserve(1).is_ok() {
+            astray.push(pages);
+        }
+    }
+
+    fn is_right(&self, pages: PgoffRange) {
+        self.astray().retain(|astray| astray.intersection(&pages).is_none());
+    }
+
+    fn astray(&self) -> MutexGuard<'_, Vec<PgoffRange>> {
+        self.astray.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes what is mapped at the pages answer with SIGBUS.
@@ -138,13 +165,35 @@ impl ViewMap {
     /// Takes the folio behind the pages away, nothing of which is shown.
     pub(super) fn remove(&self, object: &Inner, pages: PgoffRange) -> Result<(), Error> {
         let Way::Userfault(_) = &self.way else { return Ok(()) };
-        self.cover(object, pages)
+        self.cover(object, pages)?;
+        self.is_right(pages);
+        Ok(())
     }
 
     /// Makes the pages accessible, which have these frames. Should the kernel have no memory or no room
     /// for that, they go on faulting, which is safe, and `shown` says so.
     #[inline]
     pub(super) fn show(&self, object: &Inner, pages: PgoffRange, frames: PfnRange) {
+        let astray = self.astray();
+        if astray.is_empty() {
+            return self.show_all(object, pages, frames);
+        }
+        let mut rest = Some(pages);
+        while let Some(run) = rest {
+            let first = astray.iter().filter_map(|astray| astray.intersection(&run));
+            let first = first.min_by_key(|astray| astray.start());
+            let end = first.map_or(run.end(), |astray| astray.start());
+            let right = between(run.start(), end);
+            if let Some((run, frames)) =
+                right.and_then(|run| Some((run, part(pages, frames, run)?)))
+            {
+                self.show_all(object, run, frames);
+            }
+            rest = first.and_then(|astray| between(astray.end(), run.end()));
+        }
+    }
+
+    fn show_all(&self, object: &Inner, pages: PgoffRange, frames: PfnRange) {
         let shown = &mut *self.shown();
         let mut from = pages.start();
         while let Some(run) = next_run(&shown.pages, from, pages.end(), false) {

@@ -24,10 +24,17 @@ fn exhausted() -> Error {
     Error::new(Op::CreateObject, ErrorKind::Exhausted)
 }
 
-/// So many words of the allocator, all zero.
+/// So many words of the allocator, all zero. Many take memory when they are written.
 ///
 /// # Errors
 /// [`ErrorKind::Exhausted`].
+#[cfg(not(any(miri, all(loom, feature = "loom"))))]
+pub(crate) fn boxed(len: usize) -> Result<Box<[AtomicU64]>, Error> {
+    mapped::zeroed(len).ok_or_else(exhausted)
+}
+
+/// The same, one by one.
+#[cfg(any(miri, all(loom, feature = "loom")))]
 pub(crate) fn boxed(len: usize) -> Result<Box<[AtomicU64]>, Error> {
     let mut words = Vec::new();
     words.try_reserve_exact(len).map_err(|_| exhausted())?;

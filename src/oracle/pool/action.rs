@@ -107,7 +107,7 @@ pub enum PoolAction {
         /// Which page.
         range: RangeClaim,
     },
-    /// Reports that a frame failed.
+    /// Reports that a frame failed. An object that has it goes at once; with a pin, nothing happens.
     Poison {
         /// Which one.
         frame: FrameClaim,

@@ -7,7 +7,7 @@ use super::mistake::PoolMistake;
 use super::object::{Charges, Object, Page, Run};
 use crate::error::ErrorKind;
 use crate::folio::{PrivatePlacement, Zone};
-use crate::geometry::FolioSize;
+use crate::geometry::{FolioSize, index};
 
 /// What a call came to, or what is wrong with that.
 pub(super) type Verdict = Result<(), String>;
@@ -133,7 +133,9 @@ impl Model {
         must_be(wanted, outcome)?;
         if wanted.is_err() {
             self.parts = before;
-            self.most_dirty = 0;
+            if wanted == Err(ErrorKind::Exhausted) {
+                self.most_dirty = 0;
+            }
             return Ok(());
         }
         let pages = usize::try_from(birth.nr_pages).map_err(|error| error.to_string())?;
@@ -449,6 +451,18 @@ impl Model {
             charges.charged -= object.charged;
         }
         Ok(())
+    }
+
+    /// The object that has a frame.
+    pub(super) fn holder(&self, pfn: u64) -> Option<usize> {
+        let part = self.part_of(pfn).and_then(|nr| self.parts.get(nr))?;
+        let Use::Of(nr) = part.frames.get(index(pfn - part.start))?.used else { return None };
+        self.objects.iter().position(|object| object.nr == nr)
+    }
+
+    pub(super) fn has_pins(&self, at: usize) -> bool {
+        let object = self.objects.get(at);
+        object.is_some_and(|object| object.pages.iter().any(|page| page.is_pinned))
     }
 
     /// A frame is reported to have failed.

@@ -210,9 +210,15 @@ impl Runner {
             PoolAction::Poison { frame } => {
                 let last = self.model.parts.last().map_or(0, |part| part.start + part.nr_pages());
                 let pfn = frame.of(last);
+                let holder = self.model.holder(pfn);
+                if holder.is_some_and(|at| self.model.has_pins(at)) {
+                    return Ok(());
+                }
                 let outcome = kind(self.pool.report_memory_failure(Pfn::new(pfn)));
                 self.coverage.note("Poison", outcome);
-                self.model.poison(pfn, outcome)
+                self.model.poison(pfn, outcome)?;
+                // A page of an object is quarantined then, which the model has no notion of: the object goes.
+                holder.map_or(Ok(()), |at| self.drop_object(at))
             }
             PoolAction::Scrub => self.scrub(),
             PoolAction::StartScrubber => self.start_scrubber(),

@@ -1,8 +1,11 @@
 //! Words in a mapping of their own.
 
-// UNSAFETY: atomics in an anonymous mapping that this file owns. Indices are checked right here.
+// UNSAFETY: atomics in an anonymous mapping that this file owns, or in zeroed memory of the allocator.
+// Indices are checked right here.
 #![expect(unsafe_code, reason = "words live in a mapping of their own")]
 
+use std::alloc::{Layout, alloc_zeroed};
+use std::ptr;
 use std::sync::atomic::Ordering;
 
 use super::{AtomicU64, Error, Op, Range, Words, exhausted};
@@ -12,6 +15,23 @@ use crate::os::mapping::Mapping;
 
 const WORD_BYTES: usize = size_of::<u64>();
 const WORDS_PER_PAGE: usize = PAGE_BYTES / WORD_BYTES;
+
+/// So many words of the allocator, which asks the kernel for zeroes where there are many; `None` if it has
+/// no room.
+pub(super) fn zeroed(len: usize) -> Option<Box<[AtomicU64]>> {
+    let layout = Layout::array::<AtomicU64>(len).ok()?;
+    if layout.size() == 0 {
+        return Some(Box::default());
+    }
+    // SAFETY: the layout has a size.
+    let words = unsafe { alloc_zeroed(layout) }.cast::<AtomicU64>();
+    if words.is_null() {
+        return None;
+    }
+    // SAFETY: 1. the global allocator has given us this block just now, for the layout of so many words, and
+    // nobody else has it. 2. all of it is initialised: zero is a value of an atomic integer.
+    Some(unsafe { Box::from_raw(ptr::slice_from_raw_parts_mut(words, len)) })
+}
 
 #[derive(Debug)]
 pub(super) struct Memory {
