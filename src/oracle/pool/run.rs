@@ -217,7 +217,7 @@ impl Runner {
                 let outcome = kind(self.pool.report_memory_failure(Pfn::new(pfn)));
                 self.coverage.note("Poison", outcome);
                 self.model.poison(pfn, outcome)?;
-                // A page of an object is quarantined then, which the model has no notion of: the object goes.
+                // A page of it is quarantined now, which the model has no notion of.
                 holder.map_or(Ok(()), |at| self.drop_object(at))
             }
             PoolAction::Scrub => self.scrub(),
@@ -591,7 +591,6 @@ fn seen(object: &GuestMemfd) -> Seen {
     object.folios().into_iter().map(|(page, pfn)| (page.get(), pfn.get())).collect()
 }
 
-/// The bytes of an object: never zero.
 fn byte_of(nr: u64) -> u8 {
     u8::try_from(1 + nr % 255).unwrap_or(1)
 }
