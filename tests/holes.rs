@@ -1,14 +1,17 @@
 //! Pages punched out of folios that stay: what is seen of them, what fills them, and where their memory is.
 
+#[path = "common/arena_files.rs"]
+mod arena_files;
+#[path = "common/child.rs"]
+mod child;
 mod common;
 #[path = "common/setting.rs"]
 mod setting;
 
-use std::env;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
-use std::process::Command;
 
+use arena_files::on_host;
+use child::alone;
 use common::Capability;
 use gmem::addr::{Access, ByteSize, Ipa, Offset, Pgoff};
 use gmem::audit;
@@ -85,21 +88,6 @@ fn shuffled(below: u64, seed: u64) -> Vec<u64> {
         all.swap(at, (state % (at as u64 + 1)) as usize);
     }
     all
-}
-
-/// What the files of arenas of this size take of the host. A test has a size to itself.
-fn on_host(size: ByteSize) -> ByteSize {
-    let mut sum = 0;
-    for fd in fs::read_dir("/proc/self/fd").unwrap().flatten() {
-        let is_arena = fs::read_link(fd.path())
-            .is_ok_and(|name| name.to_string_lossy().contains("gmem-arena"));
-        // Other tests close descriptors meanwhile.
-        let Ok(metadata) = fs::metadata(fd.path()) else { continue };
-        if is_arena && metadata.len() == size.get() {
-            sum += metadata.blocks() * 512;
-        }
-    }
-    ByteSize::from_bytes(sum)
 }
 
 const BACKINGS: [ArenaBacking; 2] = [ArenaBacking::Heap, ArenaBacking::Memfd];
@@ -505,27 +493,6 @@ fn a_punch_that_fails_has_changed_nothing() {
         assert_eq!(punched.returned(), pages(2 * FOLIO));
         assert_clean(&pool, &memfd);
     }
-}
-
-const CHILD: &str = "GMEM_TEST_HOLES_CHILD";
-const DONE: &str = "the child has measured what it should";
-
-/// Runs `body` in a copy of this process in which nothing else runs. `test` is the caller's name, so that
-/// the copy ends up here again.
-fn alone(test: &str, body: impl FnOnce()) {
-    if env::var_os(CHILD).is_some() {
-        body();
-        println!("{DONE}");
-        return;
-    }
-    let child = Command::new(env::current_exe().unwrap())
-        .args(["--exact", test, "--nocapture", "--test-threads=1"])
-        .env(CHILD, "1")
-        .output()
-        .unwrap();
-    let output = String::from_utf8_lossy(&child.stdout).into_owned();
-    assert!(child.status.success() && output.contains(DONE), "{:?}\n{output}", child.status);
-    print!("{output}");
 }
 
 /// What of this process is in memory, by `VmRSS` of `/proc/self/status`.

@@ -3,12 +3,13 @@
 // UNSAFETY: maps until the kernel refuses.
 #![expect(unsafe_code, reason = "the limit of mappings is reached by raw system calls")]
 
-use std::env;
 use std::os::fd::{AsFd, AsRawFd};
-use std::process::Command;
 
+#[path = "common/child.rs"]
+mod child;
 mod common;
 
+use child::alone;
 use common::Capability;
 use gmem::addr::{ByteSize, Pgoff};
 use gmem::audit;
@@ -20,27 +21,14 @@ use gmem::{
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-const CHILD: &str = "GMEM_TEST_LIMITED_CHILD";
-const DONE: &str = "the limited child has seen what it should";
-
-/// Runs `body` in a copy of this process under the limit. `test` is the caller's name, so that the
-/// copy ends up here again.
+/// Runs `body` in a copy of this process under the limit. `test` is the caller's name.
 fn under(test: &str, resource: Resource, limit: u64, body: impl FnOnce()) {
-    if env::var_os(CHILD).is_some() {
+    alone(test, || {
         let hard = getrlimit(resource).maximum;
         let limit = hard.map_or(limit, |hard| hard.min(limit));
         setrlimit(resource, Rlimit { current: Some(limit), maximum: hard }).unwrap();
         body();
-        println!("{DONE}");
-        return;
-    }
-    let child = Command::new(env::current_exe().unwrap())
-        .args(["--exact", test, "--nocapture", "--test-threads=1"])
-        .env(CHILD, "1")
-        .output()
-        .unwrap();
-    let output = String::from_utf8_lossy(&child.stdout).into_owned();
-    assert!(child.status.success() && output.contains(DONE), "{:?}\n{output}", child.status);
+    });
 }
 
 fn pool() -> Result<FolioPool, Error> {

@@ -1,15 +1,16 @@
 //! Folios that move from zone to zone: who sees what of it, and what makes them stay.
 
+#[path = "common/arena_files.rs"]
+mod arena_files;
 mod common;
 #[path = "common/setting.rs"]
 mod setting;
 #[path = "common/zoned.rs"]
 mod zoned;
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex};
 
+use arena_files::on_host;
 use common::Capability;
 use gmem::addr::{Access, ByteSize, Gfn, Ipa, Offset};
 use gmem::audit;
@@ -49,21 +50,6 @@ fn touch(view: &HostView, page: u64) -> Option<u8> {
         Touch::Byte(byte) => Some(byte),
         Touch::Fault(_) => None,
     }
-}
-
-/// What the files of arenas of this size take of the host.
-fn on_host(size: ByteSize) -> ByteSize {
-    let mut sum = 0;
-    for fd in fs::read_dir("/proc/self/fd").unwrap().flatten() {
-        let is_arena = fs::read_link(fd.path())
-            .is_ok_and(|name| name.to_string_lossy().contains("gmem-arena"));
-        // Other tests close descriptors meanwhile.
-        let Ok(metadata) = fs::metadata(fd.path()) else { continue };
-        if is_arena && metadata.len() == size.get() {
-            sum += metadata.blocks() * 512;
-        }
-    }
-    ByteSize::from_bytes(sum)
 }
 
 #[test]

@@ -11,6 +11,8 @@ use gmem::audit;
 use gmem::oracle::{Action, Coverage, Disagreement, Mistake, run_inspected, run_mistaken, shrink};
 
 mod common;
+#[path = "common/seeded.rs"]
+mod seeded;
 #[path = "common/setting.rs"]
 mod setting;
 
@@ -22,16 +24,7 @@ const NR_BYTES: usize = 1536;
 
 /// Actions that are a function of the seed.
 fn actions(seed: u64) -> Vec<Action> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let bytes: Vec<u8> = (0..NR_BYTES)
-        .map(|_| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            state.to_le_bytes()[4]
-        })
-        .collect();
-    Action::list(&bytes)
+    Action::list(&seeded::bytes(seed, NR_BYTES))
 }
 
 /// The same seeds each time, and one that nobody has tried yet. `GMEM_OPS_SEEDS` asks for more of

@@ -9,6 +9,9 @@ use gmem::oracle::{
 };
 use gmem::{FolioPool, GuestMemfd, audit};
 
+#[path = "common/seeded.rs"]
+mod seeded;
+
 /// Bytes for one list: some 100 actions.
 const NR_BYTES: usize = 800;
 
@@ -20,16 +23,7 @@ fn audited(pool: &FolioPool, objects: &[&GuestMemfd]) -> Result<(), String> {
 
 /// Actions that are a function of the seed.
 fn actions(seed: u64) -> Vec<PoolAction> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let bytes: Vec<u8> = (0..NR_BYTES)
-        .map(|_| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            state.to_le_bytes()[4]
-        })
-        .collect();
-    PoolAction::list(&bytes)
+    PoolAction::list(&seeded::bytes(seed, NR_BYTES))
 }
 
 /// Asked for by `GMEM_POOL_SEEDS=10000 cargo test --release --test pool_ops`.

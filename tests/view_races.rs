@@ -12,7 +12,7 @@ use common::Capability;
 use gmem::addr::{ByteSize, Gfn, Hva, Ipa, Offset, Pgoff};
 use gmem::audit;
 use gmem::error::Errno;
-use gmem::hyp::pkvm::Hypervisor;
+use gmem::hyp::pkvm::{Hypervisor, Vm};
 use gmem::range::PgoffRange;
 use gmem::{ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, PinMode, Visibility};
 
@@ -130,6 +130,15 @@ fn a_view_that_is_dropped_shows_nothing() {
     }
 }
 
+/// Has the guest own a page, with a secret in it.
+fn own_a_page(vm: &Vm, memfd: &GuestMemfd) -> PgoffRange {
+    vm.bind(Gfn::new(0), memfd, memfd.pages()).unwrap();
+    let page = PgoffRange::new(Pgoff::new(5), 1).unwrap();
+    let _ = memfd.convert(page, Visibility::Private, ContentPolicy::Preserve).unwrap();
+    vm.create_vcpu().unwrap().store(Ipa::new(5 << 12), &[SECRET]).unwrap();
+    page
+}
+
 /// A punch that the hypervisor refuses changes nothing in the view, however closely it is watched.
 #[test]
 fn a_refused_punch_leaves_the_view_as_it_was() {
@@ -141,10 +150,7 @@ fn a_refused_punch_leaves_the_view_as_it_was() {
     let view = memfd.map_view().unwrap();
     let host = Hypervisor::new(&pool).unwrap();
     let vm = host.create_vm().unwrap();
-    vm.bind(Gfn::new(0), &memfd, memfd.pages()).unwrap();
-    let guests = PgoffRange::new(Pgoff::new(5), 1).unwrap();
-    let _ = memfd.convert(guests, Visibility::Private, ContentPolicy::Preserve).unwrap();
-    vm.create_vcpu().unwrap().store(Ipa::new(5 << 12), &[SECRET]).unwrap();
+    let guests = own_a_page(&vm, &memfd);
     let owner = memfd.register_owner("disk").unwrap();
     let neighbour = PgoffRange::new(Pgoff::new(6), 1).unwrap();
     let _pin = memfd.pin(neighbour, owner, PinMode::Counted).unwrap();
@@ -172,10 +178,7 @@ fn a_refused_punch_is_over_when_its_pages_can_be_pinned() {
     let view = memfd.map_view().unwrap();
     let host = Hypervisor::new(&pool).unwrap();
     let vm = host.create_vm().unwrap();
-    vm.bind(Gfn::new(0), &memfd, memfd.pages()).unwrap();
-    let guests = PgoffRange::new(Pgoff::new(5), 1).unwrap();
-    let _ = memfd.convert(guests, Visibility::Private, ContentPolicy::Preserve).unwrap();
-    vm.create_vcpu().unwrap().store(Ipa::new(5 << 12), &[SECRET]).unwrap();
+    own_a_page(&vm, &memfd);
     let owner = memfd.register_owner("disk").unwrap();
     let neighbour = PgoffRange::new(Pgoff::new(6), 1).unwrap();
     let at = view.hva_of(Offset::new(6 << 12)).unwrap();

@@ -354,6 +354,8 @@ macro_rules! arbitrary_choice {
     };
 }
 
+pub(super) use arbitrary_choice;
+
 arbitrary_choice! {
     Visibility: Self::Shared, Self::Shared, Self::Private;
     FolioSize: Self::Base, Self::Huge2M;

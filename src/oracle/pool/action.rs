@@ -5,7 +5,7 @@ use arbitrary::{Arbitrary, Unstructured};
 use crate::addr::ByteSize;
 use crate::folio::{Commitment, PrivatePlacement, Zone};
 use crate::geometry::{FolioSize, HUGE_PAGES};
-use crate::oracle::action::RangeClaim;
+use crate::oracle::action::{RangeClaim, arbitrary_choice};
 use crate::state::Visibility;
 
 /// One call. `object` and `account` pick one of those that there are.
@@ -208,20 +208,6 @@ impl FrameClaim {
     pub(super) fn of(self, nr_frames: u64) -> u64 {
         u64::from(self.0) % (nr_frames + nr_frames / 8)
     }
-}
-
-macro_rules! arbitrary_choice {
-    ($($type:ty: $($value:expr),+;)+) => {
-        $(impl<'a> Arbitrary<'a> for $type {
-            fn arbitrary(u: &mut Unstructured<'a>) -> arbitrary::Result<Self> {
-                u.choose(&[$($value),+]).copied()
-            }
-
-            fn size_hint(_depth: usize) -> (usize, Option<usize>) {
-                (1, Some(1))
-            }
-        })+
-    };
 }
 
 arbitrary_choice! {
