@@ -189,8 +189,23 @@ impl Frames {
             self.buddy.allocate_in(home, order, size.order());
             return Some(Taken::Clean(home));
         }
-        let fits = self.may_cut(size, size) && self.dirty.clear(home, size);
+        // What is clean elsewhere is there at once.
+        let fits =
+            !self.has_clean(size) && self.may_cut(size, size) && self.dirty.clear(home, size);
         fits.then_some(Taken::Dirty(home))
+    }
+
+    /// Whether a clean folio can be had.
+    fn has_clean(&self, size: FolioSize) -> bool {
+        let fit = [Base, Huge2M, Huge1G].into_iter().filter(|&from| from >= size);
+        fit.into_iter().any(|from| self.buddy.blocks().of(from) > 0 && self.may_cut(from, size))
+    }
+
+    /// Whether a block of 2 MiB is free as a whole, clean or not.
+    pub(super) fn is_whole(&self, start: u64) -> bool {
+        let is_dirty =
+            |size: FolioSize| self.dirty.get(start >> size.order() << size.order(), size);
+        self.buddy.is_in_free(start, Huge2M.order()) || is_dirty(Huge2M) || is_dirty(Huge1G)
     }
 
     /// Takes a folio of dirty memory, where there is no clean block of this class.

@@ -4,7 +4,6 @@
 //! same home, and who has none takes the lowest frames.
 
 use super::bits::Bits;
-use super::buddy::Buddy;
 use crate::error::{Error, Op};
 use crate::geometry::{FolioSize, HUGE_ORDER, HUGE_PAGES};
 
@@ -39,8 +38,9 @@ impl Homes {
         self.open.metadata_bytes()
     }
 
-    /// A run of free frames that is nobody's home yet. `None` for less than 2 MiB, or if there is none.
-    pub(super) fn find(&mut self, buddy: &Buddy, nr_pages: u64) -> Option<Home> {
+    /// A run of blocks of 2 MiB that are free, clean or not, and nobody's home yet. `None` for less than 2 MiB,
+    /// or if there is none.
+    pub(super) fn find(&mut self, is_free: impl Fn(u64) -> bool, nr_pages: u64) -> Option<Home> {
         let nr_blocks = nr_pages.div_ceil(HUGE_PAGES);
         if nr_pages < HUGE_PAGES || nr_blocks > self.nr_blocks {
             return None;
@@ -50,8 +50,8 @@ impl Homes {
             false => 1,
         };
         let start = self
-            .search(buddy, self.next, nr_blocks, align)
-            .or_else(|| self.search(buddy, 0, nr_blocks, align))?;
+            .search(&is_free, self.next, nr_blocks, align)
+            .or_else(|| self.search(&is_free, 0, nr_blocks, align))?;
         (start..start + nr_blocks).for_each(|block| {
             self.open.clear(block);
         });
@@ -59,7 +59,13 @@ impl Homes {
         Some(Home { start: start << HUGE_ORDER, nr_pages })
     }
 
-    fn search(&self, buddy: &Buddy, from: u64, nr_blocks: u64, align: u64) -> Option<u64> {
+    fn search(
+        &self,
+        is_free: impl Fn(u64) -> bool,
+        from: u64,
+        nr_blocks: u64,
+        align: u64,
+    ) -> Option<u64> {
         let mut start = self.open.first_from(from)?.next_multiple_of(align);
         let mut end = start;
         while end - start < nr_blocks {
@@ -68,7 +74,7 @@ impl Homes {
             }
             // First what is one look.
             let is_open = self.open.get(end);
-            match is_open && buddy.is_in_free(end << HUGE_ORDER, HUGE_ORDER) {
+            match is_open && is_free(end << HUGE_ORDER) {
                 true => end += 1,
                 false => {
                     start = self.open.first_from(end + 1)?.next_multiple_of(align);
@@ -90,6 +96,7 @@ impl Homes {
 
 #[cfg(test)]
 mod tests {
+    use super::super::buddy::Buddy;
     use super::*;
     use crate::geometry::GIANT_ORDER;
 
@@ -99,14 +106,16 @@ mod tests {
         buddy.free_run(0, 3 << GIANT_ORDER);
         let mut homes = Homes::new(3 << GIANT_ORDER).unwrap();
         let starts: Vec<_> = [512, 1025, 512, 1 << GIANT_ORDER, 512]
-            .map(|nr_pages| homes.find(&buddy, nr_pages).unwrap().start)
+            .map(|nr_pages| {
+                homes.find(|at| buddy.is_in_free(at, HUGE_ORDER), nr_pages).unwrap().start
+            })
             .into();
         assert_eq!(starts, [0, 512, 2048, 1 << GIANT_ORDER, 2 << GIANT_ORDER]);
-        assert_eq!(homes.find(&buddy, 511), None);
-        assert_eq!(homes.find(&buddy, 2 << GIANT_ORDER), None);
+        assert_eq!(homes.find(|at| buddy.is_in_free(at, HUGE_ORDER), 511), None);
+        assert_eq!(homes.find(|at| buddy.is_in_free(at, HUGE_ORDER), 2 << GIANT_ORDER), None);
         homes.leave(Home { start: 512, nr_pages: 1025 });
         homes.next = homes.nr_blocks;
-        assert_eq!(homes.find(&buddy, 1024).unwrap().start, 512);
+        assert_eq!(homes.find(|at| buddy.is_in_free(at, HUGE_ORDER), 1024).unwrap().start, 512);
     }
 
     #[test]
@@ -115,8 +124,8 @@ mod tests {
         buddy.free_run(0, 4 * 512);
         assert!(buddy.allocate_at(700, 0));
         let mut homes = Homes::new(4 * 512).unwrap();
-        assert_eq!(homes.find(&buddy, 1024).unwrap().start, 1024);
-        assert_eq!(homes.find(&buddy, 1024), None);
-        assert_eq!(homes.find(&buddy, 512).unwrap().start, 0);
+        assert_eq!(homes.find(|at| buddy.is_in_free(at, HUGE_ORDER), 1024).unwrap().start, 1024);
+        assert_eq!(homes.find(|at| buddy.is_in_free(at, HUGE_ORDER), 1024), None);
+        assert_eq!(homes.find(|at| buddy.is_in_free(at, HUGE_ORDER), 512).unwrap().start, 0);
     }
 }

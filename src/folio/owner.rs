@@ -108,7 +108,9 @@ impl State {
         }
         let home = parts.iter().find_map(|&(nr, _)| {
             let part = self.parts.get_mut(nr)?;
-            Some((nr, part.homes.find(part.frames.buddy(), demand.blocks.pages())?))
+            let PartState { homes, frames, .. } = part;
+            let home = homes.find(|at| frames.is_whole(at), demand.blocks.pages())?;
+            Some((nr, home))
         });
         Ok(self.owners.insert(Owner {
             account: demand.account,

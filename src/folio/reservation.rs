@@ -118,9 +118,20 @@ impl Reservation {
         size: FolioSize,
         mut take: impl FnMut(&mut State) -> Result<Got, Error>,
     ) -> Result<Pfn, Error> {
+        let mut is_last = size != FolioSize::Huge1G;
         loop {
             let mut state = self.pool.state();
-            match take(&mut state)? {
+            let got = match take(&mut state) {
+                // It may be there in dirty pieces.
+                Err(error) if !is_last && error.kind() == ErrorKind::Exhausted => {
+                    drop(state);
+                    is_last = true;
+                    self.pool.scrub_all();
+                    continue;
+                }
+                got => got?,
+            };
+            match got {
                 Got::Clean(pfn) => {
                     let is_short = state.is_short_of_clean();
                     drop(state);
