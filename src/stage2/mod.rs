@@ -10,10 +10,12 @@
 
 mod pte;
 mod table;
+mod tree;
 mod walk;
 
-pub(crate) use pte::{Annotation, Entry, Leaf, Level, PageState, Prot};
+pub(crate) use pte::{Annotation, Entry, Leaf, Level, PageState, Prot, Pte};
 pub(crate) use table::Table;
+pub(crate) use tree::{TableEnv, Tree};
 pub(crate) use walk::{TableError, TableShape};
 
 use crate::addr::{Gfn, Pfn};

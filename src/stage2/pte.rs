@@ -7,7 +7,7 @@
 //! | 5:2   | MemAttr                     | 0                  | payload                    |
 //! | 7:6   | S2AP: write, read           | 0                  | payload                    |
 //! | 9:8   | shareability                | 0                  | payload                    |
-//! | 10    | AF, always 1                | 0                  | payload                    |
+//! | 10    | AF                          | 0                  | payload                    |
 //! | 47:12 | output frame                | key of the table   | payload                    |
 //! | 54:53 | XN                          | 0                  | payload                    |
 //! | 56:55 | page state                  | 0                  | payload                    |
@@ -32,7 +32,7 @@ const ACCESSED: u64 = 1 << 10;
 const ADDRESS_SHIFT: u32 = 12;
 const FRAME_BITS: u32 = 36;
 const ADDRESS: u64 = ((1 << FRAME_BITS) - 1) << ADDRESS_SHIFT;
-#[cfg(test)]
+const MEMATTR_DEVICE: u64 = 0b0001 << 2;
 const NEVER_EXECUTE: u64 = 0b10 << 53;
 const XN: u64 = 0b11 << 53;
 const STATE_SHIFT: u32 = 55;
@@ -69,8 +69,12 @@ impl Level {
         Self::PAGE.0.abs_diff(self.0) as u32
     }
 
-    pub(super) const fn below(self) -> Self {
+    pub(crate) const fn below(self) -> Self {
         Self(self.0 + 1)
+    }
+
+    pub(super) const fn above(self) -> Self {
+        Self(self.0 - 1)
     }
 
     /// Whether an entry of this level may be a leaf.
@@ -92,10 +96,41 @@ pub(crate) struct Prot(u64);
 impl Prot {
     #[cfg(test)]
     pub(crate) const R: Self = Self(READ | NEVER_EXECUTE);
-    #[cfg(test)]
     pub(crate) const RW: Self = Self(READ | WRITE | NEVER_EXECUTE);
     pub(crate) const RWX: Self = Self(READ | WRITE);
     const MASK: u64 = READ | WRITE | XN;
+
+    /// Exactly these rights.
+    pub(crate) const fn of(read: bool, write: bool, execute: bool) -> Self {
+        let read = if read { READ } else { 0 };
+        let write = if write { WRITE } else { 0 };
+        Self(read | write | if execute { 0 } else { NEVER_EXECUTE })
+    }
+
+    pub(crate) const fn reads(self) -> bool {
+        self.0 & READ != 0
+    }
+
+    pub(crate) const fn writes(self) -> bool {
+        self.0 & WRITE != 0
+    }
+
+    pub(crate) const fn executes(self) -> bool {
+        self.0 & XN == 0
+    }
+
+    /// These rights, and those.
+    pub(crate) const fn and(self, more: Self) -> Self {
+        Self::of(
+            self.reads() || more.reads(),
+            self.writes() || more.writes(),
+            self.executes() || more.executes(),
+        )
+    }
+
+    pub(crate) const fn without_write(self) -> Self {
+        Self(self.0 & !WRITE)
+    }
 }
 
 impl fmt::Debug for Prot {
@@ -201,6 +236,14 @@ impl Pte {
         Ok(Self(kind | attributes | frame | leaf.prot.0 | leaf.state.bits()))
     }
 
+    /// The same for memory that is a device's.
+    ///
+    /// # Errors
+    /// As for [`Self::leaf`].
+    pub(crate) fn device(level: Level, leaf: Leaf) -> Result<Self, TableError> {
+        Self::leaf(level, leaf).map(|pte| Self(pte.0 & !MEMATTR_NORMAL | MEMATTR_DEVICE))
+    }
+
     /// The way to the next table.
     pub(super) fn table(key: usize) -> Result<Self, TableError> {
         let key = key as u64;
@@ -227,6 +270,28 @@ impl Pte {
 
     pub(crate) const fn is_empty(self) -> bool {
         self.0 == 0
+    }
+
+    /// The key of the table that this entry of a table of `level` leads to.
+    #[inline]
+    pub(super) fn next_table(self, level: Level) -> Option<usize> {
+        let leads = self.0 & (VALID | NOT_BLOCK) == VALID | NOT_BLOCK && level != Level::PAGE;
+        leads.then(|| index((self.0 & ADDRESS) >> ADDRESS_SHIFT))
+    }
+
+    /// Whether the leaf was used since it was last made old.
+    pub(crate) const fn is_young(self) -> bool {
+        self.0 & ACCESSED != 0
+    }
+
+    /// The leaf as used, or as not.
+    pub(crate) const fn aged(self, young: bool) -> Self {
+        Self(if young { self.0 | ACCESSED } else { self.0 & !ACCESSED })
+    }
+
+    /// The leaf with these rights.
+    pub(crate) const fn with_prot(self, prot: Prot) -> Self {
+        Self(self.0 & !Prot::MASK | prot.0)
     }
 
     /// Whether `new` differs from this valid leaf in more than permissions.
@@ -268,10 +333,10 @@ impl Pte {
     }
 }
 
-/// In words. A table is told from a page by AF, which every leaf has.
+/// In words. A table is told from a page by its memory attributes, which every leaf has.
 impl fmt::Debug for Pte {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let is_table = self.0 & (NOT_BLOCK | ACCESSED) == NOT_BLOCK;
+        let is_table = self.0 & (NOT_BLOCK | MEMATTR_NORMAL) == NOT_BLOCK;
         let level = match self.0 & NOT_BLOCK {
             0 => Level::BLOCK_2M,
             _ if is_table => Level::BLOCK_2M,
