@@ -43,7 +43,14 @@ fn leaf(pfn: u64, state: PageState) -> Leaf {
     Leaf { pfn: Pfn::new(pfn), prot: Prot::RWX, state }
 }
 
-fn map(tree: &mut Tree, gfn: u64, nr: u64, level: Level, to: Leaf, env: &mut Bench) -> Result<(), TableError> {
+fn map(
+    tree: &mut Tree,
+    gfn: u64,
+    nr: u64,
+    level: Level,
+    to: Leaf,
+    env: &mut Bench,
+) -> Result<(), TableError> {
     tree.map(Gfn::new(gfn), nr, level, to, Pte::leaf, env)
 }
 
@@ -68,7 +75,10 @@ fn a_page_inside_of_a_block_leaves_its_siblings_unmapped() {
     tree.annotate(Gfn::new(21), 1, donated, 0x40, &mut env).unwrap();
     assert_eq!(env.invalidated, [(16, 16)], "all of the block was forgotten");
     assert_eq!((16..32).filter_map(|gfn| translate(&tree, gfn)).count(), 0);
-    assert_eq!(tree.get(Gfn::new(21)).unwrap().1.decode(Level::PAGE), Entry::Annotated(donated, 0x40));
+    assert_eq!(
+        tree.get(Gfn::new(21)).unwrap().1.decode(Level::PAGE),
+        Entry::Annotated(donated, 0x40)
+    );
     assert_eq!(tree.get(Gfn::new(20)), Ok((Level::PAGE, Pte::EMPTY)));
     assert_eq!(tree.get(Gfn::new(24)), Ok((Level::BLOCK_2M, Pte::EMPTY)), "where the walk stops");
     assert_eq!(tree.nr_tables(), 3);
@@ -83,7 +93,10 @@ fn a_block_over_a_table_takes_its_place() {
     map(&mut tree, 4, 4, Level::BLOCK_2M, owned(80), &mut env).unwrap();
     assert_eq!(env.invalidated, [(4, 4)]);
     assert_eq!((tree.nr_tables(), env.free.len()), (2, 9));
-    assert_eq!((4..8).map(|gfn| translate(&tree, gfn)).collect::<Vec<_>>(), [80, 81, 82, 83].map(Some));
+    assert_eq!(
+        (4..8).map(|gfn| translate(&tree, gfn)).collect::<Vec<_>>(),
+        [80, 81, 82, 83].map(Some)
+    );
     map(&mut tree, 0, 16, Level::BLOCK_1G, owned(160), &mut env).unwrap();
     assert_eq!((tree.nr_tables(), env.free.len()), (1, 10));
     sound(&tree);
@@ -125,7 +138,11 @@ fn what_differs_in_permissions_alone_is_not_mapped_again() {
     assert_eq!(map(&mut tree, 5, 1, Level::PAGE, owned(9), &mut env), unchanged);
     let read_only = Leaf { prot: Prot::R, ..owned(9) };
     assert_eq!(map(&mut tree, 5, 1, Level::PAGE, read_only, &mut env), unchanged);
-    assert_eq!(map(&mut tree, 4, 4, Level::PAGE, owned(8), &mut env), unchanged, "not even in part");
+    assert_eq!(
+        map(&mut tree, 4, 4, Level::PAGE, owned(8), &mut env),
+        unchanged,
+        "not even in part"
+    );
     assert_eq!(tree.trace.len(), writes);
     map(&mut tree, 5, 1, Level::PAGE, leaf(9, PageState::SharedOwned), &mut env).unwrap();
     let last = &tree.trace[writes..];
@@ -206,7 +223,8 @@ fn behaves_like_a_map_of_entries_and_breaks_before_it_makes() {
     let (mut tree, mut env) = (tiny(), Bench::new(64));
     let mut model = Model::new();
     for step in 0..30_000 {
-        let level = [Level::PAGE, Level::PAGE, Level::BLOCK_2M, Level::BLOCK_1G][random(4) as usize];
+        let level =
+            [Level::PAGE, Level::PAGE, Level::BLOCK_2M, Level::BLOCK_1G][random(4) as usize];
         let span = tree.shape().pages_at(level);
         let base = random(64) & !(span - 1);
         tree.trace.clear();
@@ -218,7 +236,8 @@ fn behaves_like_a_map_of_entries_and_breaks_before_it_makes() {
                 let to = leaf(random(4) << 6 | base, state);
                 let got = map(&mut tree, base, span, level, to, &mut env);
                 let new = Pte::leaf(level, to).unwrap();
-                let same = model.get(&base).is_some_and(|&(l, b, pte)| (l, b, pte) == (level, base, new));
+                let same =
+                    model.get(&base).is_some_and(|&(l, b, pte)| (l, b, pte) == (level, base, new));
                 assert_eq!(got, if same { Err(TableError::Unchanged) } else { Ok(()) });
                 if !same {
                     (base..base + span).for_each(|gfn| drop_entry(&mut model, gfn));
@@ -228,7 +247,8 @@ fn behaves_like_a_map_of_entries_and_breaks_before_it_makes() {
             1 => {
                 let payload = random(8) << 1;
                 let new = Pte::annotation(Annotation::HostDonation, payload).unwrap();
-                tree.annotate(Gfn::new(base), 1, Annotation::HostDonation, payload, &mut env).unwrap();
+                tree.annotate(Gfn::new(base), 1, Annotation::HostDonation, payload, &mut env)
+                    .unwrap();
                 drop_entry(&mut model, base);
                 model.insert(base, (Level::PAGE, base, new));
             }

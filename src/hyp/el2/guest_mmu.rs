@@ -1,0 +1,205 @@
+//! A guest's stage 2: where its addresses lead, and whose the pages are, in bits that the hardware ignores.
+//!
+//! Its tables are frames that the host gave: first what came with the VM and tables that were freed, then the
+//! vCPU's memcache. A destroyed page leaves an annotation, for good.
+
+use super::tlb::{Tlbs, Translation};
+use super::{GuestPage, State};
+use crate::addr::{Gfn, Pfn};
+use crate::error::Errno;
+use crate::stage2::{
+    Annotation, Entry, Leaf, Level, PageState, Prot, Pte, TableEnv, TableShape, Tree,
+};
+
+/// Where a page table's frames come from.
+struct Env<'a> {
+    pool: &'a mut Vec<Pfn>,
+    memcache: &'a mut Vec<Pfn>,
+    tlbs: &'a mut Tlbs,
+}
+
+impl TableEnv for Env<'_> {
+    fn take(&mut self) -> Option<Pfn> {
+        self.pool.pop().or_else(|| self.memcache.pop())
+    }
+
+    fn give(&mut self, pfn: Pfn) {
+        self.pool.push(pfn);
+    }
+
+    fn nr_free(&self) -> u64 {
+        (self.pool.len() + self.memcache.len()) as u64
+    }
+
+    fn invalidate(&mut self, gfn: Gfn, nr_pages: u64) {
+        self.tlbs.invalidate(gfn, nr_pages);
+    }
+}
+
+/// What a guest's lock guards.
+#[derive(Debug)]
+pub(crate) struct GuestMmu {
+    pub(crate) handle: u16,
+    pub(crate) tree: Tree,
+    /// Frames that were tables and are none now.
+    pub(crate) pool: Vec<Pfn>,
+    pub(crate) tlbs: Tlbs,
+}
+
+/// The state that an entry of a guest's table tells of.
+pub(crate) fn state_of(level: Level, pte: Pte) -> State {
+    match pte.decode(level) {
+        Entry::Leaf(leaf) => leaf.state.into(),
+        Entry::Annotated(Annotation::GuestPoisoned, _) => State::Poison,
+        _ => State::NoPage,
+    }
+}
+
+impl GuestMmu {
+    pub(crate) const SHAPE: TableShape = TableShape::IPA_40;
+
+    /// Tables that one page may need. Checked whether it needs them or not, as upstream does.
+    pub(crate) const MIN_MEMCACHE: usize = 2;
+
+    pub(crate) fn new(handle: u16, root: Pfn) -> Self {
+        Self { handle, tree: Tree::new(Self::SHAPE, root), pool: Vec::new(), tlbs: Tlbs::default() }
+    }
+
+    /// One of this guest's pages.
+    pub(crate) fn at(&self, gfn: Gfn) -> GuestPage {
+        GuestPage { handle: self.handle, gfn }
+    }
+
+    /// The state at a guest frame.
+    ///
+    /// # Errors
+    /// `ERANGE` beyond the guest's addresses.
+    pub(crate) fn state(&self, gfn: Gfn) -> Result<State, Errno> {
+        let (level, pte) = self.tree.get(gfn)?;
+        Ok(state_of(level, pte))
+    }
+
+    /// Whether all of a range is in this state.
+    ///
+    /// # Errors
+    /// `ERANGE`, `EPERM`.
+    pub(crate) fn check_state(&self, gfn: Gfn, nr_pages: u64, state: State) -> Result<(), Errno> {
+        let end = gfn.checked_add(nr_pages).filter(|&end| end <= Self::SHAPE.gfn_limit());
+        let end = end.ok_or(Errno::ERANGE)?.get();
+        let mut at = gfn.get();
+        while at < end {
+            let (level, pte) = self.tree.get(Gfn::new(at))?;
+            if state_of(level, pte) != state {
+                return Err(Errno::EPERM);
+            }
+            let span = Self::SHAPE.pages_at(level);
+            at = (at & !(span - 1)) + span;
+        }
+        Ok(())
+    }
+
+    /// The frame and state of a single page that is mapped.
+    ///
+    /// # Errors
+    /// In this order: `ERANGE`, `EHWPOISON` for a destroyed page, `ENOENT`, `E2BIG` in a block.
+    pub(crate) fn page(&self, gfn: Gfn) -> Result<(Pfn, State), Errno> {
+        let (level, pte) = self.tree.get(gfn)?;
+        match pte.decode(level) {
+            Entry::Annotated(Annotation::GuestPoisoned, _) => Err(Errno::EHWPOISON),
+            Entry::Leaf(leaf) if level == Level::PAGE => Ok((leaf.pfn, leaf.state.into())),
+            Entry::Leaf(_) => Err(Errno::E2BIG),
+            _ => Err(Errno::ENOENT),
+        }
+    }
+
+    /// Maps a page or a block; whatever was there is replaced.
+    ///
+    /// # Errors
+    /// `ENOMEM` without frames for tables.
+    pub(crate) fn map(
+        &mut self,
+        gfn: Gfn,
+        level: Level,
+        leaf: Leaf,
+        memcache: &mut Vec<Pfn>,
+    ) -> Result<(), Errno> {
+        let Self { tree, pool, tlbs, .. } = self;
+        let nr_pages = Self::SHAPE.pages_at(level);
+        let mut env = Env { pool, memcache, tlbs };
+        Ok(tree.map(gfn, nr_pages, level, leaf, Pte::leaf, &mut env)?)
+    }
+
+    /// Whether [`Self::map`] would find the tables it needs.
+    ///
+    /// # Errors
+    /// `ENOMEM`, `ERANGE`.
+    pub(crate) fn reserve(&self, gfn: Gfn, level: Level, memcache: &[Pfn]) -> Result<(), Errno> {
+        if memcache.len() < Self::MIN_MEMCACHE {
+            return Err(Errno::ENOMEM);
+        }
+        let missing = self.tree.nr_missing(gfn, Self::SHAPE.pages_at(level), level)?;
+        match missing <= (memcache.len() + self.pool.len()) as u64 {
+            true => Ok(()),
+            false => Err(Errno::ENOMEM),
+        }
+    }
+
+    /// Replaces the state of a page that is mapped.
+    ///
+    /// # Errors
+    /// As for [`Self::page`].
+    pub(crate) fn set_state(&mut self, gfn: Gfn, state: PageState) -> Result<(), Errno> {
+        let (pfn, _) = self.page(gfn)?;
+        self.map(gfn, Level::PAGE, Leaf { pfn, prot: Prot::RWX, state }, &mut Vec::new())
+    }
+
+    /// Unmaps a range; of blocks all.
+    ///
+    /// # Errors
+    /// `ERANGE`.
+    pub(crate) fn unmap(&mut self, gfn: Gfn, nr_pages: u64) -> Result<(), Errno> {
+        let Self { tree, pool, tlbs, .. } = self;
+        Ok(tree.unmap(gfn, nr_pages, &mut Env { pool, memcache: &mut Vec::new(), tlbs })?)
+    }
+
+    /// Marks a page as destroyed, in place of its leaf.
+    ///
+    /// # Errors
+    /// `ENOMEM` in a block.
+    pub(crate) fn poison(&mut self, gfn: Gfn) -> Result<(), Errno> {
+        let Self { tree, pool, tlbs, .. } = self;
+        let mut env = Env { pool, memcache: &mut Vec::new(), tlbs };
+        Ok(tree.annotate(gfn, 1, Annotation::GuestPoisoned, 0, &mut env)?)
+    }
+
+    /// The same for a block, which stays one entry.
+    ///
+    /// # Errors
+    /// `EINVAL` if it is none.
+    pub(crate) fn poison_block(&mut self, gfn: Gfn) -> Result<(), Errno> {
+        let Self { tree, pool, tlbs, .. } = self;
+        let mut env = Env { pool, memcache: &mut Vec::new(), tlbs };
+        let pte = Pte::annotation(Annotation::GuestPoisoned, 0)?;
+        Ok(tree.annotate_at(gfn, 512, Level::BLOCK_2M, pte, &mut env)?)
+    }
+
+    /// Takes the tables apart; all but the root's frames are in the pool afterwards.
+    pub(crate) fn dismantle(&mut self) {
+        let Self { tree, pool, tlbs, .. } = self;
+        tree.dismantle(&mut Env { pool, memcache: &mut Vec::new(), tlbs });
+    }
+
+    /// The one way in which a vCPU finds out where an address leads. `None` is a translation fault.
+    #[inline]
+    pub(crate) fn translate(&mut self, vcpu: usize, gfn: Gfn) -> Option<Translation> {
+        if let Some(found) = self.tlbs.look_up(vcpu, gfn) {
+            return Some(found);
+        }
+        let (pfn, leaf) = self.tree.translate(gfn)?;
+        let found = Translation { pfn, prot: leaf.prot };
+        // As the hardware does. The leaf is there, so this cannot fail.
+        self.tree.adjust(gfn, |pte| pte.aged(true)).ok();
+        self.tlbs.fill(vcpu, gfn, found);
+        Some(found)
+    }
+}

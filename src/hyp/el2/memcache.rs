@@ -1,0 +1,55 @@
+//! Pages that the host gives for a guest's tables. It lists them in the vCPU's structure that EL2 has pinned; EL2
+//! takes them from there before it needs them, one by one, and each must be the host's to give.
+
+use super::host_mmu::HostMmu;
+use super::hyp_space::HypSpace;
+use super::machine::Machine;
+use super::transition::{donate_host, donate_hyp};
+use super::vm::Vcpu;
+use super::{El2, Pages};
+use crate::addr::Pa;
+use crate::error::Errno;
+
+impl El2 {
+    /// Takes pages until the vCPU has as many as the host says that its list has.
+    ///
+    /// # Errors
+    /// `ENOMEM` if the list ends early or has a page that is not the host's to give. What was taken until then
+    /// stays taken.
+    pub(crate) fn refill(&self, vcpu: &mut Vcpu) -> Result<(), Errno> {
+        // Read once: the host may change it meanwhile.
+        let wanted = vcpu.host.lock().nr_memcache;
+        if vcpu.memcache.len() as u64 >= wanted {
+            return Ok(());
+        }
+        let mut host = self.host.lock();
+        let mut hyp = self.hyp.lock();
+        let mut list = vcpu.host.lock();
+        while (vcpu.memcache.len() as u64) < wanted {
+            let (nr, head) = (list.nr_memcache, list.memcache.last().copied());
+            // A list that is shorter than it says ends in a null pointer, to which EL2 goes.
+            let page = Pages::one(Pa::new(head.unwrap_or(0)).pfn());
+            if nr == 0 || donate_hyp(&mut host, &mut hyp, page).is_err() {
+                return Err(Errno::ENOMEM);
+            }
+            list.nr_memcache -= 1;
+            list.memcache.pop();
+            vcpu.memcache.push(page.start());
+        }
+        Ok(())
+    }
+}
+
+/// Gives EL2's pages back, cleared.
+///
+/// # Errors
+/// `EPERM` if they are not EL2's.
+pub(crate) fn give_back(
+    machine: &Machine,
+    host: &mut HostMmu,
+    hyp: &mut HypSpace,
+    pages: Pages,
+) -> Result<(), Errno> {
+    pages.iter().try_for_each(|pfn| machine.zero(pfn))?;
+    donate_host(host, hyp, pages)
+}

@@ -1,0 +1,38 @@
+//! Which EL2 this is.
+
+/// A version whose answers are copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub(crate) enum Profile {
+    /// Mainline 7.2.
+    #[default]
+    Mainline72,
+    /// Android's 6.18: guests give pages back, donations of blocks, a firmware for guests, pins by devices.
+    Android618,
+    /// Mainline with the series for huge pages of protected guests.
+    HugeProtected,
+}
+
+impl Profile {
+    /// How many pages a protected guest may be given at once.
+    pub(crate) fn donates(self, nr_pages: u64) -> bool {
+        match self {
+            Self::Mainline72 => nr_pages == 1,
+            Self::Android618 | Self::HugeProtected => nr_pages == 1 || nr_pages == 512,
+        }
+    }
+
+    /// Whether a block that is given away is one entry of the host's table.
+    pub(crate) const fn annotates_blocks(self) -> bool {
+        matches!(self, Self::HugeProtected)
+    }
+
+    /// Whether EL2 splits a protected guest's block when the host asks.
+    pub(crate) const fn splits(self) -> bool {
+        matches!(self, Self::Android618 | Self::HugeProtected)
+    }
+
+    /// Guests may give pages back, share runs, and have a firmware; devices are behind EL2's IOMMU.
+    pub(crate) const fn is_android(self) -> bool {
+        matches!(self, Self::Android618)
+    }
+}

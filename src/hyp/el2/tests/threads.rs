@@ -1,0 +1,72 @@
+//! Several CPUs at once.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::*;
+
+/// A vCPU writes its own bytes; the host takes the page by force, clears it, and must never read what the guest wrote after.
+#[test]
+fn a_page_that_is_taken_is_never_read_with_the_guests_bytes() {
+    let world = World::new();
+    let guest = world.running(true);
+    let next = std::sync::atomic::AtomicU64::new(0);
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::SeqCst) {
+                let gfn = 0x10 + next.load(Ordering::SeqCst);
+                // Refused before it is given and after it is taken.
+                world.store(gfn, &[0xaa; 4096]).ok();
+            }
+        });
+        for nth in 0..200 {
+            let pfn = GUEST + nth % 8;
+            // The guest's CPU is busy; its lock is waited for.
+            world.top_up(guest, 0, 2);
+            world.donate(pfn, 0x10 + nth).unwrap();
+            next.store(nth, Ordering::SeqCst);
+            let mut buf = [0xee; 4096];
+            let outcome = world.el2.kernel_alias(1, Pa::new(pfn << 12), Bytes::Load(&mut buf));
+            assert_eq!(outcome, KernelOutcome::DoneAfterReclaim);
+            assert!(buf.iter().all(|&byte| byte == 0), "the guest's bytes");
+            world.el2.uaccess(1, Pa::new(pfn << 12), Bytes::Load(&mut buf)).unwrap();
+            assert!(buf.iter().all(|&byte| byte == 0), "bytes written after it was taken");
+        }
+        over.store(true, Ordering::SeqCst);
+    });
+    world.sound();
+}
+
+/// All locks in all orders that there are.
+#[test]
+fn nobody_waits_for_ever() {
+    let world = World::new();
+    let guests = [world.vm(true), world.vm(false), world.vm(true)];
+    std::thread::scope(|scope| {
+        for (cpu, guest) in guests.into_iter().enumerate() {
+            let world = &world;
+            scope.spawn(move || {
+                let on = |call, x| world.on(cpu, call, x).ok();
+                for round in 0..150_u64 {
+                    let (pfn, gfn) = (GUEST + round % 5, round % 7);
+                    world.load(cpu, guest, round % 2);
+                    on(HostCall::DonateGuest, [pfn, gfn, 1, 0]);
+                    on(HostCall::ShareGuest, [pfn, gfn, 1, RWX]);
+                    world.el2.guest_call(cpu, [MEM_SHARE, gfn << 12, 0, 0]).ok();
+                    world.el2.vcpu(cpu, Ipa::new(gfn << 12), Bytes::Store(b"mine")).ok();
+                    world.el2.kernel_alias(cpu, Pa::new(pfn << 12), Bytes::Store(b"host"));
+                    on(HostCall::UnshareGuest, [guest.handle, gfn, 1, 0]);
+                    on(HostCall::ShareHyp, [pfn, 0, 0, 0]);
+                    on(HostCall::UnshareHyp, [pfn, 0, 0, 0]);
+                    world.put(cpu);
+                    on(HostCall::ReclaimDyingGuestPage, [guest.handle, gfn, 0, 0]);
+                    if round % 50 == 0 {
+                        world.sound();
+                    }
+                }
+                world.call(HostCall::StartTeardownVm, [guest.handle, 0, 0, 0]).unwrap();
+            });
+        }
+    });
+    world.sound();
+}

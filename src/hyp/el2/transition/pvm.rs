@@ -1,0 +1,159 @@
+//! The host and a protected guest; and what the guest does with what it was given.
+
+use super::super::guest_mmu::GuestMmu;
+use super::super::host_mmu::{HostMmu, Owner};
+use super::super::profile::Profile;
+use super::super::spec::SpecPage;
+use super::super::{Pages, State};
+use super::np::NpRange;
+use super::touched;
+use crate::addr::{Gfn, Pfn};
+use crate::error::Errno;
+use crate::geometry::HUGE_PAGES;
+use crate::stage2::{Leaf, Level, PageState, Prot};
+
+/// The host gives pages to a guest, with what is in them. It cannot reach them any more before the guest can.
+///
+/// # Errors
+/// In this order: `EINVAL` for a number that the profile does not give at once, or misaligned; `EINVAL` or `EPERM`
+/// for what is no memory; `EPERM` unless they are the host's alone; `EINVAL` while a device uses them;
+/// `ERANGE` or `EPERM` unless the guest has nothing there, not even a destroyed page; `ENOMEM` for a
+/// memcache with less than a page may need, or without tables for the host.
+pub(crate) fn donate_guest(
+    profile: Profile,
+    host: &mut HostMmu,
+    guest: &mut GuestMmu,
+    memcache: &mut Vec<Pfn>,
+    (pfn, gfn): (Pfn, Gfn),
+    nr_pages: u64,
+) -> Result<(), Errno> {
+    if !profile.donates(nr_pages) || (pfn.get() | gfn.get()) % nr_pages != 0 {
+        return Err(Errno::EINVAL);
+    }
+    let pages = Pages::new(pfn, nr_pages);
+    host.check_state(pages, State::Owned)?;
+    if pages.iter().any(|pfn| host.page(pfn).nr_pins > 0) {
+        return Err(Errno::EINVAL);
+    }
+    guest.check_state(gfn, nr_pages, State::NoPage)?;
+    let level = if nr_pages == HUGE_PAGES { Level::BLOCK_2M } else { Level::PAGE };
+    guest.reserve(gfn, level, memcache)?;
+    host.reserve(pages)?;
+
+    let annotated = if profile.annotates_blocks() { level } else { Level::PAGE };
+    host.give(pages, Owner::Guest(guest.at(gfn)), annotated)?;
+    let leaf = Leaf { pfn, prot: Prot::RWX, state: PageState::Owned };
+    guest.map(gfn, level, leaf, memcache)?;
+    for (pfn, nth) in pages.iter().zip(0..) {
+        host.spec.step(pfn, SpecPage::Guest(guest.at(gfn).after(nth)));
+    }
+    touched(host, pages);
+    Ok(())
+}
+
+/// A guest shows a page of its own to the host.
+///
+/// # Errors
+/// In this order: `ERANGE`; `EHWPOISON` for a destroyed page; `ENOENT` if nothing is there; `E2BIG` in a
+/// block; `EPERM` unless it is the guest's alone.
+pub(crate) fn guest_share_host(
+    host: &mut HostMmu,
+    guest: &mut GuestMmu,
+    gfn: Gfn,
+) -> Result<(), Errno> {
+    let (pfn, state) = guest.page(gfn)?;
+    let page = Pages::one(pfn);
+    if state != State::Owned {
+        return Err(Errno::EPERM);
+    }
+    host.check_state(page, State::NoPage)?;
+
+    guest.set_state(gfn, PageState::SharedOwned)?;
+    host.take_back(page, State::SharedBorrowed)?;
+    host.spec.step(pfn, SpecPage::GuestAndHost(guest.at(gfn)));
+    touched(host, page);
+    Ok(())
+}
+
+/// And hides it again. What the host wrote to it stays.
+///
+/// # Errors
+/// As for [`guest_share_host`]; `EPERM` unless it is shown to the host.
+pub(crate) fn guest_unshare_host(
+    host: &mut HostMmu,
+    guest: &mut GuestMmu,
+    gfn: Gfn,
+) -> Result<(), Errno> {
+    let (pfn, state) = guest.page(gfn)?;
+    let page = Pages::one(pfn);
+    if state != State::SharedOwned {
+        return Err(Errno::EPERM);
+    }
+    host.check_state(page, State::SharedBorrowed)?;
+    host.reserve(page)?;
+
+    host.give(page, Owner::Guest(guest.at(gfn)), Level::PAGE)?;
+    guest.set_state(gfn, PageState::Owned)?;
+    host.spec.step(pfn, SpecPage::Guest(guest.at(gfn)));
+    touched(host, page);
+    Ok(())
+}
+
+/// A guest gives a page up: it is cleared, and the host's.
+///
+/// # Errors
+/// `ERANGE`, `EHWPOISON`, `E2BIG` in a block; `EPERM` for a page that is not the guest's
+/// alone; `EIO` if the memory is gone, and then nothing has changed hands. Nothing there is no error.
+pub(crate) fn relinquish(host: &mut HostMmu, guest: &mut GuestMmu, gfn: Gfn) -> Result<(), Errno> {
+    let (pfn, state) = match guest.page(gfn) {
+        Err(Errno::ENOENT) => return Ok(()),
+        other => other?,
+    };
+    let page = Pages::one(pfn);
+    if state != State::Owned {
+        return Err(Errno::EPERM);
+    }
+    guest.unmap(gfn, 1)?;
+    host.clear(page)?;
+    host.take_back(page, State::Owned)?;
+    host.spec.step(pfn, SpecPage::Host);
+    touched(host, page);
+    Ok(())
+}
+
+/// A block of a guest becomes pages, in its table and in what the host's says. All stay where they are.
+///
+/// # Errors
+/// In this order: `ERANGE`; `EHWPOISON`; `ENOENT`; `EINVAL` if it is no block of the guest's own;
+/// `ENOMEM`.
+pub(crate) fn split_guest(
+    host: &mut HostMmu,
+    guest: &mut GuestMmu,
+    memcache: &mut Vec<Pfn>,
+    range: NpRange,
+) -> Result<(), Errno> {
+    let gfn = range.gfn;
+    match guest.page(gfn) {
+        Err(Errno::E2BIG) => {}
+        Err(errno) => return Err(errno),
+        Ok(_) => return Err(Errno::EINVAL),
+    }
+    let Some((Level::BLOCK_2M, leaf)) = guest.tree.leaf(gfn) else { return Err(Errno::EINVAL) };
+    let pages = Pages::new(leaf.pfn, HUGE_PAGES);
+    if gfn.get() % HUGE_PAGES != 0 || leaf.state != PageState::Owned {
+        return Err(Errno::EINVAL);
+    }
+    host.check_state(pages, State::NoPage)?;
+    guest.reserve(gfn, Level::PAGE, memcache)?;
+    host.reserve(pages)?;
+
+    // All under the guest's lock: no vCPU sees the block gone and the pages not there yet.
+    host.give(pages, Owner::Guest(guest.at(gfn)), Level::PAGE)?;
+    guest.unmap(gfn, HUGE_PAGES)?;
+    for (pfn, nth) in pages.iter().zip(0..) {
+        let gfn = guest.at(gfn).after(nth).gfn;
+        guest.map(gfn, Level::PAGE, Leaf { pfn, ..leaf }, memcache)?;
+    }
+    touched(host, pages);
+    Ok(())
+}
