@@ -1,0 +1,45 @@
+//! What a VMM can see of pKVM, as text: steps of a host and its guests, and what each step shows.
+//!
+//! A [`Scenario`] is run by [`run`] against anything that is a [`Machine`]: the agent in
+//! `agent/` is one, on `/dev/kvm` under a real protected hypervisor; a simulation is another. Both
+//! give the same observations, line by line, or one of them is wrong.
+//!
+//! The language is told in design/pkvm-oracle.md. There is nothing here but `std` and no `unsafe`.
+
+mod console;
+mod errno;
+mod generate;
+mod observation;
+mod scenario;
+mod step;
+mod verdict;
+mod words;
+
+pub use console::{DONE, Ending, Told, Transcript, begin, ended, lacking, note, observed};
+pub use errno::Errno;
+pub use generate::{Seed, generate};
+pub use observation::{Observation, Signal};
+pub use scenario::{Expectation, Line, Misread, Scenario, parse};
+pub use step::{
+    Backing, GuestAct, HostAct, Ipa, MEMORY_PAGES_MAX, Name, PAGE_SIZE, Pages, Place, Size,
+    SlotFlags, Step, VcpuName, VmKind,
+};
+pub use verdict::{Disagreement, Verdict};
+
+/// Something that can be told to do steps.
+pub trait Machine {
+    /// Does one step and says what was seen. Whatever happens is an observation.
+    fn step(&mut self, step: &Step) -> Observation;
+}
+
+/// Runs a scenario to its end. `see` is given each line with what it showed, as soon as it did.
+pub fn run(
+    scenario: &Scenario,
+    machine: &mut dyn Machine,
+    mut see: impl FnMut(&Line, &Observation),
+) {
+    for line in &scenario.lines {
+        let observation = machine.step(&line.step);
+        see(line, &observation);
+    }
+}
