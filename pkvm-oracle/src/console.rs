@@ -51,6 +51,9 @@ pub fn ended(name: &str, ending: Ending) -> String {
 /// The last line of all.
 pub const DONE: &str = "@done";
 
+/// How a note begins that says that the kernel was damaged or warned of itself. It is a disagreement.
+pub const TAINTED: &str = "the kernel is tainted:";
+
 /// The line for what is worth knowing, but not compared.
 #[must_use]
 pub fn note(text: &str) -> String {

@@ -15,7 +15,7 @@ mod step;
 mod verdict;
 mod words;
 
-pub use console::{DONE, Ending, Told, Transcript, begin, ended, lacking, note, observed};
+pub use console::{DONE, Ending, TAINTED, Told, Transcript, begin, ended, lacking, note, observed};
 pub use errno::Errno;
 pub use generate::{Seed, generate};
 pub use observation::{Observation, Signal};

@@ -5,7 +5,7 @@ use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
 use std::time::Duration;
 
-use pkvm_oracle::{DONE, Scenario, Seed, VmKind, generate, lacking, note, parse};
+use pkvm_oracle::{DONE, Scenario, Seed, TAINTED, VmKind, generate, lacking, note, parse};
 
 use crate::{kvm, run_all, sys};
 
@@ -40,11 +40,24 @@ fn run() -> Result<(), String> {
     kvm::Vm::new(VmKind::Protected)
         .map_err(|errno| format!("no protected VM can be made: {errno}"))?;
     let scenarios = scenarios()?;
+    let mut tainted = tainted()?;
     run_all(&scenarios, || {
-        let urgent = log.rest().filter(|line| line.level <= WORTH_NOTING);
-        urgent.map(|line| format!("kernel: {}", line.text)).take(NOTES_MAX).collect()
+        let worth = log.rest().filter(LogLine::is_worth_noting);
+        let mut notes: Vec<_> = worth.map(|line| line.text).take(NOTES_MAX).collect();
+        let before = std::mem::replace(&mut tainted, self::tainted().unwrap_or(u64::MAX));
+        if tainted != before {
+            // A warning or an oops. It stays so, and is told once.
+            notes.push(format!("{TAINTED} from {before:#x} to {tainted:#x}"));
+        }
+        notes
     });
     Ok(())
+}
+
+/// What has happened to the kernel that should not have.
+fn tainted() -> Result<u64, String> {
+    let text = fs::read_to_string("/proc/sys/kernel/tainted").map_err(|error| error.to_string())?;
+    text.trim().parse().map_err(|_| format!("tainted is {text}"))
 }
 
 fn scenarios() -> Result<Vec<Scenario>, String> {
@@ -70,6 +83,13 @@ fn scenarios() -> Result<Vec<Scenario>, String> {
         scenarios.extend(generate(Seed(seed), nr_scenarios));
     }
     Ok(scenarios)
+}
+
+impl LogLine {
+    /// Errors, and the one line of a warning that says where.
+    fn is_worth_noting(&self) -> bool {
+        self.level <= WORTH_NOTING || self.text.starts_with("WARNING: ")
+    }
 }
 
 /// The kernel's log.
@@ -121,6 +141,10 @@ mod tests {
     fn records_of_the_log_are_read() {
         let line = read_record("12,339,5140900,-;NET: Registered\n SUBSYSTEM=net\n").unwrap();
         assert_eq!((line.level, line.text.as_str()), (4, "NET: Registered"));
+        assert!(!line.is_worth_noting());
+        for text in ["3,1,1,-;kvm [201]: Failed", "4,1,1,-;WARNING: CPU: 0 PID: 1 at x.c:1"] {
+            assert!(read_record(text).unwrap().is_worth_noting());
+        }
         assert!(read_record("nothing").is_none());
     }
 }

@@ -145,7 +145,8 @@ impl Vm {
             return Ok(());
         }
         let bytes = PAGE_SIZE as usize;
-        let page = sys::map(bytes, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, None)?;
+        // Shared, so that a fork does not copy it, which would take it from the guest.
+        let page = sys::map(bytes, libc::MAP_SHARED | libc::MAP_ANONYMOUS, None)?;
         for (at, word) in program::words() {
             for (byte, value) in word.to_le_bytes().into_iter().enumerate() {
                 fault::store(page.wrapping_add(at * 4 + byte), value);
