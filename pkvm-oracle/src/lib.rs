@@ -21,8 +21,8 @@ pub use generate::{Seed, generate};
 pub use observation::{Observation, Signal};
 pub use scenario::{Expectation, Line, Misread, Scenario, parse};
 pub use step::{
-    Backing, GuestAct, HostAct, Ipa, MEMORY_PAGES_MAX, Name, PAGE_SIZE, Pages, Place, Size,
-    SlotFlags, Step, VcpuName, VmKind,
+    Backing, COMMAND, GuestAct, HUGE_PAGES, HostAct, Ipa, MEM_SHARE, MEM_UNSHARE, MEMORY_PAGES_MAX,
+    Name, PAGE_SIZE, PROGRAM, PROGRAM_SLOT, Pages, Place, Size, SlotFlags, Step, VcpuName, VmKind,
 };
 pub use verdict::{Disagreement, Verdict};
 

@@ -8,8 +8,23 @@ use crate::words::{Words, number};
 /// The granule, the host's and the guest's.
 pub const PAGE_SIZE: u64 = 4096;
 
+/// Pages in 2 MiB.
+pub const HUGE_PAGES: u64 = 512;
+
 /// A memory of more pages is a slip of the pen.
 pub const MEMORY_PAGES_MAX: u64 = 4096;
+
+/// Where the guest's program is, in every VM: a page of shared anonymous memory that the first vCPU
+/// brings. A protected guest has it from its first KVM_RUN on, and it is charged.
+pub const PROGRAM: Ipa = Ipa(0x1000_0000);
+/// The memslot of that page.
+pub const PROGRAM_SLOT: u16 = 500;
+/// Where the guest reads commands and writes answers. No slot covers it.
+pub const COMMAND: Ipa = Ipa(0x0900_0000);
+/// The hypercall of [`GuestAct::Share`].
+pub const MEM_SHARE: u64 = 0xc600_0003;
+/// The hypercall of [`GuestAct::Unshare`].
+pub const MEM_UNSHARE: u64 = 0xc600_0004;
 
 /// What a scenario calls a memory or a VM.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -159,6 +174,8 @@ pub enum Backing {
     Shared,
     /// A memfd, mapped shared.
     Memfd,
+    /// A memfd of hugetlb pages of 2 MiB, mapped shared. Whole ones only.
+    Hugetlb,
     /// KVM's guest_memfd of this VM, made with MMAP and INIT_SHARED, mapped shared.
     GuestMemfd(Name),
 }
@@ -349,12 +366,16 @@ fn memory(words: &mut Words<'_>) -> Result<Step, String> {
         "anon" => Backing::Anon,
         "shared" => Backing::Shared,
         "memfd" => Backing::Memfd,
+        "hugetlb" => Backing::Hugetlb,
         "guest-memfd" => Backing::GuestMemfd(words.name("a VM")?),
         other => return Err(format!("`{other}` is no backing")),
     };
     let pages = words.number("a number of pages")?;
     if pages == 0 || pages > MEMORY_PAGES_MAX {
         return Err(format!("a memory has 1 to {MEMORY_PAGES_MAX} pages, not {pages}"));
+    }
+    if backing == Backing::Hugetlb && pages % HUGE_PAGES != 0 {
+        return Err(format!("{pages} pages are no whole hugetlb pages of {HUGE_PAGES}"));
     }
     let size = match words.next() {
         None => Size::Small,
@@ -483,6 +504,7 @@ impl fmt::Display for Backing {
             Self::Anon => f.write_str("anon"),
             Self::Shared => f.write_str("shared"),
             Self::Memfd => f.write_str("memfd"),
+            Self::Hugetlb => f.write_str("hugetlb"),
             Self::GuestMemfd(vm) => write!(f, "guest-memfd {vm}"),
         }
     }
@@ -531,6 +553,7 @@ mod tests {
             "memory m anon 4",
             "memory m shared 1024 huge",
             "memory f memfd 4",
+            "memory h hugetlb 1024",
             "memory g guest-memfd v 4",
             "vm v protected",
             "vm w2 plain",
@@ -567,6 +590,7 @@ mod tests {
             "memlock many",
             "memory m anon 0",
             "memory m anon 99999",
+            "memory m hugetlb 513",
             "memory m tape 4",
             "memory m anon 4 giant",
             "memory M anon 4",

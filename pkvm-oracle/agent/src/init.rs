@@ -11,6 +11,7 @@ use crate::{kvm, run_all, sys};
 
 /// Lines of the kernel's log, from the most urgent to the least: 3 is an error.
 const WORTH_NOTING: u32 = 3;
+const NR_HUGETLB: &str = "8";
 /// A backtrace is long, and its head says enough.
 const NOTES_MAX: usize = 4;
 
@@ -31,6 +32,8 @@ fn run() -> Result<(), String> {
     for (kind, at) in [(c"devtmpfs", c"/dev"), (c"proc", c"/proc")] {
         sys::mount(kind, at).map_err(|errno| format!("{kind:?} cannot be mounted: {errno}"))?;
     }
+    // What scenarios with hugetlb pages need; where there are none, those scenarios say so.
+    let _: std::io::Result<()> = fs::write("/proc/sys/vm/nr_hugepages", NR_HUGETLB);
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     println!("{}", note(&format!("kernel {}", release.trim())));
     let mut log = Log::open().map_err(|error| format!("/dev/kmsg: {error}"))?;

@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use pkvm_oracle::{Errno, Ipa, PAGE_SIZE, VmKind};
+use pkvm_oracle::{Errno, Ipa, PAGE_SIZE, PROGRAM_SLOT, VmKind};
 
 use crate::{fault, program, run_page::RunPage, sys};
 
@@ -153,7 +153,7 @@ impl Vm {
             }
         }
         self.set_region(Region {
-            slot: program::SLOT,
+            slot: u32::from(PROGRAM_SLOT),
             flags: 0,
             ipa: program::AT,
             bytes: PAGE_SIZE,

@@ -4,15 +4,13 @@ use std::collections::BTreeMap;
 use std::fs;
 
 use pkvm_oracle::{
-    Errno, GuestAct, Ipa, Machine, Name, Observation, PAGE_SIZE, Pages, SlotFlags, Step, VcpuName,
+    Backing, Errno, GuestAct, Ipa, MEM_SHARE, MEM_UNSHARE, Machine, Name, Observation, PAGE_SIZE,
+    Pages, SlotFlags, Step, VcpuName,
 };
 
 use crate::kvm::{self, Region, Stop, Stray, Vcpu, Vm};
 use crate::memory::Memory;
 use crate::{program, sys};
-
-const MEM_SHARE: u64 = 0xc600_0003;
-const MEM_UNSHARE: u64 = 0xc600_0004;
 
 /// One process's VMs and memories.
 #[derive(Debug, Default)]
@@ -46,7 +44,7 @@ impl Real {
             }
             Step::Memory { name, backing, pages, size } => {
                 let vm = match backing {
-                    pkvm_oracle::Backing::GuestMemfd(vm) => self.vms.get(vm),
+                    Backing::GuestMemfd(vm) => self.vms.get(vm),
                     _ => None,
                 };
                 let memory = Memory::new(backing, *pages, *size, vm)?;
@@ -204,4 +202,81 @@ fn counter(field: &str) -> Result<Observation, Errno> {
         .find_map(|line| line.strip_prefix(field)?.trim().strip_suffix(" kB")?.parse::<u64>().ok())
         .ok_or(Errno(libc::ENOENT))?;
     Ok(Observation::Pages(kib * 1024 / PAGE_SIZE))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fault;
+    use pkvm_oracle::{Expectation, parse, run};
+
+    /// What needs no KVM is true of any machine, this one for example.
+    const WITHOUT_A_GUEST: &str = "\
+scenario kinds for anon shared memfd
+memory m $ 4
+host load m[0]                -> 0x0
+host store m[0]+8 0x22
+host load m[0]+8              -> 0x22
+host write m[0]+8             -> 0x22
+host read m[0]+8 0x23
+host vm-read m[0]+8           -> 0x23
+host vm-write m[0]+8 0x24
+host mem-read m[0]+8          -> 0x24
+host mem-write m[0]+8 0x25
+host splice m[0]+8            -> 0x25
+host store m[1] 0x33
+host protect m[1]
+host load m[1]                -> 0x33
+host store m[1] 0x34          -> SIGSEGV 2
+host read m[1] 0x34           -> EFAULT
+host load m[1]                -> 0x33
+host unmap m[2]
+host load m[2]                -> SIGSEGV 1
+host store m[2] 0x35          -> SIGSEGV 1
+host write m[2]               -> EFAULT
+host load m[4]                -> nothing
+host load n[0]                -> nothing
+
+scenario a-file
+memory m memfd 4
+host store m[3]+1 0x22
+host file-read m[3]+1         -> 0x22
+host file-write m[3]+1 0x23
+host load m[3]+1              -> 0x23
+host discard m[3]
+host load m[3]+1              -> 0x23
+host punch m[3]
+host load m[3]+1              -> 0x0
+
+scenario no-file
+memory m anon 4
+host file-read m[0]           -> EBADF
+host punch m[0]               -> EBADF
+host store m[0] 0x22
+host discard m[0]
+host load m[0]                -> 0x0
+
+scenario nothing-there
+slot v 0 0x80000000 m[0..1]   -> nothing
+slot v 0 delete               -> nothing
+vcpu v.0                      -> nothing
+guest v.0 load 0x80000000     -> nothing
+close v.0                     -> nothing
+close-fd v.0                  -> nothing
+close v                       -> nothing
+";
+
+    #[test]
+    fn hosts_without_guests_are_as_everywhere() {
+        fault::install().unwrap();
+        for scenario in parse(WITHOUT_A_GUEST).unwrap() {
+            let mut nr_seen = 0;
+            run(&scenario, &mut Real::default(), |line, seen| {
+                let shown = format!("{} line {}: {}", scenario.name, line.number, line.step);
+                assert_eq!(line.expected, Expectation::Seen(*seen), "{shown}");
+                nr_seen += 1;
+            });
+            assert_eq!(nr_seen, scenario.lines.len());
+        }
+    }
 }

@@ -31,7 +31,11 @@ impl Memory {
         let (file, guest_memfd, flags) = match backing {
             Backing::Anon => (None, None, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS),
             Backing::Shared => (None, None, libc::MAP_SHARED | libc::MAP_ANONYMOUS),
-            Backing::Memfd => (Some(sys::memfd(c"memory", bytes)?), None, libc::MAP_SHARED),
+            Backing::Memfd => (Some(sys::memfd(c"memory", bytes, 0)?), None, libc::MAP_SHARED),
+            Backing::Hugetlb => {
+                let flags = libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
+                (Some(sys::memfd(c"memory", bytes, flags)?), None, libc::MAP_SHARED)
+            }
             Backing::GuestMemfd(_) => {
                 let vm = vm.ok_or(Errno(libc::EBADF))?;
                 (None, Some(vm.guest_memfd(bytes)?), libc::MAP_SHARED)

@@ -1,12 +1,10 @@
 //! The guest's program: asks for a command by loads that leave the guest, does it, and tells what
 //! came of it by stores that leave the guest.
 
-/// Where the program's page is, in every VM.
-pub(crate) const AT: u64 = 0x1000_0000;
-/// The slot that brings it.
-pub(crate) const SLOT: u32 = 500;
-/// Where the command is read, and the answer written. No slot covers it.
-pub(crate) const COMMAND: u64 = 0x0900_0000;
+/// Where the program's page is.
+pub(crate) const AT: u64 = pkvm_oracle::PROGRAM.0;
+/// Where the command is read, and the answer written.
+pub(crate) const COMMAND: u64 = pkvm_oracle::COMMAND.0;
 /// What to do; then four registers, x0 to x3.
 pub(crate) const NR_WORDS: usize = 5;
 /// The answer, x0 to x3. x0 comes last.

@@ -62,9 +62,10 @@ pub(crate) fn ioctl_struct_fd<T>(
     owned(ioctl_struct(fd, request, value)?)
 }
 
-pub(crate) fn memfd(name: &CStr, bytes: u64) -> Result<OwnedFd, Errno> {
+/// `flags` choose the size of its pages.
+pub(crate) fn memfd(name: &CStr, bytes: u64, flags: libc::c_uint) -> Result<OwnedFd, Errno> {
     // SAFETY: reads a string that ends.
-    let fd = owned(unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) })?;
+    let fd = owned(unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | flags) })?;
     let bytes = i64::try_from(bytes).map_err(|_| Errno(libc::EFBIG))?;
     // SAFETY: takes numbers.
     checked(unsafe { libc::ftruncate(fd.as_raw_fd(), bytes) })?;
