@@ -1,7 +1,7 @@
 //! Random scenarios, the same for the same seed. Nobody knows what they show.
 
 use crate::scenario::{Expectation, Line, Scenario};
-use crate::step::{GuestAct, HostAct, Ipa, Name, PAGE_SIZE, Place, Step, VcpuName};
+use crate::step::{GuestAct, HostAct, Ipa, MEM_UNSHARE, Name, PAGE_SIZE, Place, Step, VcpuName};
 
 /// Where all randomness comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,6 +11,8 @@ pub struct Seed(pub u64);
 const NR_PAGES: u64 = 4;
 /// Where it has them.
 const BASE: u64 = 0x8000_0000;
+/// Where another guest has the same.
+const OTHER_BASE: u64 = 0x9000_0000;
 /// What happens between the beginning and the end of a scenario.
 const NR_EVENTS: u64 = 24;
 
@@ -62,9 +64,23 @@ impl Random {
     }
 }
 
+/// What a scenario has, of which its events choose.
+struct Cast {
+    has_file: bool,
+    /// vCPUs, with where their guests have the memory.
+    vcpus: Vec<(VcpuName, u64)>,
+}
+
+const KINDS: &[(u64, &str)] = &[(4, "protected"), (1, "plain")];
+
 fn steps(random: &mut Random) -> Vec<Step> {
     let backing = random.weighted(&[(2, "anon"), (1, "shared"), (2, "memfd")]).unwrap_or("anon");
-    let kind = random.weighted(&[(4, "protected"), (1, "plain")]).unwrap_or("protected");
+    let kind = random.weighted(KINDS).unwrap_or("protected");
+    let vcpu = |vm, index, base| (VcpuName { vm, index }, base);
+    let mut cast = Cast {
+        has_file: backing == "memfd",
+        vcpus: vec![vcpu(Name::v(), 0, BASE), vcpu(Name::v(), 1, BASE)],
+    };
     let mut steps = read(&[
         &format!("memory m {backing} {NR_PAGES}"),
         &format!("vm v {kind}"),
@@ -73,10 +89,22 @@ fn steps(random: &mut Random) -> Vec<Step> {
         "vcpu v.1",
         &format!("host store m[{}] {:#x}", random.below(NR_PAGES), random.byte()),
     ]);
-    for _ in 0..NR_EVENTS {
-        steps.push(event(random, backing == "memfd"));
+    let mut last = vec!["locked", "close v.0", "close v.1", "close v", "locked"];
+    // Two guests that want the same pages.
+    if random.below(3) == 0 {
+        let kind = random.weighted(KINDS).unwrap_or("protected");
+        steps.extend(read(&[
+            &format!("vm w {kind}"),
+            &format!("slot w 0 {OTHER_BASE:#x} m[0..{NR_PAGES}]"),
+            "vcpu w.0",
+        ]));
+        cast.vcpus.push(vcpu(Name::w(), 0, OTHER_BASE));
+        last.extend(["guest w.0 resume", "close w.0", "close w", "locked"]);
     }
-    steps.extend(read(&["locked", "close v.0", "close v.1", "close v", "locked"]));
+    for _ in 0..NR_EVENTS {
+        steps.push(event(random, &cast));
+    }
+    steps.extend(read(&last));
     for page in 0..NR_PAGES {
         let place = Place { memory: Name::m(), page, offset: 0 };
         steps.push(Step::Host(HostAct::Load, place));
@@ -84,40 +112,46 @@ fn steps(random: &mut Random) -> Vec<Step> {
     steps
 }
 
-fn event(random: &mut Random, has_file: bool) -> Step {
+fn event(random: &mut Random, cast: &Cast) -> Step {
     let page = random.below(NR_PAGES);
-    let ipa = Ipa(BASE + page * PAGE_SIZE);
-    let place = Place { memory: Name::m(), page, offset: 0 };
     let byte = random.byte();
     if random.below(2) == 0 {
+        let (vcpu, base) = &cast.vcpus[random.below(cast.vcpus.len() as u64) as usize];
+        let ipa = Ipa(base + page * PAGE_SIZE);
         let act = random.weighted(&[
-            (4, GuestAct::Load(ipa)),
-            (4, GuestAct::Store(ipa, byte)),
-            (3, GuestAct::Share(ipa)),
-            (3, GuestAct::Unshare(ipa)),
+            (8, GuestAct::Load(ipa)),
+            (8, GuestAct::Store(ipa, byte)),
+            (7, GuestAct::Share(ipa)),
+            (6, GuestAct::Unshare(ipa)),
             (1, GuestAct::Share(Ipa(ipa.0 + 8))),
-            (1, GuestAct::Hvc([0xc600_0004, ipa.0, 1, 0])),
+            (1, GuestAct::Share(Ipa(ipa.0 + NR_PAGES * PAGE_SIZE))),
+            (2, GuestAct::Hvc([MEM_UNSHARE, ipa.0, 1, 0])),
             (2, GuestAct::Resume),
         ]);
-        let index = random.below(2) as u8;
-        let vcpu = VcpuName { vm: Name::v(), index };
-        return act.map_or(Step::Locked, |act| Step::Guest(vcpu, act));
+        return act.map_or(Step::Locked, |act| Step::Guest(vcpu.clone(), act));
     }
-    let file = if has_file { 1 } else { 0 };
+    let file = if cast.has_file { 2 } else { 0 };
     let act = random.weighted(&[
-        (6, HostAct::Load),
-        (6, HostAct::Store(byte)),
-        (3, HostAct::Write),
-        (3, HostAct::Read(byte)),
-        (1, HostAct::VmRead),
-        (1, HostAct::VmWrite(byte)),
+        (12, HostAct::Load),
+        (12, HostAct::Store(byte)),
+        (6, HostAct::Write),
+        (6, HostAct::Read(byte)),
+        (2, HostAct::VmRead),
+        (2, HostAct::VmWrite(byte)),
         (1, HostAct::MemRead),
+        (1, HostAct::MemWrite(byte)),
         (1, HostAct::Splice),
         (file, HostAct::FileRead),
         (file, HostAct::FileWrite(byte)),
-        (1, HostAct::Discard),
-        (1, HostAct::Lock),
+        (file, HostAct::Punch),
+        (1, HostAct::ForkLoad),
+        (2, HostAct::Discard),
+        (1, HostAct::Protect),
+        (1, HostAct::Unmap),
+        (2, HostAct::Lock),
+        (1, HostAct::Unlock),
     ]);
+    let place = Place { memory: Name::m(), page, offset: 0 };
     act.map_or(Step::Locked, |act| Step::Host(act, place))
 }
 
@@ -147,8 +181,10 @@ mod tests {
     #[test]
     fn scenarios_are_whole_and_vary() {
         let scenarios = generate(Seed(1), 200);
-        let nr_lines = 6 + NR_EVENTS + 5 + NR_PAGES;
-        assert!(scenarios.iter().all(|scenario| scenario.lines.len() as u64 == nr_lines));
+        let alone = 6 + NR_EVENTS + 5 + NR_PAGES;
+        let nr_lines = |scenario: &Scenario| scenario.lines.len() as u64;
+        assert!(scenarios.iter().all(|one| [alone, alone + 7].contains(&nr_lines(one))));
+        assert!(scenarios.iter().filter(|one| nr_lines(one) > alone).count() > 40);
         let all: Vec<_> = scenarios.iter().map(ToString::to_string).collect();
         for word in [
             "anon",

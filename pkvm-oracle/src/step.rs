@@ -40,6 +40,11 @@ impl Name {
     pub(crate) fn v() -> Self {
         Self("v".into())
     }
+
+    /// `w`.
+    pub(crate) fn w() -> Self {
+        Self("w".into())
+    }
 }
 
 impl FromStr for Name {

@@ -72,7 +72,7 @@ fn run_one(scenario: &Scenario) -> Result<Ending, Errno> {
             Ok(()) => 0,
             Err(errno) => errno.0,
         }),
-        Fork::Parent(pid) => wait(pid),
+        Fork::Parent(pid) => wait(pid, LIMIT),
     }
 }
 
@@ -85,7 +85,8 @@ fn in_child(scenario: &Scenario) -> Result<(), Errno> {
     Ok(())
 }
 
-fn wait(pid: libc::pid_t) -> Result<Ending, Errno> {
+/// How a child ends, at the latest by our hand when the time is up.
+fn wait(pid: libc::pid_t, limit: Duration) -> Result<Ending, Errno> {
     let start = Instant::now();
     let mut killed = false;
     loop {
@@ -97,13 +98,41 @@ fn wait(pid: libc::pid_t) -> Result<Ending, Errno> {
                 _ => Ending::Status(libc::WEXITSTATUS(status)),
             });
         }
-        if start.elapsed() > LIMIT && !killed {
+        if start.elapsed() > limit && !killed {
             sys::kill(pid);
             killed = true;
         }
-        if start.elapsed() > LIMIT + GRACE {
+        if start.elapsed() > limit + GRACE {
             return Ok(Ending::Hung);
         }
         thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The child does nothing but end: it has one of this process's threads only.
+    fn ending_of(end: fn(), limit: Duration) -> Ending {
+        match sys::fork().unwrap() {
+            Fork::Child => {
+                end();
+                sys::leave(0)
+            }
+            Fork::Parent(pid) => wait(pid, limit).unwrap(),
+        }
+    }
+
+    #[test]
+    fn every_ending_is_told() {
+        assert_eq!(ending_of(|| {}, LIMIT), Ending::Well);
+        assert_eq!(ending_of(|| sys::leave(3), LIMIT), Ending::Status(3));
+        let kill_itself = || sys::kill(std::process::id() as libc::pid_t);
+        assert_eq!(ending_of(kill_itself, LIMIT), Ending::Killed(libc::SIGKILL));
+        let hang = || loop {
+            std::hint::spin_loop();
+        };
+        assert_eq!(ending_of(hang, Duration::from_millis(50)), Ending::Hung);
     }
 }

@@ -174,9 +174,10 @@ pub(crate) enum Fork {
     Parent(libc::pid_t),
 }
 
-/// This process has one thread, so that a child may do anything.
+/// The agent has one thread, so that a child may do anything.
 pub(crate) fn fork() -> Result<Fork, Errno> {
-    // SAFETY: there is one thread: no lock is held by another that the child would not have.
+    // SAFETY: there is one thread: no lock is held by another that the child would not have. In
+    // tests there are more, and there children make system calls and nothing else.
     match checked(unsafe { libc::fork() })? {
         0 => Ok(Fork::Child),
         pid => Ok(Fork::Parent(pid)),
@@ -201,7 +202,7 @@ pub(crate) fn reap(pid: libc::pid_t, wait: bool) -> Result<Option<i32>, Errno> {
 }
 
 pub(crate) fn kill(pid: libc::pid_t) {
-    // SAFETY: takes numbers; the process is a child of ours that was not reaped yet.
+    // SAFETY: takes numbers; the process is a child of ours that was not reaped yet, or this one.
     let _: libc::c_int = unsafe { libc::kill(pid, libc::SIGKILL) };
 }
 
