@@ -141,6 +141,7 @@ fn event(random: &mut Random, cast: &Cast) -> Step {
         (1, HostAct::MemRead),
         (1, HostAct::MemWrite(byte)),
         (1, HostAct::Splice),
+        (1, HostAct::Pin),
         (file, HostAct::FileRead),
         (file, HostAct::FileWrite(byte)),
         (file, HostAct::Punch),
@@ -208,7 +209,16 @@ mod tests {
             "file-read",
             "file-write",
             "discard",
-            "lock",
+            "host lock",
+            "unlock",
+            "punch",
+            "protect",
+            "unmap",
+            "fork-load",
+            "mem-write",
+            "host pin",
+            "guest w.0 store",
+            "guest w.0 share",
         ] {
             let nr_with = all.iter().filter(|text| text.contains(word)).count();
             assert!(nr_with >= 5, "`{word}` is in {nr_with} of 200");

@@ -252,6 +252,8 @@ pub enum HostAct {
     MemWrite(u8),
     /// vmsplice into a pipe, and read(2) from it.
     Splice,
+    /// vmsplice into a pipe that nobody reads: the page is pinned for a while, and not accessed.
+    Pin,
     /// pread of the memory's file.
     FileRead,
     /// pwrite of the memory's file.
@@ -440,6 +442,7 @@ const PLAIN: &[(&str, HostAct)] = &[
     ("vm-read", HostAct::VmRead),
     ("mem-read", HostAct::MemRead),
     ("splice", HostAct::Splice),
+    ("pin", HostAct::Pin),
     ("file-read", HostAct::FileRead),
     ("discard", HostAct::Discard),
     ("punch", HostAct::Punch),

@@ -224,6 +224,7 @@ host vm-write m[0]+8 0x24
 host mem-read m[0]+8          -> 0x24
 host mem-write m[0]+8 0x25
 host splice m[0]+8            -> 0x25
+host pin m[0]+8
 host store m[1] 0x33
 host protect m[1]
 host load m[1]                -> 0x33
@@ -234,6 +235,7 @@ host unmap m[2]
 host load m[2]                -> SIGSEGV 1
 host store m[2] 0x35          -> SIGSEGV 1
 host write m[2]               -> EFAULT
+host pin m[2]                 -> EFAULT
 host load m[4]                -> nothing
 host load n[0]                -> nothing
 

@@ -98,6 +98,7 @@ impl Memory {
             HostAct::MemRead => seen(read_file(own_memory(), at.addr() as u64)),
             HostAct::MemWrite(byte) => done(write_file(own_memory(), at.addr() as u64, byte)),
             HostAct::Splice => seen(through_pipe(|to| sys::splice_from(to, at))),
+            HostAct::Pin => done(sys::pipe().and_then(|(_from, to)| sys::splice_from(&to, at))),
             HostAct::FileRead => seen(read_file(self.file(), in_file)),
             HostAct::FileWrite(byte) => done(write_file(self.file(), in_file, byte)),
             HostAct::Discard => good(sys::advise(start, len, libc::MADV_DONTNEED)),
