@@ -5,7 +5,7 @@ use crate::pkvm::Wish;
 
 pub(crate) const USAGE: &str = "\
 Usage: cargo xtask test [--quick] [--only STEP,...]
-       cargo xtask pkvm [--seed N] [--boots N]
+       cargo xtask pkvm [--seed N] [--random N] [--boots N]
        cargo xtask list
 
 test   runs every check that this machine allows, prints a table of what ran and what was
@@ -15,6 +15,7 @@ test   runs every check that this machine allows, prints a table of what ran and
 pkvm   boots a real pKVM under emulation, runs all scenarios there and prints where it disagrees;
        brings emulator and kernel if they are not there (into GMEM_PKVM_DIR, or the target directory)
          --seed       of the random scenarios
+         --random     how many of them
          --boots      so many, which all have to show the same
 list   prints the steps and the host capabilities
 
@@ -81,6 +82,7 @@ fn parse_pkvm(mut args: impl Iterator<Item = String>) -> Result<Wish, String> {
         let no_number = |_| format!("`{arg}` needs a number");
         match arg.as_str() {
             "--seed" => wish.seed = Some(value?.parse().map_err(no_number)?),
+            "--random" => wish.random = Some(value?.parse().map_err(no_number)?),
             "--boots" => wish.boots = Some(value?.parse().map_err(no_number)?),
             _ => return Err(format!("unknown argument `{arg}`\n\n{USAGE}")),
         }
@@ -139,8 +141,8 @@ mod tests {
             assert!(parsed(line).is_err(), "`{line}` was accepted");
         }
         assert_eq!(parsed("list"), Ok(Invocation::List));
-        let wish = Wish { seed: Some(7), boots: Some(3) };
-        assert_eq!(parsed("pkvm --seed 7 --boots 3"), Ok(Invocation::Pkvm(wish)));
+        let wish = Wish { seed: Some(7), random: Some(9), boots: Some(3) };
+        assert_eq!(parsed("pkvm --seed 7 --boots 3 --random 9"), Ok(Invocation::Pkvm(wish)));
         assert_eq!(parsed("pkvm"), Ok(Invocation::Pkvm(Wish::default())));
         assert_eq!(parsed("--help"), Ok(Invocation::Help));
     }

@@ -19,7 +19,7 @@ use machine::Machine;
 
 pub(crate) use machine::Missing;
 
-/// Scenarios that a generator makes, each run.
+/// Scenarios that a generator makes, each run, unless another number is asked for.
 const NR_RANDOM: usize = 30;
 
 #[derive(Clone, Copy)]
@@ -33,6 +33,8 @@ struct Random {
 pub(crate) struct Wish {
     /// Of the random scenarios; else the clock's.
     pub(crate) seed: Option<u64>,
+    /// How many of those.
+    pub(crate) random: Option<usize>,
     /// All of them have to show the same; none means one.
     pub(crate) boots: Option<u32>,
 }
@@ -60,7 +62,10 @@ pub(crate) fn run(context: &Context, wish: Wish, missing: Missing) -> Outcome {
 fn compare(context: &Context, wish: Wish, missing: Missing) -> Result<(String, Judgement), Cannot> {
     let written = read_all(&context.root).map_err(Cannot::Trust)?;
     let machine = Machine::find(context, missing)?;
-    let random = Random { seed: Seed(wish.seed.unwrap_or_else(seed_of_clock)), number: NR_RANDOM };
+    let random = Random {
+        seed: Seed(wish.seed.unwrap_or_else(seed_of_clock)),
+        number: wish.random.unwrap_or(NR_RANDOM),
+    };
     println!("seed of the random scenarios: {}", random.seed.0);
     let initrd = machine.pack(context, random)?;
 
@@ -90,7 +95,7 @@ fn compare(context: &Context, wish: Wish, missing: Missing) -> Result<(String, J
         return Err(Cannot::Trust(format!("{name}, line {line}, expects nothing: no check")));
     }
     let what = format!(
-        "{} scenarios and {} random ones of seed {}, {} boots",
+        "{} scenarios, and {} random ones of seed {} that nothing is expected of but a good end; {} boots",
         written.len(),
         generated.len(),
         random.seed.0,
