@@ -1,7 +1,8 @@
 //! Random scenarios, the same for the same seed. Nobody knows what they show.
 
+use crate::name::{Ipa, Name, PAGE_SIZE, Place, VcpuName};
 use crate::scenario::{Expectation, Line, Scenario};
-use crate::step::{GuestAct, HostAct, Ipa, MEM_UNSHARE, Name, PAGE_SIZE, Place, Step, VcpuName};
+use crate::step::{GuestAct, HostAct, MEM_UNSHARE, Step};
 
 /// Where all randomness comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

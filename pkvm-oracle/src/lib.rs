@@ -9,6 +9,7 @@
 mod console;
 mod errno;
 mod generate;
+mod name;
 mod observation;
 mod scenario;
 mod step;
@@ -18,11 +19,12 @@ mod words;
 pub use console::{DONE, Ending, TAINTED, Told, Transcript, begin, ended, lacking, note, observed};
 pub use errno::Errno;
 pub use generate::{Seed, generate};
+pub use name::{Ipa, Name, PAGE_SIZE, Pages, Place, VcpuName};
 pub use observation::{Observation, Signal};
 pub use scenario::{Expectation, Line, Misread, Scenario, parse};
 pub use step::{
-    Backing, COMMAND, GuestAct, HUGE_PAGES, HostAct, Ipa, MEM_SHARE, MEM_UNSHARE, MEMORY_PAGES_MAX,
-    Name, PAGE_SIZE, PROGRAM, PROGRAM_SLOT, Pages, Place, Size, SlotFlags, Step, VcpuName, VmKind,
+    Backing, COMMAND, GuestAct, HUGE_PAGES, HostAct, MEM_SHARE, MEM_UNSHARE, MEMORY_PAGES_MAX,
+    PROGRAM, PROGRAM_SLOT, Size, SlotFlags, Step, VmKind,
 };
 pub use verdict::{Disagreement, Verdict};
 

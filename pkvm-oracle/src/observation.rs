@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::errno::Errno;
-use crate::step::Ipa;
+use crate::name::Ipa;
 use crate::words::{Words, number};
 
 /// A signal that an access of the host's raises.

@@ -1,6 +1,6 @@
 //! The words of a line.
 
-use crate::step::{Ipa, Name, Pages, Place, VcpuName};
+use crate::name::{Ipa, Name, Pages, Place, VcpuName};
 
 /// Takes words from the left, and says what it wanted where there is none.
 pub(crate) struct Words<'a> {
