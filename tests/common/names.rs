@@ -4,7 +4,7 @@
 /// The steps of `cargo xtask test`, in the order in which they run.
 pub(crate) const STEPS: &[&str] = &[
     "fmt", "clippy", "doc", "tests", "doctests", "loom", "example", "features", "targets", "msrv",
-    "miri", "tsan", "fuzz",
+    "miri", "tsan", "fuzz", "pkvm",
 ];
 
 /// What a host may or may not offer to the tests.

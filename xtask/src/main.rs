@@ -5,6 +5,7 @@ mod counts;
 mod json;
 #[path = "../../tests/common/names.rs"]
 mod names;
+mod pkvm;
 mod report;
 mod shell;
 mod skiplog;
@@ -18,6 +19,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use cli::{Invocation, Options};
+use pkvm::{Missing, Wish};
 use report::{Outcome, Report};
 use skiplog::SkipLog;
 
@@ -25,6 +27,8 @@ use skiplog::SkipLog;
 struct Context {
     /// The repository.
     root: PathBuf,
+    /// Where cargo builds.
+    target: PathBuf,
     /// Where steps may leave files.
     scratch: PathBuf,
     /// `--quick`.
@@ -44,6 +48,11 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Ok(Invocation::Test(options)) => match test(&options) {
+            Ok(true) => ExitCode::SUCCESS,
+            Ok(false) => ExitCode::FAILURE,
+            Err(message) => complain(&message),
+        },
+        Ok(Invocation::Pkvm(wish)) => match pkvm(wish) {
             Ok(true) => ExitCode::SUCCESS,
             Ok(false) => ExitCode::FAILURE,
             Err(message) => complain(&message),
@@ -83,6 +92,23 @@ fn test(options: &Options) -> Result<bool, String> {
     Ok(report.passed())
 }
 
+/// Whether the real pKVM agrees. That it could not be asked is an error: somebody asked for it.
+fn pkvm(wish: Wish) -> Result<bool, String> {
+    let context = context(&Options::default())?;
+    match pkvm::run(&context, wish, Missing::Obtain) {
+        Outcome::Ran { what, .. } => {
+            println!("pkvm: agrees: {what}");
+            Ok(true)
+        }
+        Outcome::Failed { why, .. } => {
+            println!("pkvm: FAILED: {why}");
+            Ok(false)
+        }
+        Outcome::Skipped(why) => Err(format!("pkvm cannot run here: {why}")),
+        Outcome::NotSelected => Ok(false),
+    }
+}
+
 fn context(options: &Options) -> Result<Context, String> {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
         .parent()
@@ -96,5 +122,5 @@ fn context(options: &Options) -> Result<Context, String> {
     let scratch = target.join("xtask");
     fs::create_dir_all(&scratch).map_err(|e| format!("{}: {e}", scratch.display()))?;
     let skips = SkipLog::create(scratch.join("skips.log"))?;
-    Ok(Context { root, scratch, quick: options.quick, skips })
+    Ok(Context { root, target, scratch, quick: options.quick, skips })
 }

@@ -88,6 +88,12 @@ impl Cmd {
         self.finish(Echo::Through).unwrap_or_else(|e| Finished::not_started(&e))
     }
 
+    /// Runs it, with what it prints kept only: it is for a reader that is no person.
+    pub(crate) fn show_and_ask(self) -> Finished {
+        println!("$ {}", self.shown.join(" "));
+        self.ask()
+    }
+
     /// Runs it mutely: for questions such as "is there such a tool".
     pub(crate) fn ask(mut self) -> Finished {
         self.finish(Echo::Off).unwrap_or_else(|e| Finished::not_started(&e))

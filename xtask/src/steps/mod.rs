@@ -6,6 +6,7 @@ mod fuzz;
 mod lint;
 mod loom;
 mod miri;
+mod pkvm;
 mod tests;
 mod tsan;
 
@@ -92,6 +93,12 @@ pub(crate) const ALL: &[Step] = &[
         about: "a short run of every fuzz target",
         in_quick: false,
         run: fuzz::every_target,
+    },
+    Step {
+        name: "pkvm",
+        about: "a real pKVM under emulation agrees with the scenarios",
+        in_quick: false,
+        run: pkvm::agrees,
     },
 ];
 
