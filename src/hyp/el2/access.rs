@@ -17,7 +17,15 @@ pub(crate) enum Bytes<'a> {
 }
 
 impl Bytes<'_> {
-    const fn access(&self) -> Access {
+    /// The same once more.
+    pub(crate) fn again(&mut self) -> Bytes<'_> {
+        match self {
+            Self::Load(buf) => Bytes::Load(buf),
+            Self::Store(buf) => Bytes::Store(buf),
+        }
+    }
+
+    pub(crate) const fn access(&self) -> Access {
         match self {
             Self::Load(_) => Access::Read,
             Self::Store(_) => Access::Write,

@@ -40,6 +40,13 @@ mod tlb;
 mod transition;
 mod vm;
 
+pub(crate) use access::{Bytes, GuestStop, KernelOutcome, Signal};
+pub(crate) use guest_call::GuestAnswer;
+pub(crate) use host_call::HostCall;
+pub(crate) use machine::{FrameBytes, Machine, Region, RegionKind};
+pub(crate) use profile::Profile;
+pub(crate) use vm::{Fault, FaultKind, nr_pgd_pages, nr_vcpu_pages, nr_vm_pages};
+
 use crate::addr::{Gfn, Pfn};
 use crate::error::Errno;
 use crate::stage2::{Level, PageState};
@@ -48,8 +55,6 @@ use crate::sync::{Arc, Mutex};
 use host_mmu::{FramePool, HostMmu, Owner};
 use hyp_space::HypSpace;
 use incident::Incidents;
-use machine::Machine;
-use profile::Profile;
 use transition::Ffa;
 use vm::{Cpu, VmTable};
 
