@@ -14,6 +14,7 @@ use pkvm_oracle::{Expectation, Scenario, Seed, Transcript, generate};
 use crate::Context;
 use crate::counts::Counts;
 use crate::report::Outcome;
+use crate::shell::Cmd;
 use judge::Judgement;
 use machine::Machine;
 
@@ -94,14 +95,29 @@ fn compare(context: &Context, wish: Wish, missing: Missing) -> Result<(String, J
     if let Some((name, line)) = without_expectation(&written) {
         return Err(Cannot::Trust(format!("{name}, line {line}, expects nothing: no check")));
     }
+    simulation_shows(context, &observed)?;
     let what = format!(
-        "{} scenarios, and {} random ones of seed {} that nothing is expected of but a good end; {} boots",
+        "{} scenarios, and {} random ones of seed {}, as the simulation shows them; {} boots",
         written.len(),
         generated.len(),
         random.seed.0,
         wish.boots.unwrap_or(1).max(1)
     );
     Ok((what, judgement))
+}
+
+/// Holds the simulation against what was seen, every line of it.
+fn simulation_shows(context: &Context, observed: &Path) -> Result<(), Cannot> {
+    const TEST: &str = "the_simulation_shows_what_a_real_one_has_just_shown";
+    let finished = Cmd::cargo(&context.root)
+        .env("GMEM_PKVM_OBSERVED", observed)
+        .args(&["test", "--package", "gmem", "--test", "pkvm"])
+        .args(&["--", "--ignored", "--exact", TEST])
+        .run();
+    match (finished.success, Counts::parse(&finished.output())) {
+        (true, Counts { passed: 1, failed: 0, .. }) => Ok(()),
+        _ => Err(Cannot::Trust("the simulation shows something else, see above".into())),
+    }
 }
 
 fn seed_of_clock() -> u64 {
