@@ -50,8 +50,6 @@ pub struct Place {
 pub(super) enum Want {
     Read,
     Write,
-    /// To write even where the mapping says no, as a debugger does.
-    ForceWrite,
 }
 
 /// Why there is no frame.
@@ -158,13 +156,7 @@ impl Linux {
     ) -> Result<Option<Pfn>, NoFrame> {
         let found = self.memories.get(memory.0).ok_or(NoFrame::Unmapped)?;
         let vma = found.vma(page).ok_or(NoFrame::Unmapped)?;
-        let may = match want {
-            Want::Read => true,
-            Want::Write => vma.is_writable,
-            // What is not the process's alone cannot be written in secret.
-            Want::ForceWrite => vma.is_writable || found.is_private(),
-        };
-        if !may {
+        if want == Want::Write && !vma.is_writable {
             return Err(NoFrame::Denied);
         }
         match found.frames[index(page)] {

@@ -117,13 +117,9 @@ impl Linux {
     /// The same for a store.
     ///
     /// # Errors
-    /// As [`Self::alias_load`], and where the mapping denies it: `EFAULT`, or `EIO` by `/proc` unless the memory is the
-    /// process's alone.
+    /// As [`Self::alias_load`], and where the mapping denies it: `EFAULT`, or `EIO` by `/proc`, where a kernel may be built
+    /// to let only debuggers write there.
     pub fn alias_store(&mut self, place: Place, alias: Alias, byte: u8) -> Result<(), Errno> {
-        let want = match alias {
-            Alias::ProcMem => Want::ForceWrite,
-            _ => Want::Write,
-        };
         let frame = match alias {
             Alias::File => match self.file_frame(place)? {
                 Some(pfn) => Some(pfn),
@@ -132,7 +128,7 @@ impl Linux {
                     Some(brought.map_err(|_| Errno::ENOMEM)?)
                 }
             },
-            _ => self.frame_of(place.memory, place.page, want).map_err(|_| refused(alias))?,
+            _ => self.frame_of(place.memory, place.page, Want::Write).map_err(|_| refused(alias))?,
         };
         let Some(pfn) = frame else { return Ok(()) };
         match self.el2.kernel_alias(CPU, at(pfn, place), Bytes::Store(&[byte])) {
@@ -170,6 +166,11 @@ impl Linux {
     /// # Errors
     /// The child's signal.
     pub fn fork_load(&mut self, place: Place) -> Result<u8, Raised> {
+        // What the process has alone is write-protected for the copy: whoever is shown it loses it, and faults anew.
+        let private: Vec<_> = self.memories.iter().filter(|(_, memory)| memory.is_private()).map(|(id, memory)| (MemoryId(id), memory.frames.len() as u64)).collect();
+        for (memory, nr_pages) in private {
+            (0..nr_pages).for_each(|page| self.dropped_by_host(memory, page));
+        }
         let mut copied = Vec::new();
         for (_, memory) in self.memories.iter_mut().filter(|(_, memory)| memory.is_private()) {
             for page in 0..memory.frames.len() {
