@@ -300,6 +300,7 @@ impl Pte {
     }
 
     /// What it says in a table of `level`. Total: every word means something at every level.
+    #[inline]
     pub(crate) fn decode(self, level: Level) -> Entry {
         if self.is_empty() {
             return Entry::Empty;
@@ -323,6 +324,7 @@ impl Pte {
         }
     }
 
+    #[inline]
     fn decode_leaf(self, frame: u64) -> Entry {
         match PageState::from_bits(self.0) {
             Some(state) => {

@@ -62,8 +62,9 @@ pub(crate) struct Tree {
     /// Tables that are none at present.
     idle: Vec<usize>,
     nr_roots: usize,
+    /// Every store, if a test asks for them.
     #[cfg(test)]
-    pub(super) trace: Vec<(Pte, Pte)>,
+    trace: Option<Vec<(Pte, Pte)>>,
 }
 
 impl Tree {
@@ -83,7 +84,7 @@ impl Tree {
             idle: Vec::new(),
             nr_roots,
             #[cfg(test)]
-            trace: Vec::new(),
+            trace: None,
         }
     }
 
@@ -103,15 +104,17 @@ impl Tree {
         if gfn >= self.shape.gfn_limit() {
             return Err(TableError::BeyondIpa);
         }
+        let bits = self.shape.index_bits();
         let mut level = self.shape.root();
-        let mut base = 0;
+        let mut shift = bits * level.height();
+        let mut at = index(gfn.get() >> shift);
         loop {
-            let at = base + self.shape.index(gfn, level);
             let pte = self.entries[at];
             match pte.next_table(level) {
                 Some(next) if level != stop => {
-                    base = next << NODE_BITS;
+                    shift -= bits;
                     level = level.below();
+                    at = (next << NODE_BITS) + index(gfn.get() >> shift & ((1 << bits) - 1));
                 }
                 _ => return Ok(Found { at, level, pte }),
             }
@@ -357,7 +360,9 @@ impl Tree {
             _ => {}
         }
         #[cfg(test)]
-        self.trace.push((old, new));
+        if let Some(trace) = &mut self.trace {
+            trace.push((old, new));
+        }
     }
 
     /// Empties what is there for the range: leaves, all of a block that lies in it in part, annotations.

@@ -92,6 +92,12 @@ impl TableShape {
         self.root
     }
 
+    /// How many bits of an address choose an entry of a table that is not the root.
+    #[inline]
+    pub(super) const fn index_bits(self) -> u32 {
+        self.index_bits
+    }
+
     /// How many entries a table of this level has.
     pub(super) fn nr_entries(self, level: Level) -> usize {
         if level == self.root { 1 << self.root_bits } else { 1 << self.index_bits }

@@ -79,23 +79,27 @@ impl GuestMmu {
         Ok(state_of(level, pte))
     }
 
-    /// Whether all of a range is in this state.
+    /// Whether nothing is where a page or a block is to be, and how many tables that will need.
     ///
     /// # Errors
-    /// `ERANGE`, `EPERM`.
-    pub(crate) fn check_state(&self, gfn: Gfn, nr_pages: u64, state: State) -> Result<(), Errno> {
-        let end = gfn.checked_add(nr_pages).filter(|&end| end <= Self::SHAPE.gfn_limit());
-        let end = end.ok_or(Errno::ERANGE)?.get();
-        let mut at = gfn.get();
-        while at < end {
-            let (level, pte) = self.tree.get(Gfn::new(at))?;
-            if state_of(level, pte) != state {
-                return Err(Errno::EPERM);
-            }
-            let span = Self::SHAPE.pages_at(level);
-            at = (at & !(span - 1)) + span;
+    /// `ERANGE`; `EPERM` if something is there, be it a destroyed page.
+    pub(crate) fn check_vacant(&self, gfn: Gfn, level: Level) -> Result<u64, Errno> {
+        let (found, pte) = self.tree.get(gfn)?;
+        // Below an entry of a higher level that is empty, everything is. A table has something in it.
+        match pte.is_empty() && found <= level {
+            true => Ok(Self::nr_tables_between(found, level)),
+            false => Err(Errno::EPERM),
         }
-        Ok(())
+    }
+
+    fn nr_tables_between(found: Level, level: Level) -> u64 {
+        let mut at = found;
+        let mut nr = 0;
+        while at < level {
+            at = at.below();
+            nr += 1;
+        }
+        nr
     }
 
     /// The frame and state of a single page that is mapped.
@@ -129,16 +133,13 @@ impl GuestMmu {
         Ok(tree.map(gfn, nr_pages, level, leaf, Pte::leaf, &mut env)?)
     }
 
-    /// Whether [`Self::map`] would find the tables it needs.
+    /// Whether [`Self::map`] would find so many tables.
     ///
     /// # Errors
-    /// `ENOMEM`, `ERANGE`.
-    pub(crate) fn reserve(&self, gfn: Gfn, level: Level, memcache: &[Pfn]) -> Result<(), Errno> {
-        if memcache.len() < Self::MIN_MEMCACHE {
-            return Err(Errno::ENOMEM);
-        }
-        let missing = self.tree.nr_missing(gfn, Self::SHAPE.pages_at(level), level)?;
-        match missing <= (memcache.len() + self.pool.len()) as u64 {
+    /// `ENOMEM`.
+    pub(crate) fn reserve(&self, nr_tables: u64, memcache: &[Pfn]) -> Result<(), Errno> {
+        let enough = nr_tables <= (memcache.len() + self.pool.len()) as u64;
+        match enough && memcache.len() >= Self::MIN_MEMCACHE {
             true => Ok(()),
             false => Err(Errno::ENOMEM),
         }

@@ -173,44 +173,40 @@ impl HostMmu {
         }
     }
 
-    /// Sees to it that [`Self::give`] and [`Self::take_back`] of these pages cannot fail.
+    /// Takes pages from the host: not mapped, nowhere remembered, and an annotation says who has them. If tables are
+    /// short, those of devices go first.
     ///
     /// # Errors
-    /// `ENOMEM` without tables, even after all of the devices' were dropped.
-    pub(crate) fn reserve(&mut self, pages: Pages) -> Result<(), Errno> {
-        for last_try in [false, true] {
-            let missing = self.tree.nr_missing(here(pages.start()), pages.nr(), Level::PAGE)?;
-            if missing <= self.pool.nr_free() {
-                return Ok(());
-            }
-            if !last_try {
+    /// `ENOMEM`, and nothing has changed.
+    pub(crate) fn give(&mut self, pages: Pages, owner: Owner, level: Level) -> Result<(), Errno> {
+        match self.annotate(pages, owner, level) {
+            Err(TableError::NoMemory) => {
                 self.drop_devices()?;
+                self.annotate(pages, owner, level)?;
             }
+            other => other?,
         }
-        Err(Errno::ENOMEM)
+        self.pages.set_host(pages, State::NoPage);
+        Ok(())
     }
 
-    /// Takes pages from the host: not mapped, nowhere remembered, and an annotation says who has them.
-    ///
-    /// # Errors
-    /// `ENOMEM`.
-    pub(crate) fn give(&mut self, pages: Pages, owner: Owner, level: Level) -> Result<(), Errno> {
+    fn annotate(&mut self, pages: Pages, owner: Owner, level: Level) -> Result<(), TableError> {
         let Self { tree, pool, tlbs, .. } = self;
         let mut env = Env { pool, tlbs };
         match owner {
             Owner::Guest(guest) if level == Level::PAGE && pages.nr() > 1 => {
+                // All of one table, so only the first can fail.
                 for (pfn, nth) in pages.iter().zip(0..) {
                     let payload = Owner::Guest(guest.after(nth)).payload();
                     tree.annotate(here(pfn), 1, Annotation::HostDonation, payload, &mut env)?;
                 }
+                Ok(())
             }
             _ => {
                 let pte = Pte::annotation(Annotation::HostDonation, owner.payload())?;
-                tree.annotate_at(here(pages.start()), pages.nr(), level, pte, &mut env)?;
+                tree.annotate_at(here(pages.start()), pages.nr(), level, pte, &mut env)
             }
         }
-        self.pages.set_host(pages, State::NoPage);
-        Ok(())
     }
 
     /// Gives pages to the host, mapped, in a state.

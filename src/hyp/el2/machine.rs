@@ -159,6 +159,12 @@ impl Machine {
     /// out of the map.
     pub(crate) fn check_allowed(&self, pfn: Pfn, nr_pages: u64) -> Result<(), Errno> {
         let last = pfn.checked_add(nr_pages.saturating_sub(1)).ok_or(Errno::EINVAL)?;
+        // Nearly always it is memory.
+        if let Some(region) = self.region_of(pfn) {
+            if region.kind == RegionKind::Memory && region.frames.contains(last) {
+                return Ok(());
+            }
+        }
         let at = self.regions.partition_point(|region| region.frames.end() <= pfn);
         match self.regions.get(at) {
             Some(region) if region.frames.contains(pfn) => match region.kind {

@@ -194,7 +194,6 @@ impl El2 {
         let machine = Arc::new(machine);
         let pool = FramePool::new(carveout);
         let mut host = HostMmu::new(Arc::clone(&machine), pool, nr_cpus)?;
-        host.reserve(carveout)?;
         host.give(carveout, Owner::Hyp, Level::PAGE)?;
         host.pages.set_hyp(carveout, State::Owned);
         let mut hyp = HypSpace::new(machine.end());

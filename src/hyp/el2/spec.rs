@@ -22,6 +22,7 @@ pub(crate) enum SpecPage {
     HostAndHyp,
     /// The host's, shown to the secure world.
     HostAndFfa,
+    #[cfg(debug_assertions)]
     /// The host's, in non-protected guests, once for each time that it is mapped.
     HostAndGuests(Vec<GuestPage>),
     /// A protected guest's alone.

@@ -36,7 +36,13 @@ impl TableEnv for Bench {
 
 /// Three levels of four entries: 64 pages, blocks of 4 pages and of 16.
 fn tiny() -> Tree {
-    Tree::new(TableShape::new(3, 2, 2).unwrap(), Pfn::new(999))
+    let mut tree = Tree::new(TableShape::new(3, 2, 2).unwrap(), Pfn::new(999));
+    tree.trace = Some(Vec::new());
+    tree
+}
+
+fn trace(tree: &Tree) -> &[(Pte, Pte)] {
+    tree.trace.as_ref().unwrap()
 }
 
 fn leaf(pfn: u64, state: PageState) -> Leaf {
@@ -133,7 +139,7 @@ fn an_annotation_keeps_its_table_and_goes_with_an_unmap() {
 fn what_differs_in_permissions_alone_is_not_mapped_again() {
     let (mut tree, mut env) = (tiny(), Bench::new(10));
     map(&mut tree, 5, 1, Level::PAGE, owned(9), &mut env).unwrap();
-    let writes = tree.trace.len();
+    let writes = trace(&tree).len();
     let unchanged = Err(TableError::Unchanged);
     assert_eq!(map(&mut tree, 5, 1, Level::PAGE, owned(9), &mut env), unchanged);
     let read_only = Leaf { prot: Prot::R, ..owned(9) };
@@ -143,9 +149,9 @@ fn what_differs_in_permissions_alone_is_not_mapped_again() {
         unchanged,
         "not even in part"
     );
-    assert_eq!(tree.trace.len(), writes);
+    assert_eq!(trace(&tree).len(), writes);
     map(&mut tree, 5, 1, Level::PAGE, leaf(9, PageState::SharedOwned), &mut env).unwrap();
-    let last = &tree.trace[writes..];
+    let last = &trace(&tree)[writes..];
     assert_eq!((last.len(), last[0].1, env.invalidated.len()), (2, Pte::LOCKED, 1));
     let young = tree.adjust(Gfn::new(5), |pte| pte.aged(false)).unwrap();
     assert!(young.is_young() && !tree.get(Gfn::new(5)).unwrap().1.is_young());
@@ -159,7 +165,7 @@ fn want_of_tables_is_known_before_anything_changes() {
         // Pages 14 to 17 need two tables of each level.
         let got = map(&mut tree, 14, 4, Level::PAGE, owned(14), &mut env);
         assert_eq!(got, Err(TableError::NoMemory), "{free}");
-        assert_eq!((tree.trace.len(), env.free.len() as u64), (0, free));
+        assert_eq!((trace(&tree).len(), env.free.len() as u64), (0, free));
     }
     let (mut tree, mut env) = (tiny(), Bench::new(4));
     assert_eq!(tree.nr_missing(Gfn::new(14), 4, Level::PAGE), Ok(4));
@@ -189,7 +195,7 @@ fn impossible_ranges_are_refused() {
     }
     assert_eq!(tree.unmap(Gfn::new(1), u64::MAX, &mut env), beyond);
     assert_eq!(map(&mut tree, 60, 8, Level::PAGE, owned(1), &mut env), beyond);
-    assert_eq!((tree.trace.len(), env.free.len()), (0, 10));
+    assert_eq!((trace(&tree).len(), env.free.len()), (0, 10));
 }
 
 #[test]
@@ -227,7 +233,7 @@ fn behaves_like_a_map_of_entries_and_breaks_before_it_makes() {
             [Level::PAGE, Level::PAGE, Level::BLOCK_2M, Level::BLOCK_1G][random(4) as usize];
         let span = tree.shape().pages_at(level);
         let base = random(64) & !(span - 1);
-        tree.trace.clear();
+        tree.trace = Some(Vec::new());
         env.invalidated.clear();
         let state = [PageState::Owned, PageState::SharedOwned][random(2) as usize];
         let before = model.clone();
@@ -270,7 +276,7 @@ fn behaves_like_a_map_of_entries_and_breaks_before_it_makes() {
             }
         }
         let broken = |&(old, new): &(Pte, Pte)| !(old.is_valid() && new.is_valid());
-        assert!(tree.trace.iter().all(broken));
+        assert!(trace(&tree).iter().all(broken));
         assert_eq!(tree.nr_tables() + env.free.len(), 65);
         if step % 16 == 0 {
             sound(&tree);

@@ -44,7 +44,6 @@ fn what_is_given_away_splits_and_its_neighbours_come_back_when_touched() {
     host.abort(page.start()).unwrap();
     let guest = GuestPage { handle: 0x1234, gfn: Gfn::new(0x0fff_ffff) };
     for owner in [Owner::Hyp, Owner::Guest(guest)] {
-        host.reserve(page).unwrap();
         host.give(page, owner, Level::PAGE).unwrap();
         assert_eq!(host.owner(page.start()), Ok(Some(owner)));
         assert_eq!(host.abort(page.start()), Err(Errno::EPERM));
@@ -70,13 +69,13 @@ fn devices_give_their_tables_up_when_there_are_no_others() {
     host.abort(Pfn::new(3 * MEMORY + 0x150)).unwrap();
     assert_eq!((host.tree.nr_tables(), host.pool.nr_free()), (4, 0));
     let page = Pages::one(Pfn::new(MEMORY + 0x345));
-    host.reserve(page).unwrap();
     host.give(page, Owner::Hyp, Level::PAGE).unwrap();
     assert!(!level(&host, 3 * MEMORY + 0x150).1);
     // None is a device's now.
     let other = Pages::one(Pfn::new(2 * MEMORY + 0x345));
     let before = host.tree.nr_tables();
-    assert_eq!(host.reserve(other), Err(Errno::ENOMEM));
+    assert_eq!(host.give(other, Owner::Hyp, Level::PAGE), Err(Errno::ENOMEM));
+    assert_eq!(host.page(other.start()).host(), State::Owned);
     assert_eq!(host.tree.nr_tables(), before);
     host.abort(Pfn::new(2 * MEMORY)).unwrap();
     assert_eq!(host.abort(Pfn::new(3 * MEMORY + 1)), Err(Errno::ENOMEM));
@@ -90,7 +89,6 @@ fn a_cpu_remembers_until_it_is_told() {
     let found = host.translate(1, page.start()).unwrap();
     assert_eq!(found, Translation { pfn: page.start(), prot: Prot::RWX });
     assert_eq!(host.tlbs.remembered().count(), 1);
-    host.reserve(page).unwrap();
     host.give(page, Owner::Hyp, Level::PAGE).unwrap();
     assert_eq!(host.tlbs.remembered().count(), 0);
     assert_eq!(host.translate(1, page.start()), Err(Errno::EPERM));

@@ -9,6 +9,7 @@ mod pvm;
 mod random;
 mod rules;
 mod shares;
+mod taint;
 mod threads;
 
 use super::access::{Bytes, GuestStop, KernelOutcome, Signal};

@@ -1,7 +1,5 @@
 //! Several CPUs at once.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
 use super::*;
 
 /// A vCPU writes its own bytes; the host takes the page by force, clears it, and must never read what the guest wrote after.
@@ -9,14 +7,14 @@ use super::*;
 fn a_page_that_is_taken_is_never_read_with_the_guests_bytes() {
     let world = World::new();
     let guest = world.running(true);
-    let next = std::sync::atomic::AtomicU64::new(0);
-    let over = AtomicBool::new(false);
+    // Which page the guest is at; none when it is over.
+    let next = Mutex::new(Some(0));
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            while !over.load(Ordering::SeqCst) {
-                let gfn = 0x10 + next.load(Ordering::SeqCst);
+            loop {
+                let Some(nth) = *next.lock() else { return };
                 // Refused before it is given and after it is taken.
-                world.store(gfn, &[0xaa; 4096]).ok();
+                world.store(0x10 + nth, &[0xaa; 4096]).ok();
             }
         });
         for nth in 0..200 {
@@ -24,7 +22,7 @@ fn a_page_that_is_taken_is_never_read_with_the_guests_bytes() {
             // The guest's CPU is busy; its lock is waited for.
             world.top_up(guest, 0, 2);
             world.donate(pfn, 0x10 + nth).unwrap();
-            next.store(nth, Ordering::SeqCst);
+            *next.lock() = Some(nth);
             let mut buf = [0xee; 4096];
             let outcome = world.el2.kernel_alias(1, Pa::new(pfn << 12), Bytes::Load(&mut buf));
             assert_eq!(outcome, KernelOutcome::DoneAfterReclaim);
@@ -32,7 +30,7 @@ fn a_page_that_is_taken_is_never_read_with_the_guests_bytes() {
             world.el2.uaccess(1, Pa::new(pfn << 12), Bytes::Load(&mut buf)).unwrap();
             assert!(buf.iter().all(|&byte| byte == 0), "bytes written after it was taken");
         }
-        over.store(true, Ordering::SeqCst);
+        *next.lock() = None;
     });
     world.sound();
 }

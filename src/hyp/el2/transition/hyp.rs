@@ -118,9 +118,8 @@ pub(crate) fn donate_hyp(
     host.check_state(pages, State::Owned)?;
     host.check_hyp_state(pages, State::NoPage)?;
     no_dma(host, pages)?;
-    host.reserve(pages)?;
-    host.pages.set_hyp(pages, State::Owned);
     host.give(pages, Owner::Hyp, Level::PAGE)?;
+    host.pages.set_hyp(pages, State::Owned);
     hyp.map(pages);
     pages.iter().for_each(|pfn| host.spec.step(pfn, SpecPage::Hyp));
     touched(host, pages);

@@ -66,7 +66,7 @@ pub(crate) fn share_guest(
         return Err(Errno::EINVAL);
     }
     host.machine().check_allowed(pfn, nr_pages)?;
-    guest.check_state(gfn, nr_pages, State::NoPage)?;
+    let nr_missing = guest.check_vacant(gfn, range.level)?;
     for pfn in pages.iter() {
         let page = host.page(pfn);
         match page.host() {
@@ -77,7 +77,7 @@ pub(crate) fn share_guest(
             _ => return Err(Errno::EPERM),
         }
     }
-    guest.reserve(gfn, range.level, memcache)?;
+    guest.reserve(nr_missing, memcache)?;
 
     for (pfn, nth) in pages.iter().zip(0..) {
         host.pages.update(pfn, |page| {

@@ -35,10 +35,9 @@ pub(crate) fn donate_guest(
     if pages.iter().any(|pfn| host.page(pfn).nr_pins > 0) {
         return Err(Errno::EINVAL);
     }
-    guest.check_state(gfn, nr_pages, State::NoPage)?;
     let level = if nr_pages == HUGE_PAGES { Level::BLOCK_2M } else { Level::PAGE };
-    guest.reserve(gfn, level, memcache)?;
-    host.reserve(pages)?;
+    let nr_missing = guest.check_vacant(gfn, level)?;
+    guest.reserve(nr_missing, memcache)?;
 
     let annotated = if profile.annotates_blocks() { level } else { Level::PAGE };
     host.give(pages, Owner::Guest(guest.at(gfn)), annotated)?;
@@ -90,7 +89,6 @@ pub(crate) fn guest_unshare_host(
         return Err(Errno::EPERM);
     }
     host.check_state(page, State::SharedBorrowed)?;
-    host.reserve(page)?;
 
     host.give(page, Owner::Guest(guest.at(gfn)), Level::PAGE)?;
     guest.set_state(gfn, PageState::Owned)?;
@@ -144,8 +142,8 @@ pub(crate) fn split_guest(
         return Err(Errno::EINVAL);
     }
     host.check_state(pages, State::NoPage)?;
-    guest.reserve(gfn, Level::PAGE, memcache)?;
-    host.reserve(pages)?;
+    // A table, for what was an entry.
+    guest.reserve(1, memcache)?;
 
     // All under the guest's lock: no vCPU sees the block gone and the pages not there yet.
     host.give(pages, Owner::Guest(guest.at(gfn)), Level::PAGE)?;
