@@ -39,7 +39,7 @@
 //! A guest here is whatever code the VMM runs against a [`Vcpu`]. Nothing that it passes in is
 //! trusted: any address and any register value gets an answer or an exit.
 
-#[cfg_attr(not(test), allow(dead_code, reason = "until hyp/pkvm is built on it"))]
+#[cfg_attr(not(test), expect(dead_code, reason = "until hyp/pkvm is built on it"))]
 mod el2;
 mod exit;
 mod hypercall;

@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use gmem::addr;
 use gmem::hyp::linux::{
     Alias, GuestAct as Act, Linux, MemoryId, PageKind, Place, Raised, Ran, Slot, SlotAccess,
-    SlotLog, UserSignal, VcpuId, VmId, VmKind as Kind,
+    SlotLog, UserSignal, VcpuId, VcpuNumber, VmId, VmKind as Kind,
 };
+use gmem::hyp::pkvm::MemslotId;
 use pkvm_oracle::{
     Backing, Errno, GuestAct, HostAct, Ipa, MEM_SHARE, MEM_UNSHARE, Machine, Name, Observation,
     Size, SlotFlags, Step, VcpuName, VmKind,
@@ -90,7 +91,7 @@ impl Simulated {
             }
             Step::Vcpu(name) => {
                 let Some(&vm) = self.vms.get(&name.vm) else { return Ok(Observation::Nothing) };
-                let vcpu = self.linux.create_vcpu(vm, name.index)?;
+                let vcpu = self.linux.create_vcpu(vm, VcpuNumber(name.index))?;
                 self.vcpus.insert(name.clone(), vcpu);
             }
             Step::Guest(name, act) => return Ok(self.guest(name, *act)),
@@ -119,9 +120,15 @@ impl Simulated {
         Ok(Observation::Ok)
     }
 
-    fn set_slot(&mut self, vm: &Name, number: u16, new: Slot) -> Result<Observation, gmem::error::Errno> {
+    fn set_slot(
+        &mut self,
+        vm: &Name,
+        number: u16,
+        new: Slot,
+    ) -> Result<Observation, gmem::error::Errno> {
         let Some(&id) = self.vms.get(vm) else { return Ok(Observation::Nothing) };
-        self.linux.set_slot(id, number, new)?;
+        let slot = MemslotId::from_u16(number).ok_or(gmem::error::Errno::EINVAL)?;
+        self.linux.set_slot(id, slot, new)?;
         let key = (vm.clone(), number);
         match new.nr_pages {
             0 => self.slots.remove(&key),
@@ -181,24 +188,27 @@ impl Simulated {
     fn host(&mut self, act: HostAct, place: Place) -> Result<Observation, gmem::error::Errno> {
         let linux = &mut self.linux;
         Ok(match act {
-            HostAct::Load => linux.load(place).map_or_else(raised, Observation::Byte),
+            HostAct::Load => linux.load_u8(place).map_or_else(raised, Observation::Byte),
             HostAct::Store(byte) => {
-                linux.store(place, byte).map_or_else(raised, |()| Observation::Ok)
+                linux.store_u8(place, byte).map_or_else(raised, |()| Observation::Ok)
             }
-            HostAct::ForkLoad => linux.fork_load(place).map_or_else(raised, Observation::Byte),
-            HostAct::Write => Observation::Byte(linux.copy_out(place)?),
-            HostAct::VmRead => Observation::Byte(linux.alias_load(place, Alias::ProcessVm)?),
-            HostAct::MemRead => Observation::Byte(linux.alias_load(place, Alias::ProcMem)?),
-            HostAct::Splice => Observation::Byte(linux.alias_load(place, Alias::Splice)?),
+            HostAct::ForkLoad => linux.fork_load_u8(place).map_or_else(raised, Observation::Byte),
+            HostAct::Write => Observation::Byte(linux.copy_out_u8(place)?),
+            HostAct::VmRead => Observation::Byte(linux.alias_load_u8(place, Alias::ProcessVm)?),
+            HostAct::MemRead => Observation::Byte(linux.alias_load_u8(place, Alias::ProcMem)?),
+            HostAct::Splice => Observation::Byte(linux.alias_load_u8(place, Alias::Splice)?),
             HostAct::Pin => ok(linux.hold(place)?),
-            HostAct::FileRead => Observation::Byte(linux.alias_load(place, Alias::File)?),
-            HostAct::Read(byte) => ok(linux.copy_in(place, byte)?),
-            HostAct::VmWrite(byte) => ok(linux.alias_store(place, Alias::ProcessVm, byte)?),
-            HostAct::MemWrite(byte) => ok(linux.alias_store(place, Alias::ProcMem, byte)?),
-            HostAct::FileWrite(byte) => ok(linux.alias_store(place, Alias::File, byte)?),
+            HostAct::FileRead => Observation::Byte(linux.alias_load_u8(place, Alias::File)?),
+            HostAct::Read(byte) => ok(linux.copy_in_u8(place, byte)?),
+            HostAct::VmWrite(byte) => ok(linux.alias_store_u8(place, Alias::ProcessVm, byte)?),
+            HostAct::MemWrite(byte) => ok(linux.alias_store_u8(place, Alias::ProcMem, byte)?),
+            HostAct::FileWrite(byte) => ok(linux.alias_store_u8(place, Alias::File, byte)?),
             HostAct::Discard => ok(linux.discard(place)?),
             HostAct::Punch => ok(linux.punch(place)?),
-            HostAct::Unmap => ok(linux.unmap(place)),
+            HostAct::Unmap => {
+                linux.unmap(place);
+                Observation::Ok
+            }
             HostAct::Protect => ok(linux.protect(place)?),
             HostAct::Lock => ok(linux.lock(place)?),
             HostAct::Unlock => ok(linux.unlock(place)?),

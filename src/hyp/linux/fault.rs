@@ -125,7 +125,11 @@ impl Linux {
             }
             self.hide(vm, old, mapped);
         }
-        let inside: Vec<_> = self.vms[vm.0].mapped.range(start..start + nr_pages).map(|(&at, &mapped)| (at, mapped)).collect();
+        let inside: Vec<_> = self.vms[vm.0]
+            .mapped
+            .range(start..start + nr_pages)
+            .map(|(&at, &mapped)| (at, mapped))
+            .collect();
         inside.into_iter().for_each(|(at, mapped)| self.hide(vm, Gfn::new(at), mapped));
         self.el2.call(CPU, HostCall::ShareGuest, [pfn.get(), start, nr_pages, prot])?;
         self.vms[vm.0].mapped.insert(start, Mapped { pfn, nr_pages });
@@ -154,11 +158,13 @@ impl Linux {
     }
 
     /// A slot has gone or moved: guests lose what no slot has any more.
-    pub(super) fn lose_outside_of_slots(&mut self, _number: u16) {
+    pub(super) fn lose_outside_of_slots(&mut self) {
         let mut lost = Vec::new();
         for (id, vm) in self.vms.iter().filter(|(_, vm)| vm.kind == VmKind::Plain) {
             let outside = |&(&start, _): &(&u64, &Mapped)| vm.slot_at(Gfn::new(start)).is_none();
-            lost.extend(vm.mapped.iter().filter(outside).map(|(&at, &mapped)| (VmId(id), at, mapped)));
+            lost.extend(
+                vm.mapped.iter().filter(outside).map(|(&at, &mapped)| (VmId(id), at, mapped)),
+            );
         }
         lost.into_iter().for_each(|(vm, at, mapped)| self.hide(vm, Gfn::new(at), mapped));
     }

@@ -160,11 +160,13 @@ impl Frames {
     }
 
     /// How many frames processes, page caches and pins hold.
+    #[cfg(test)]
     pub(super) fn nr_held(&self) -> usize {
         self.refs.len()
     }
 
     /// Frames of the kernel's own that are free.
+    #[cfg(test)]
     pub(super) fn nr_kernel_free(&self) -> usize {
         self.kernel.len()
     }

@@ -9,6 +9,7 @@ use crate::addr::{Gfn, Ipa, Pa, Pfn};
 use crate::error::Errno;
 use crate::geometry::{HUGE_PAGES, PAGE_BYTES};
 use crate::hyp::el2::{HostCall, nr_pgd_pages, nr_vcpu_pages, nr_vm_pages};
+use crate::hyp::pkvm::MemslotId;
 
 /// A VM of the process's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -17,6 +18,10 @@ pub struct VmId(pub(super) usize);
 /// A vCPU of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct VcpuId(pub(super) usize);
+
+/// KVM's number of a vCPU, the VMM's choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct VcpuNumber(pub u8);
 
 /// The type of a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -74,14 +79,14 @@ pub(super) struct Mapped {
 #[derive(Debug)]
 pub(super) struct Vm {
     pub(super) kind: VmKind,
-    pub(super) slots: BTreeMap<u16, Slot>,
+    pub(super) slots: BTreeMap<MemslotId, Slot>,
     /// What the guest has, by its first frame number.
     pub(super) mapped: BTreeMap<u64, Mapped>,
     /// The descriptor, vCPUs, guest_memfds. The VM lives as long as one of them.
     pub(super) nr_holders: usize,
     is_open: bool,
     nr_vcpus: u64,
-    ids: BTreeMap<u8, VcpuId>,
+    ids: BTreeMap<VcpuNumber, VcpuId>,
     /// The program's memory, once a vCPU has brought it.
     program: Option<MemoryId>,
     made: Option<Made>,
@@ -100,7 +105,6 @@ pub(super) struct Vcpu {
     pub(super) vm: VmId,
     /// In the order of their creation.
     idx: u64,
-    id: u8,
     has_fd: bool,
     /// Whether the run structure is mapped.
     has_run: bool,
@@ -112,7 +116,6 @@ pub(super) struct Vcpu {
 
 /// The memslot of the program.
 const PROGRAM_SLOT: u16 = 500;
-const NR_IDS: u64 = 512;
 /// Guest frame numbers that a VM has.
 pub(super) const GFN_LIMIT: u64 = 1 << (40 - 12);
 /// Pages for tables that a vCPU has at hand when it faults.
@@ -129,7 +132,7 @@ impl Slot {
 
     /// The page of the memory that is at a guest frame.
     pub(super) fn page_at(&self, gfn: Gfn) -> u64 {
-        self.first_page + (gfn.get() - self.gfn())
+        self.first_page.saturating_add(gfn.get() - self.gfn())
     }
 
     /// Where the guest has a page of the memory.
@@ -189,10 +192,11 @@ impl Linux {
     /// `EBADF` if the VM is closed, else in this order: `EINVAL` for what is misaligned, wraps around, is no such slot to
     /// delete, or changes size, memory or access of one; `EEXIST` for what overlaps another; `EPERM` for what a
     /// protected VM may not have, or not any more; `EFAULT` beyond the guest's addresses.
-    pub fn set_slot(&mut self, vm: VmId, number: u16, slot: Slot) -> Result<(), Errno> {
+    pub fn set_slot(&mut self, vm: VmId, number: MemslotId, slot: Slot) -> Result<(), Errno> {
         let vm = self.open_vm(vm).ok_or(Errno::EBADF)?;
-        let bytes = slot.nr_pages * PAGE_BYTES as u64;
-        if !slot.ipa.is_page_aligned() || slot.ipa.get().checked_add(bytes).is_none() {
+        let bytes = slot.nr_pages.checked_mul(PAGE_BYTES as u64);
+        let end = bytes.and_then(|bytes| slot.ipa.get().checked_add(bytes));
+        if !slot.ipa.is_page_aligned() || end.is_none() {
             return Err(Errno::EINVAL);
         }
         let old = vm.slots.get(&number).copied();
@@ -203,7 +207,7 @@ impl Linux {
                 return Err(Errno::EPERM);
             }
             vm.slots.remove(&number);
-            self.lose_outside_of_slots(number);
+            self.lose_outside_of_slots();
             return Ok(());
         }
         let mut moves = old.is_none();
@@ -218,7 +222,8 @@ impl Linux {
             moves = old.ipa != slot.ipa;
         }
         let end = slot.gfn() + slot.nr_pages;
-        let overlaps = |other: &Slot| slot.gfn() < other.gfn() + other.nr_pages && other.gfn() < end;
+        let overlaps =
+            |other: &Slot| slot.gfn() < other.gfn() + other.nr_pages && other.gfn() < end;
         let mut others = vm.slots.iter().filter(|&(&other, _)| other != number);
         if moves && others.any(|(_, other)| overlaps(other)) {
             return Err(Errno::EEXIST);
@@ -233,7 +238,7 @@ impl Linux {
         }
         vm.slots.insert(number, slot);
         if is_change {
-            self.lose_outside_of_slots(number);
+            self.lose_outside_of_slots();
         }
         Ok(())
     }
@@ -241,12 +246,9 @@ impl Linux {
     /// `KVM_CREATE_VCPU`. The first one brings the program.
     ///
     /// # Errors
-    /// `EBADF` if the VM is closed, `EINVAL` for a number that is too large, `EEXIST` for one that is taken.
-    pub fn create_vcpu(&mut self, vm: VmId, id: u8) -> Result<VcpuId, Errno> {
+    /// `EBADF` if the VM is closed, `EEXIST` for a number that is taken.
+    pub fn create_vcpu(&mut self, vm: VmId, id: VcpuNumber) -> Result<VcpuId, Errno> {
         let found = self.open_vm(vm).ok_or(Errno::EBADF)?;
-        if u64::from(id) >= NR_IDS {
-            return Err(Errno::EINVAL);
-        }
         if found.ids.contains_key(&id) {
             return Err(Errno::EEXIST);
         }
@@ -263,14 +265,15 @@ impl Linux {
                 access: SlotAccess::ReadWrite,
                 log: SlotLog::None,
             };
-            self.set_slot(vm, PROGRAM_SLOT, slot)?;
+            let number = MemslotId::from_u16(PROGRAM_SLOT).ok_or(Errno::EINVAL)?;
+            self.set_slot(vm, number, slot)?;
             self.vms[vm.0].program = Some(memory);
         }
         let found = &mut self.vms[vm.0];
         let idx = found.nr_vcpus;
         found.nr_vcpus += 1;
         found.nr_holders += 1;
-        let vcpu = Vcpu { vm, idx, id, has_fd: true, has_run: true, host_at: None, at: None };
+        let vcpu = Vcpu { vm, idx, has_fd: true, has_run: true, host_at: None, at: None };
         let id_of = VcpuId(self.vcpus.insert(vcpu));
         found.ids.insert(id, id_of);
         Ok(id_of)
@@ -400,17 +403,23 @@ impl Linux {
         for (&gfn, &Mapped { pfn, nr_pages }) in &vm.mapped {
             match vm.kind {
                 VmKind::Protected => {
-                    let _ = self.el2.call(CPU, HostCall::ReclaimDyingGuestPage, [made.handle, gfn, 0, 0]);
+                    let _ = self.el2.call(
+                        CPU,
+                        HostCall::ReclaimDyingGuestPage,
+                        [made.handle, gfn, 0, 0],
+                    );
                     self.locked.uncharge();
                     self.frames.unpin(pfn);
                 }
                 VmKind::Plain => {
-                    let _ = self.el2.call(CPU, HostCall::UnshareGuest, [made.handle, gfn, nr_pages, 0]);
+                    let _ =
+                        self.el2.call(CPU, HostCall::UnshareGuest, [made.handle, gfn, nr_pages, 0]);
                 }
             }
         }
         let _ = self.el2.call(CPU, HostCall::FinalizeTeardownVm, [made.handle, 0, 0, 0]);
-        let returned = std::mem::take(&mut self.el2.machine().host_struct(made.kvm).lock().returned);
+        let returned =
+            std::mem::take(&mut self.el2.machine().host_struct(made.kvm).lock().returned);
         returned.into_iter().for_each(|at| self.frames.free_kernel_page(at));
         for at in vcpus.iter().filter_map(|vcpu| vcpu.host_at) {
             let unused = std::mem::take(&mut self.el2.machine().host_struct(at).lock().memcache);

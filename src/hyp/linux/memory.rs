@@ -1,10 +1,10 @@
 //! What the process has mapped, and the frame behind a page of it.
 
-use super::kvm::VmId;
 use super::Linux;
+use super::kvm::VmId;
 use crate::addr::Pfn;
 use crate::error::Errno;
-use crate::geometry::{HUGE_PAGES, index};
+use crate::geometry::{HUGE_PAGES, PAGE_BYTES, index};
 
 /// A mapping of the process, made by one `mmap`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -44,6 +44,9 @@ pub struct Place {
     /// Bytes from the start of that page.
     pub offset: u64,
 }
+
+/// A mapping of more is more than the machine has, many times over.
+const MOST_PAGES: u64 = 1 << 20;
 
 /// What an access wants of a mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,6 +127,9 @@ impl Linux {
         nr_pages: u64,
         kind: PageKind,
     ) -> Result<MemoryId, Errno> {
+        if nr_pages > MOST_PAGES {
+            return Err(Errno::ENOMEM);
+        }
         let is_huge = kind == PageKind::Huge || backing == Backing::Hugetlb;
         if nr_pages == 0 || backing == Backing::Hugetlb && nr_pages % HUGE_PAGES != 0 {
             return Err(Errno::EINVAL);
@@ -177,6 +183,7 @@ impl Linux {
     /// A page of a memory that has it.
     pub(super) fn has_page(&self, place: Place) -> bool {
         let memory = self.memories.get(place.memory.0);
-        memory.is_some_and(|memory| place.page < memory.vmas.len() as u64) && place.offset < 4096
+        memory.is_some_and(|memory| place.page < memory.vmas.len() as u64)
+            && place.offset < PAGE_BYTES as u64
     }
 }

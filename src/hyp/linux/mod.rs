@@ -32,7 +32,7 @@ use self::memory::Memory;
 use super::el2::{El2, Profile};
 use crate::error::Errno;
 
-pub use self::kvm::{Slot, SlotAccess, SlotLog, VcpuId, VmId, VmKind};
+pub use self::kvm::{Slot, SlotAccess, SlotLog, VcpuId, VcpuNumber, VmId, VmKind};
 pub use self::memory::{Backing, MemoryId, PageKind, Place};
 pub use self::reach::{Alias, Raised, UserSignal};
 pub use self::run::{GuestAct, Ran};

@@ -53,7 +53,7 @@ impl Linux {
     ///
     /// # Errors
     /// The signal.
-    pub fn load(&mut self, place: Place) -> Result<u8, Raised> {
+    pub fn load_u8(&mut self, place: Place) -> Result<u8, Raised> {
         let frame = self.user_frame(place, Want::Read)?;
         let Some(pfn) = frame else { return Ok(0) };
         let mut byte = [0];
@@ -65,13 +65,21 @@ impl Linux {
     ///
     /// # Errors
     /// The signal.
-    pub fn store(&mut self, place: Place, byte: u8) -> Result<(), Raised> {
+    pub fn store_u8(&mut self, place: Place, byte: u8) -> Result<(), Raised> {
         let Some(pfn) = self.user_frame(place, Want::Write)? else { return Ok(()) };
         self.el2.user(CPU, at(pfn, place), Bytes::Store(&[byte])).map_err(raised)
     }
 
+    /// The frame behind a place, if there is such a place.
+    fn frame_at(&mut self, place: Place, want: Want) -> Result<Option<Pfn>, NoFrame> {
+        match self.has_page(place) {
+            true => self.frame_of(place.memory, place.page, want),
+            false => Err(NoFrame::Unmapped),
+        }
+    }
+
     fn user_frame(&mut self, place: Place, want: Want) -> Result<Option<Pfn>, Raised> {
-        self.frame_of(place.memory, place.page, want).map_err(|why| match why {
+        self.frame_at(place, want).map_err(|why| match why {
             NoFrame::Unmapped => Raised::UNMAPPED,
             NoFrame::Denied => Raised::DENIED,
             NoFrame::Exhausted => Raised::BROKEN,
@@ -82,8 +90,8 @@ impl Linux {
     ///
     /// # Errors
     /// `EFAULT`.
-    pub fn copy_out(&mut self, place: Place) -> Result<u8, Errno> {
-        let frame = self.frame_of(place.memory, place.page, Want::Read);
+    pub fn copy_out_u8(&mut self, place: Place) -> Result<u8, Errno> {
+        let frame = self.frame_at(place, Want::Read);
         let Some(pfn) = frame.map_err(|_| Errno::EFAULT)? else { return Ok(0) };
         let mut byte = [0];
         self.el2.uaccess(CPU, at(pfn, place), Bytes::Load(&mut byte))?;
@@ -94,8 +102,8 @@ impl Linux {
     ///
     /// # Errors
     /// `EFAULT`.
-    pub fn copy_in(&mut self, place: Place, byte: u8) -> Result<(), Errno> {
-        let frame = self.frame_of(place.memory, place.page, Want::Write);
+    pub fn copy_in_u8(&mut self, place: Place, byte: u8) -> Result<(), Errno> {
+        let frame = self.frame_at(place, Want::Write);
         let Some(pfn) = frame.map_err(|_| Errno::EFAULT)? else { return Ok(()) };
         self.el2.uaccess(CPU, at(pfn, place), Bytes::Store(&[byte]))
     }
@@ -105,10 +113,10 @@ impl Linux {
     /// # Errors
     /// `EBADF` without a file, `EFAULT` (`EIO` by `/proc`) where nothing is mapped. `EIO` where a real kernel would
     /// have stopped.
-    pub fn alias_load(&mut self, place: Place, alias: Alias) -> Result<u8, Errno> {
+    pub fn alias_load_u8(&mut self, place: Place, alias: Alias) -> Result<u8, Errno> {
         let frame = match alias {
             Alias::File => self.file_frame(place)?,
-            _ => self.frame_of(place.memory, place.page, Want::Read).map_err(|_| refused(alias))?,
+            _ => self.frame_at(place, Want::Read).map_err(|_| refused(alias))?,
         };
         let Some(pfn) = frame else { return Ok(0) };
         self.kernel_load(at(pfn, place))
@@ -117,9 +125,9 @@ impl Linux {
     /// The same for a store.
     ///
     /// # Errors
-    /// As [`Self::alias_load`], and where the mapping denies it: `EFAULT`, or `EIO` by `/proc`, where a kernel may be built
+    /// As [`Self::alias_load_u8`], and where the mapping denies it: `EFAULT`, or `EIO` by `/proc`, where a kernel may be built
     /// to let only debuggers write there.
-    pub fn alias_store(&mut self, place: Place, alias: Alias, byte: u8) -> Result<(), Errno> {
+    pub fn alias_store_u8(&mut self, place: Place, alias: Alias, byte: u8) -> Result<(), Errno> {
         let frame = match alias {
             Alias::File => match self.file_frame(place)? {
                 Some(pfn) => Some(pfn),
@@ -128,7 +136,7 @@ impl Linux {
                     Some(brought.map_err(|_| Errno::ENOMEM)?)
                 }
             },
-            _ => self.frame_of(place.memory, place.page, Want::Write).map_err(|_| refused(alias))?,
+            _ => self.frame_at(place, Want::Write).map_err(|_| refused(alias))?,
         };
         let Some(pfn) = frame else { return Ok(()) };
         match self.el2.kernel_alias(CPU, at(pfn, place), Bytes::Store(&[byte])) {
@@ -142,7 +150,7 @@ impl Linux {
     /// # Errors
     /// `EFAULT` where nothing is mapped.
     pub fn hold(&mut self, place: Place) -> Result<(), Errno> {
-        let frame = self.frame_of(place.memory, place.page, Want::Read);
+        let frame = self.frame_at(place, Want::Read);
         frame.map(drop).map_err(|_| Errno::EFAULT)
     }
 
@@ -155,6 +163,9 @@ impl Linux {
     }
 
     fn file_frame(&self, place: Place) -> Result<Option<Pfn>, Errno> {
+        if !self.has_page(place) {
+            return Err(Errno::EFAULT);
+        }
         let memory = self.memories.get(place.memory.0).filter(|memory| memory.has_file());
         let memory = memory.ok_or(Errno::EBADF)?;
         Ok(memory.frames.get(index(place.page)).copied().flatten())
@@ -165,9 +176,14 @@ impl Linux {
     ///
     /// # Errors
     /// The child's signal.
-    pub fn fork_load(&mut self, place: Place) -> Result<u8, Raised> {
+    pub fn fork_load_u8(&mut self, place: Place) -> Result<u8, Raised> {
         // What the process has alone is write-protected for the copy: whoever is shown it loses it, and faults anew.
-        let private: Vec<_> = self.memories.iter().filter(|(_, memory)| memory.is_private()).map(|(id, memory)| (MemoryId(id), memory.frames.len() as u64)).collect();
+        let private: Vec<_> = self
+            .memories
+            .iter()
+            .filter(|(_, memory)| memory.is_private())
+            .map(|(id, memory)| (MemoryId(id), memory.frames.len() as u64))
+            .collect();
         for (memory, nr_pages) in private {
             (0..nr_pages).for_each(|page| self.dropped_by_host(memory, page));
         }
@@ -186,7 +202,7 @@ impl Linux {
         for pfn in copied {
             self.kernel_load(pfn.pa()).map_err(|_| Raised::BROKEN)?;
         }
-        self.load(place)
+        self.load_u8(place)
     }
 
     /// `madvise(MADV_DONTNEED)`.
@@ -228,6 +244,9 @@ impl Linux {
 
     /// `munmap`.
     pub fn unmap(&mut self, place: Place) {
+        if !self.has_page(place) {
+            return;
+        }
         self.dropped_by_host(place.memory, place.page);
         self.forget_private(place.memory, place.page);
         let vma = self.memories[place.memory.0].vmas[index(place.page)].take();
@@ -274,7 +293,7 @@ impl Linux {
         let is_private = self.memories[place.memory.0].is_private();
         let want = if is_private { Want::Write } else { Want::Read };
         // Where the mapping denies writes there is nothing to bring.
-        let _ = self.frame_of(place.memory, place.page, want);
+        let _ = self.frame_at(place, want);
         Ok(())
     }
 
