@@ -170,18 +170,19 @@ impl Tree {
         if (gfn.get() | leaf.pfn.get() | nr_pages) & (span - 1) != 0 {
             return Err(TableError::Invalid);
         }
+        if nr_pages == span {
+            return self.put(gfn, level, make(level, leaf)?, env);
+        }
         let last = leaf.pfn.checked_add(nr_pages).ok_or(TableError::Invalid)?;
         make(level, Leaf { pfn: last, ..leaf })?;
         let entry_of = |done: u64| {
             let pfn = leaf.pfn.checked_add(done).ok_or(TableError::Invalid)?;
             Ok((Gfn::new(gfn.get() + done), make(level, Leaf { pfn, ..leaf })?))
         };
-        if nr_pages > span {
-            self.can_put(gfn, nr_pages, level, env)?;
-            for done in (0..nr_pages).step_by(index(span)) {
-                let (gfn, new) = entry_of(done)?;
-                self.changes(self.walk(gfn, level)?, level, new)?;
-            }
+        self.can_put(gfn, nr_pages, level, env)?;
+        for done in (0..nr_pages).step_by(index(span)) {
+            let (gfn, new) = entry_of(done)?;
+            self.changes(self.walk(gfn, level)?, level, new)?;
         }
         for done in (0..nr_pages).step_by(index(span)) {
             let (gfn, new) = entry_of(done)?;
@@ -233,9 +234,10 @@ impl Tree {
         if (gfn.get() | nr_pages) & (span - 1) != 0 || level < self.shape.root() {
             return Err(TableError::Invalid);
         }
-        if nr_pages > span {
-            self.can_put(gfn, nr_pages, level, env)?;
+        if nr_pages == span {
+            return self.put(gfn, level, annotation, env);
         }
+        self.can_put(gfn, nr_pages, level, env)?;
         for done in (0..nr_pages).step_by(index(span)) {
             self.put(Gfn::new(gfn.get() + done), level, annotation, env)?;
         }

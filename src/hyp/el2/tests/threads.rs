@@ -2,6 +2,15 @@
 
 use super::*;
 
+/// Ends the guest's thread, also when the host's has failed.
+struct Over<'a>(&'a Mutex<Option<u64>>);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        *self.0.lock() = None;
+    }
+}
+
 /// A vCPU writes its own bytes; the host takes the page by force, clears it, and must never read what the guest wrote after.
 #[test]
 fn a_page_that_is_taken_is_never_read_with_the_guests_bytes() {
@@ -17,12 +26,16 @@ fn a_page_that_is_taken_is_never_read_with_the_guests_bytes() {
                 world.store(0x10 + nth, &[0xaa; 4096]).ok();
             }
         });
+        let _over = Over(&next);
         for nth in 0..200 {
             let pfn = GUEST + nth % 8;
             // The guest's CPU is busy; its lock is waited for.
             world.top_up(guest, 0, 2);
             world.donate(pfn, 0x10 + nth).unwrap();
             *next.lock() = Some(nth);
+            while world.bytes(pfn)[0] != 0xaa {
+                std::thread::yield_now();
+            }
             let mut buf = [0xee; 4096];
             let outcome = world.el2.kernel_alias(1, Pa::new(pfn << 12), Bytes::Load(&mut buf));
             assert_eq!(outcome, KernelOutcome::DoneAfterReclaim);
@@ -30,7 +43,6 @@ fn a_page_that_is_taken_is_never_read_with_the_guests_bytes() {
             world.el2.uaccess(1, Pa::new(pfn << 12), Bytes::Load(&mut buf)).unwrap();
             assert!(buf.iter().all(|&byte| byte == 0), "bytes written after it was taken");
         }
-        *next.lock() = None;
     });
     world.sound();
 }
