@@ -145,10 +145,16 @@ impl GuestMemfd {
 }
 
 /// The ranges as runs that neither overlap nor touch, in ascending order.
+#[inline]
 fn ascending(op: Op, ranges: &[PgoffRange]) -> Result<Cow<'_, [PgoffRange]>, Error> {
-    if ranges.windows(2).all(|pair| matches!(pair, [one, next] if one.end() < next.start())) {
-        return Ok(Cow::Borrowed(ranges));
+    let are_apart = |pair: &[PgoffRange]| matches!(pair, [one, next] if one.end() < next.start());
+    match ranges.len() < 2 || ranges.windows(2).all(are_apart) {
+        true => Ok(Cow::Borrowed(ranges)),
+        false => Ok(Cow::Owned(sorted(op, ranges)?)),
     }
+}
+
+fn sorted(op: Op, ranges: &[PgoffRange]) -> Result<Vec<PgoffRange>, Error> {
     let mut sorted: Vec<PgoffRange> = Vec::new();
     if fails(FailPoint::Memory) || sorted.try_reserve_exact(ranges.len()).is_err() {
         return Err(Error::new(op, ErrorKind::Exhausted));
@@ -162,7 +168,7 @@ fn ascending(op: Op, ranges: &[PgoffRange]) -> Result<Cow<'_, [PgoffRange]>, Err
         }
         None => false,
     });
-    Ok(Cow::Owned(sorted))
+    Ok(sorted)
 }
 
 impl Inner {

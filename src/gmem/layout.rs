@@ -79,13 +79,21 @@ pub(super) struct HidesIfPanicking<'a> {
 }
 
 impl Drop for HidesIfPanicking<'_> {
+    #[inline]
     fn drop(&mut self) {
         if std::thread::panicking() {
-            for (pages, word) in self.object.spans(self.object.pages) {
-                if word.phase() == Phase::Quarantined {
-                    // Should this fail too, nothing is left to be tried.
-                    let _ = self.object.hide(self.layout, &[pages]);
-                }
+            self.hide();
+        }
+    }
+}
+
+impl HidesIfPanicking<'_> {
+    #[cold]
+    fn hide(&self) {
+        for (pages, word) in self.object.spans(self.object.pages) {
+            if word.phase() == Phase::Quarantined {
+                // Should this fail too, nothing is left to be tried.
+                let _ = self.object.hide(self.layout, &[pages]);
             }
         }
     }
@@ -94,7 +102,20 @@ impl Drop for HidesIfPanicking<'_> {
 impl Inner {
     /// The runs of guest memory behind the given pages: those that a binding covers and a folio
     /// backs.
+    #[inline]
     pub(super) fn guest_runs(
+        &self,
+        op: Op,
+        layout: &Layout,
+        pages: &[PgoffRange],
+    ) -> Result<Vec<GuestRun>, Error> {
+        match layout.bindings.is_empty() {
+            true => Ok(Vec::new()),
+            false => self.bound_runs(op, layout, pages),
+        }
+    }
+
+    fn bound_runs(
         &self,
         op: Op,
         layout: &Layout,
@@ -228,27 +249,28 @@ impl Inner {
         if layout.views.is_empty() {
             return;
         }
+        let show = |(pages, frames)| {
+            layout.views.iter().for_each(|(_, view)| view.show(self, pages, frames));
+        };
         match self.reservation.pool().view_granule() {
-            FolioSize::Base => {
-                for (pages, frames) in self.frames.resident(pages) {
-                    layout.views.iter().for_each(|(_, view)| view.show(self, pages, frames));
-                }
-            }
+            FolioSize::Base => match self.frames.in_one_folio(pages) {
+                Some(frames) => show((pages, frames)),
+                None => self.frames.resident(pages).for_each(show),
+            },
             granule => {
                 let becomes = |pages: PgoffRange| {
                     becoming_shared.iter().any(|becoming| becoming.covers(&pages))
                 };
                 let is_shared = |pages: &PgoffRange| {
-                    self.spans(*pages).all(|(pages, word)| {
-                        let shared = word.visibility() == Visibility::Shared;
-                        shared && word.phase() != Phase::Quarantined || becomes(pages)
-                    })
+                    becomes(*pages)
+                        || self.spans(*pages).all(|(pages, word)| {
+                            let shared = word.visibility() == Visibility::Shared;
+                            shared && word.phase() != Phase::Quarantined || becomes(pages)
+                        })
                 };
                 let resident = |pages: &PgoffRange| self.is_resident(*pages);
                 for pages in granules(pages, granule).filter(resident).filter(is_shared) {
-                    for (pages, frames) in self.frames.resident(pages) {
-                        layout.views.iter().for_each(|(_, view)| view.show(self, pages, frames));
-                    }
+                    self.frames.resident(pages).for_each(show);
                 }
             }
         }

@@ -249,7 +249,9 @@ impl ViewMap {
     }
 
     /// The blocks of the run that are to be opened, now that they turn shared as a whole.
+    #[inline]
     fn opens(&self, run: PgoffRange, frames: PfnRange) -> Option<PgoffRange> {
+        let blocks = whole_blocks(run)?;
         let is_wanted = match (self.granule, self.mapping) {
             (FolioSize::Base, ViewMapping::Lazy) => true,
             // One entry for 512, and cheaper than theirs.
@@ -258,7 +260,7 @@ impl ViewMap {
             }
             (FolioSize::Huge2M | FolioSize::Huge1G, _) => false,
         };
-        whole_blocks(run).filter(|_| is_wanted)
+        is_wanted.then_some(blocks)
     }
 
     /// Opens whole blocks that are shared: nobody has a page of them to hide.
@@ -525,6 +527,7 @@ impl fmt::Debug for ViewMap {
 
 /// Where the pages are in a mapping of the whole object. The object fits in an address space, or
 /// there would be no view.
+#[inline]
 fn bytes(pages: PgoffRange) -> (usize, usize) {
     (index(pages.start_offset().get()), index(pages.len_bytes().get()))
 }

@@ -274,6 +274,15 @@ impl<'t> Frozen<'t> {
         self.end(|_| Word::thaw);
     }
 
+    #[cold]
+    fn quarantine(&mut self) {
+        self.end(|role| match role {
+            // Nobody was to change it.
+            Role::Along => Word::thaw,
+            Role::Changes | Role::Drains => Word::quarantine,
+        });
+    }
+
     fn end(&mut self, rule_of: impl Fn(Role) -> fn(Word) -> Result<Word, Refusal>) {
         let held = std::mem::take(&mut self.held);
         if held.0.is_empty() {
@@ -303,18 +312,18 @@ impl<'t> Frozen<'t> {
                 || end.get() == shape.nr_pages()
                 || seeded(Flaw::MergesTooMuch);
             for held in run {
+                if merging == Merging::No || !is_enough {
+                    shape.blocks(held.level, held.pages).for_each(|block| seen(block, held.level));
+                    continue;
+                }
                 page = page.max(held.pages.start());
                 while page < held.pages.end() {
-                    let most = match merging {
-                        Merging::Yes if is_enough => shape.top(),
-                        Merging::Yes | Merging::No => held.level,
-                    };
                     let fits = |&level: &u32| {
                         let pages = shape.pages_of(shape.block_of(level, page));
                         let fits = |pages: PgoffRange| pages.start() == page && pages.end() <= end;
                         pages.is_some_and(fits) || seeded(Flaw::MergesTooMuch) && level > 0
                     };
-                    let larger = (held.level + 1..=most).rev().find(fits);
+                    let larger = (held.level + 1..=shape.top()).rev().find(fits);
                     let block = shape.block_of(larger.unwrap_or(held.level), page);
                     seen(block, held.level);
                     let Some(pages) = shape.pages_of(block) else { return };
@@ -330,11 +339,10 @@ fn touch(pair: &[Held]) -> bool {
 }
 
 impl Drop for Frozen<'_> {
+    #[inline]
     fn drop(&mut self) {
-        self.end(|role| match role {
-            // Nobody was to change it.
-            Role::Along => Word::thaw,
-            Role::Changes | Role::Drains => Word::quarantine,
-        });
+        if !self.held.is_empty() {
+            self.quarantine();
+        }
     }
 }
