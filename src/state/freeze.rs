@@ -14,7 +14,7 @@ use super::epoch::Reader;
 use super::flaw::{Flaw, seeded};
 use super::frozen::{Frozen, Held, Holdings, Role};
 use super::rules::Refusal;
-use super::tree::{Refused, Step, Stop, Tree};
+use super::tree::{Refused, Spot, Step, Stop, Tree};
 use super::waiting::{Wait, Waited};
 use super::word::{Phase, Visibility, Word};
 use crate::addr::Pgoff;
@@ -135,16 +135,33 @@ impl Tree {
 
     /// Freezes a range that is one block and can be frozen at once, as most can. `None`: it is something
     /// else, or is refused, and nothing has been done.
+    #[inline]
     fn freeze_block(
         &self,
         reader: &Reader,
         range: PgoffRange,
         wanted: Wanted,
     ) -> Option<Frozen<'_>> {
+        if range.nr_pages() == 1 {
+            // Needs no section, for the same reason as a pin of a page.
+            if let Some(spot) = self.own_spot(range.start()) {
+                return self.freeze_spot(&spot, range, wanted);
+            }
+        }
         let _section = reader.enter();
         let spot = self.locate(range.start()).filter(|spot| spot.pages == range)?;
+        self.freeze_spot(&spot, range, wanted)
+    }
+
+    #[inline]
+    fn freeze_spot(
+        &self,
+        spot: &Spot<'_>,
+        range: PgoffRange,
+        wanted: Wanted,
+    ) -> Option<Frozen<'_>> {
         let frozen = spot.word.freeze().ok().filter(|_| !wanted.spares(spot.word))?;
-        self.write(&spot, frozen).ok()?;
+        self.write(spot, frozen).ok()?;
         Some(Frozen::of_block(self, spot.block, range))
     }
 

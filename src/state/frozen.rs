@@ -226,6 +226,9 @@ impl<'t> Frozen<'t> {
     /// Whether blocks will be merged at the [release](Self::release), if somebody
     /// [waits](Self::wait_for_sections) before. Without that they stay split.
     pub fn could_merge(&self) -> bool {
+        if self.is_too_little() {
+            return false;
+        }
         let mut could = false;
         self.each_block(Merging::Yes, |block, level| could |= block.level > level);
         could
@@ -296,23 +299,44 @@ impl<'t> Frozen<'t> {
         self.tree.waiters().wake();
     }
 
+    /// Whether pages from `start` to `end` cannot make up a block: less than a table of them does only where
+    /// the object ends.
+    #[inline]
+    fn is_too_short(&self, start: Pgoff, end: Pgoff) -> bool {
+        let shape = self.tree.shape();
+        let is_short = end.get() - start.get() < shape.fan_out() && end.get() != shape.nr_pages();
+        is_short && !seeded(Flaw::MergesTooMuch)
+    }
+
+    /// The same of all that is held, gaps and all.
+    #[inline]
+    fn is_too_little(&self) -> bool {
+        match (self.held.0.first(), self.held.0.last()) {
+            (Some(first), Some(last)) => self.is_too_short(first.pages.start(), last.pages.end()),
+            _ => true,
+        }
+    }
+
     /// Goes through the held blocks, each with the level of the words that it is held by. Of parts that
     /// make up a whole block it is that block, the largest there is.
     fn each_block(&self, merging: Merging, mut seen: impl FnMut(Block, u32)) {
         let shape = self.tree.shape();
         let mut rest = self.held.0.as_slice();
+        if merging == Merging::No || self.is_too_little() {
+            for held in rest {
+                shape.blocks(held.level, held.pages).for_each(|block| seen(block, held.level));
+            }
+            return;
+        }
         while !rest.is_empty() {
             let nr_joints = rest.windows(2).take_while(|pair| touch(pair)).count();
             let (run, behind) = rest.split_at(nr_joints + 1);
             rest = behind;
             let end = run.last().map_or(Pgoff::new(0), |last| last.pages.end());
             let mut page = run.first().map_or(Pgoff::new(0), |first| first.pages.start());
-            // Less than a table of pages makes up a block only where the object ends.
-            let is_enough = end.get() - page.get() >= shape.fan_out()
-                || end.get() == shape.nr_pages()
-                || seeded(Flaw::MergesTooMuch);
+            let is_too_little = self.is_too_short(page, end);
             for held in run {
-                if merging == Merging::No || !is_enough {
+                if is_too_little {
                     shape.blocks(held.level, held.pages).for_each(|block| seen(block, held.level));
                     continue;
                 }
