@@ -252,7 +252,7 @@ impl Inner {
         let show = |(pages, frames)| {
             layout.views.iter().for_each(|(_, view)| view.show(self, pages, frames));
         };
-        match self.reservation.pool().view_granule() {
+        match self.arena.view_granule() {
             FolioSize::Base => match self.frames.in_one_folio(pages) {
                 Some(frames) => show((pages, frames)),
                 None => self.frames.resident(pages).for_each(show),
@@ -278,14 +278,14 @@ impl Inner {
 
     /// Shows again what went out of the views together with a page.
     pub(super) fn show_beside(&self, layout: &Layout, page: PgoffRange) {
-        granules(page, self.reservation.pool().view_granule())
+        granules(page, self.arena.view_granule())
             .for_each(|pages| self.show_shared(layout, pages));
     }
 
     /// Takes the pages out of every view, and with them whatever a view cannot tell from them.
     #[inline]
     pub(super) fn hide(&self, layout: &Layout, ranges: &[PgoffRange]) -> Result<(), Error> {
-        let granule = self.reservation.pool().view_granule();
+        let granule = self.arena.view_granule();
         for (_, view) in &layout.views {
             if ranges.iter().any(|_| fails(FailPoint::View)) {
                 return Err(Error::new(Op::MapView, ErrorKind::Os).because("made to fail"));

@@ -64,7 +64,7 @@ impl ViewMap {
             ViewPath::Fixed => Way::Fixed,
         };
         let size = object.pages.len_bytes();
-        let granule = object.reservation.pool().view_granule();
+        let granule = object.arena.view_granule();
         let align = granule.max(FolioSize::Huge2M).bytes();
         let map = Mapping::of_nothing(op, object.identity.as_fd(), size, align)?;
         let shown = Shown::nothing(op, object.pages.nr_pages())?;
