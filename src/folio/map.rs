@@ -374,6 +374,19 @@ impl FolioMap {
         }))
     }
 
+    /// The same, one after the other.
+    #[inline]
+    pub(crate) fn each_resident(
+        &self,
+        range: PgoffRange,
+        mut seen: impl FnMut(PgoffRange, PfnRange),
+    ) {
+        match self.in_one_folio(range) {
+            Some(frames) => seen(range, frames),
+            None => self.resident(range).for_each(|(pages, frames)| seen(pages, frames)),
+        }
+    }
+
     /// The holes of the range, and the frames that they have in their folios.
     pub(crate) fn holes(
         &self,

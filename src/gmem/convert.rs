@@ -338,7 +338,7 @@ impl Inner {
             Ok(Settled::Yes) => self.grant_as(layout, Visibility::Private, frozen.runs()),
             Ok(Settled::No) => {}
             Err(_) => {
-                frozen.runs().iter().for_each(|&run| self.show(layout, run, &[]));
+                self.show(layout, frozen.runs(), &[]);
                 self.grant_again(layout, frozen.runs());
             }
         }
@@ -368,9 +368,7 @@ impl Inner {
             Ok(Settled::Yes) => {
                 // Before the words are published: afterwards another conversion could hide the pages,
                 // and they would be shown after that.
-                for &run in frozen.runs() {
-                    self.show(layout, run, frozen.runs());
-                }
+                self.show(layout, frozen.runs(), frozen.runs());
                 self.grant_as(layout, Visibility::Shared, frozen.runs());
                 // Without the barrier blocks stay split, and that is all.
                 if frozen.could_merge() {

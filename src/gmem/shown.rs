@@ -15,6 +15,8 @@ pub(super) struct Shown {
     pub(super) pages: BitVec,
     /// For each block of 2 MiB: whether it is open. All of its pages are shown then.
     pub(super) open: BitVec,
+    /// Whether any block ever was: most views have none.
+    pub(super) has_opened: bool,
     /// Mappings that are given up when the kernel allows no more of them, since without room for any the
     /// pages hidden so far could not even be shown again. Only without userfaultfd.
     pub(super) spare: Option<[Mapping; 2]>,
@@ -23,7 +25,7 @@ pub(super) struct Shown {
 impl Shown {
     pub(super) fn nothing(op: Op, nr_pages: u64) -> Result<Self, Error> {
         let (pages, open) = (try_bits(op, nr_pages)?, try_bits(op, nr_pages / HUGE_PAGES)?);
-        Ok(Self { pages, open, spare: None })
+        Ok(Self { pages, open, has_opened: false, spare: None })
     }
 
     #[inline]
@@ -32,6 +34,7 @@ impl Shown {
     }
 
     pub(super) fn set_open(&mut self, blocks: PgoffRange, value: bool) {
+        self.has_opened |= value;
         let range =
             index(blocks.start().get() / HUGE_PAGES)..index(blocks.end().get() / HUGE_PAGES);
         if let Some(bits) = self.open.get_mut(range) {

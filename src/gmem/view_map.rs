@@ -170,14 +170,30 @@ impl ViewMap {
         Ok(())
     }
 
-    /// Makes the pages accessible, which have these frames. Should the kernel have no memory or no room
-    /// for that, they go on faulting, which is safe, and `shown` says so.
+    /// Makes the pages of all the ranges accessible, as far as they have frames. Should the kernel have no
+    /// memory or no room for that, they go on faulting, which is safe, and `shown` says so.
     #[inline]
-    pub(super) fn show(&self, object: &Inner, pages: PgoffRange, frames: PfnRange) {
+    pub(super) fn show(&self, object: &Inner, ranges: &[PgoffRange]) {
         let astray = self.astray();
-        if astray.is_empty() {
-            return self.show_all(object, pages, frames);
+        let shown = &mut *self.shown();
+        for &range in ranges {
+            object.frames.each_resident(range, |pages, frames| match astray.is_empty() {
+                true => self.show_all(object, shown, pages, frames),
+                false => self.show_around(object, shown, &astray, pages, frames),
+            });
         }
+    }
+
+    /// The same of what is not astray.
+    #[cold]
+    fn show_around(
+        &self,
+        object: &Inner,
+        shown: &mut Shown,
+        astray: &[PgoffRange],
+        pages: PgoffRange,
+        frames: PfnRange,
+    ) {
         let mut rest = Some(pages);
         while let Some(run) = rest {
             let first = astray.iter().filter_map(|astray| astray.intersection(&run));
@@ -187,14 +203,14 @@ impl ViewMap {
             if let Some((run, frames)) =
                 right.and_then(|run| Some((run, part(pages, frames, run)?)))
             {
-                self.show_all(object, run, frames);
+                self.show_all(object, shown, run, frames);
             }
             rest = first.and_then(|astray| between(astray.end(), run.end()));
         }
     }
 
-    fn show_all(&self, object: &Inner, pages: PgoffRange, frames: PfnRange) {
-        let shown = &mut *self.shown();
+    #[inline]
+    fn show_all(&self, object: &Inner, shown: &mut Shown, pages: PgoffRange, frames: PfnRange) {
         let mut from = pages.start();
         while let Some(run) = next_run(&shown.pages, from, pages.end(), false) {
             from = run.end();
@@ -326,8 +342,8 @@ impl ViewMap {
         match &self.way {
             Way::Fixed => self.hide_fixed(object, shown, ranges),
             Way::Userfault(uffd) => {
-                for &range in ranges {
-                    self.close_for(uffd, shown, range)?;
+                if shown.has_opened {
+                    ranges.iter().try_for_each(|&range| self.close_for(uffd, shown, range))?;
                 }
                 // If it fails half way, what still has entries is found to have them when it is shown again.
                 ranges.iter().for_each(|&range| shown.set(range, false));
@@ -355,7 +371,6 @@ impl ViewMap {
     }
 
     /// Closes what is open of the blocks that the range is in.
-    #[inline]
     fn close_for(
         &self,
         uffd: &Userfault,

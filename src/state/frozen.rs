@@ -105,6 +105,7 @@ impl Holdings {
 
     /// Adds a block that lies behind all others. `false`: there is no memory to write it down.
     #[must_use]
+    #[inline]
     pub(super) fn push(&mut self, held: Held) -> bool {
         if let Some(last) = self.0.last_mut() {
             let joined = joined(last.pages, held.pages);
@@ -299,21 +300,22 @@ impl<'t> Frozen<'t> {
         self.tree.waiters().wake();
     }
 
-    /// Whether pages from `start` to `end` cannot make up a block: less than a table of them does only where
-    /// the object ends.
+    /// Whether blocks of a level, or larger ones, from `start` to `end` cannot make up a larger one: less than
+    /// a table of them does only where the object ends.
     #[inline]
-    fn is_too_short(&self, start: Pgoff, end: Pgoff) -> bool {
+    fn is_too_short(&self, level: u32, start: Pgoff, end: Pgoff) -> bool {
         let shape = self.tree.shape();
-        let is_short = end.get() - start.get() < shape.fan_out() && end.get() != shape.nr_pages();
-        is_short && !seeded(Flaw::MergesTooMuch)
+        let is_short = end.get() - start.get() < shape.fan_out() << shape.order(level);
+        is_short && end.get() != shape.nr_pages() && !seeded(Flaw::MergesTooMuch)
     }
 
     /// The same of all that is held, gaps and all.
     #[inline]
     fn is_too_little(&self) -> bool {
-        match (self.held.0.first(), self.held.0.last()) {
-            (Some(first), Some(last)) => self.is_too_short(first.pages.start(), last.pages.end()),
-            _ => true,
+        match self.held.0.as_slice() {
+            [] => true,
+            [one] => self.is_too_short(one.level, one.pages.start(), one.pages.end()),
+            [first, .., last] => self.is_too_short(0, first.pages.start(), last.pages.end()),
         }
     }
 
@@ -328,15 +330,22 @@ impl<'t> Frozen<'t> {
             }
             return;
         }
-        while !rest.is_empty() {
+        while let Some((first, others)) = rest.split_first() {
+            let is_alone =
+                others.first().is_none_or(|next| first.pages.end() != next.pages.start());
+            if is_alone && self.is_too_short(first.level, first.pages.start(), first.pages.end()) {
+                shape.blocks(first.level, first.pages).for_each(|block| seen(block, first.level));
+                rest = others;
+                continue;
+            }
             let nr_joints = rest.windows(2).take_while(|pair| touch(pair)).count();
             let (run, behind) = rest.split_at(nr_joints + 1);
             rest = behind;
             let end = run.last().map_or(Pgoff::new(0), |last| last.pages.end());
             let mut page = run.first().map_or(Pgoff::new(0), |first| first.pages.start());
-            let is_too_little = self.is_too_short(page, end);
+            let is_too_short = self.is_too_short(0, page, end);
             for held in run {
-                if is_too_little {
+                if is_too_short {
                     shape.blocks(held.level, held.pages).for_each(|block| seen(block, held.level));
                     continue;
                 }
