@@ -197,7 +197,8 @@ impl Tree {
         for &range in ranges {
             let mut page = range.start();
             while page < range.end() {
-                if self.freeze_page(&mut freezing, page, wanted)? {
+                // What is waited for drains first.
+                if wait.is_never() && self.freeze_page(&mut freezing, page, wanted)? {
                     page = Pgoff::new(page.get() + 1);
                     continue;
                 }
