@@ -324,8 +324,23 @@ impl FolioMap {
         })
     }
 
+    /// The frames of pages that lie in one folio without holes, as most do that are asked for together; `None`
+    /// for anything else.
+    #[inline]
+    pub(crate) fn in_one_folio(&self, range: PgoffRange) -> Option<PfnRange> {
+        let (place, nr_pages, skip) = self.shape.place(range.start())?;
+        let first = self.entry(index(place)).whole()?.checked_add(skip)?;
+        let fits = range.nr_pages() <= nr_pages - skip;
+        fits.then(|| PfnRange::new(first, range.nr_pages()).ok()).flatten()
+    }
+
     /// Whether all of the range has bytes.
+    #[inline]
     pub(crate) fn is_resident(&self, range: PgoffRange) -> bool {
+        self.in_one_folio(range).is_some() || self.consists_of_frames(range)
+    }
+
+    fn consists_of_frames(&self, range: PgoffRange) -> bool {
         self.parts(range).all(|(_, behind)| behind.is_resident())
     }
 
@@ -357,6 +372,19 @@ impl FolioMap {
             Behind::Frames(frames) => Some((pages, frames)),
             Behind::Nothing | Behind::Holes(_) => None,
         }))
+    }
+
+    /// The same, one after the other.
+    #[inline]
+    pub(crate) fn each_resident(
+        &self,
+        range: PgoffRange,
+        mut seen: impl FnMut(PgoffRange, PfnRange),
+    ) {
+        match self.in_one_folio(range) {
+            Some(frames) => seen(range, frames),
+            None => self.resident(range).for_each(|(pages, frames)| seen(pages, frames)),
+        }
     }
 
     /// The holes of the range, and the frames that they have in their folios.

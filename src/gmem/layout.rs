@@ -19,7 +19,7 @@ use crate::folio::Slot;
 use crate::geometry::{FolioSize, index};
 use crate::range::{PfnRange, PgoffRange};
 use crate::stage2::{GuestRun, Stage2};
-use crate::state::{Phase, Visibility};
+use crate::state::{Phase, Visibility, Word};
 
 /// A part of the object that a guest sees.
 #[derive(Debug)]
@@ -79,13 +79,21 @@ pub(super) struct HidesIfPanicking<'a> {
 }
 
 impl Drop for HidesIfPanicking<'_> {
+    #[inline]
     fn drop(&mut self) {
         if std::thread::panicking() {
-            for (pages, word) in self.object.spans(self.object.pages) {
-                if word.phase() == Phase::Quarantined {
-                    // Should this fail too, nothing is left to be tried.
-                    let _ = self.object.hide(self.layout, &[pages]);
-                }
+            self.hide();
+        }
+    }
+}
+
+impl HidesIfPanicking<'_> {
+    #[cold]
+    fn hide(&self) {
+        for (pages, word) in self.object.spans(self.object.pages) {
+            if word.phase() == Phase::Quarantined {
+                // Should this fail too, nothing is left to be tried.
+                let _ = self.object.hide(self.layout, &[pages]);
             }
         }
     }
@@ -94,7 +102,20 @@ impl Drop for HidesIfPanicking<'_> {
 impl Inner {
     /// The runs of guest memory behind the given pages: those that a binding covers and a folio
     /// backs.
+    #[inline]
     pub(super) fn guest_runs(
+        &self,
+        op: Op,
+        layout: &Layout,
+        pages: &[PgoffRange],
+    ) -> Result<Vec<GuestRun>, Error> {
+        match layout.bindings.is_empty() {
+            true => Ok(Vec::new()),
+            false => self.bound_runs(op, layout, pages),
+        }
+    }
+
+    fn bound_runs(
         &self,
         op: Op,
         layout: &Layout,
@@ -214,56 +235,56 @@ impl Inner {
         });
         for (pages, shared) in runs(shared) {
             if shared {
-                self.show(layout, pages, &[]);
+                self.show(layout, &[pages], &[]);
             }
         }
     }
 
-    /// Maps the pages into the views, as far as they have folios, whatever their words say.
+    /// Maps the ranges into the views, as far as they have folios, whatever their words say.
     ///
     /// Where views only take whole huge folios, one is mapped if it has no hole and the rest of it is shared,
     /// or is among `becoming_shared`, which the caller holds. The layout is then locked for writing.
     #[inline]
-    pub(super) fn show(&self, layout: &Layout, pages: PgoffRange, becoming_shared: &[PgoffRange]) {
-        if layout.views.is_empty() {
-            return;
-        }
-        match self.reservation.pool().view_granule() {
-            FolioSize::Base => {
-                for (pages, frames) in self.frames.resident(pages) {
-                    layout.views.iter().for_each(|(_, view)| view.show(self, pages, frames));
-                }
-            }
-            granule => {
-                let becomes = |pages: PgoffRange| {
-                    becoming_shared.iter().any(|becoming| becoming.covers(&pages))
-                };
-                let is_shared = |pages: &PgoffRange| {
-                    self.spans(*pages).all(|(pages, word)| {
-                        let shared = word.visibility() == Visibility::Shared;
-                        shared && word.phase() != Phase::Quarantined || becomes(pages)
-                    })
-                };
-                let resident = |pages: &PgoffRange| self.is_resident(*pages);
-                for pages in granules(pages, granule).filter(resident).filter(is_shared) {
-                    for (pages, frames) in self.frames.resident(pages) {
-                        layout.views.iter().for_each(|(_, view)| view.show(self, pages, frames));
-                    }
-                }
+    pub(super) fn show(
+        &self,
+        layout: &Layout,
+        ranges: &[PgoffRange],
+        becoming_shared: &[PgoffRange],
+    ) {
+        let granule = self.arena.view_granule();
+        for (_, view) in &layout.views {
+            match granule {
+                FolioSize::Base => view.show(self, ranges),
+                granule => ranges
+                    .iter()
+                    .flat_map(|&range| granules(range, granule))
+                    .filter(|&pages| self.is_whole(pages, becoming_shared))
+                    .for_each(|pages| view.show(self, &[pages])),
             }
         }
     }
 
+    /// Whether all of the pages are there, and shared or becoming so.
+    fn is_whole(&self, pages: PgoffRange, becoming_shared: &[PgoffRange]) -> bool {
+        let becomes =
+            |pages: PgoffRange| becoming_shared.iter().any(|becoming| becoming.covers(&pages));
+        let is_shared = |word: Word| {
+            word.visibility() == Visibility::Shared && word.phase() != Phase::Quarantined
+        };
+        self.is_resident(pages)
+            && (becomes(pages)
+                || self.spans(pages).all(|(pages, word)| is_shared(word) || becomes(pages)))
+    }
+
     /// Shows again what went out of the views together with a page.
     pub(super) fn show_beside(&self, layout: &Layout, page: PgoffRange) {
-        granules(page, self.reservation.pool().view_granule())
-            .for_each(|pages| self.show_shared(layout, pages));
+        granules(page, self.arena.view_granule()).for_each(|pages| self.show_shared(layout, pages));
     }
 
     /// Takes the pages out of every view, and with them whatever a view cannot tell from them.
     #[inline]
     pub(super) fn hide(&self, layout: &Layout, ranges: &[PgoffRange]) -> Result<(), Error> {
-        let granule = self.reservation.pool().view_granule();
+        let granule = self.arena.view_granule();
         for (_, view) in &layout.views {
             if ranges.iter().any(|_| fails(FailPoint::View)) {
                 return Err(Error::new(Op::MapView, ErrorKind::Os).because("made to fail"));

@@ -64,7 +64,7 @@ impl ViewMap {
             ViewPath::Fixed => Way::Fixed,
         };
         let size = object.pages.len_bytes();
-        let granule = object.reservation.pool().view_granule();
+        let granule = object.arena.view_granule();
         let align = granule.max(FolioSize::Huge2M).bytes();
         let map = Mapping::of_nothing(op, object.identity.as_fd(), size, align)?;
         let shown = Shown::nothing(op, object.pages.nr_pages())?;
@@ -170,14 +170,30 @@ impl ViewMap {
         Ok(())
     }
 
-    /// Makes the pages accessible, which have these frames. Should the kernel have no memory or no room
-    /// for that, they go on faulting, which is safe, and `shown` says so.
+    /// Makes the pages of all the ranges accessible, as far as they have frames. Should the kernel have no
+    /// memory or no room for that, they go on faulting, which is safe, and `shown` says so.
     #[inline]
-    pub(super) fn show(&self, object: &Inner, pages: PgoffRange, frames: PfnRange) {
+    pub(super) fn show(&self, object: &Inner, ranges: &[PgoffRange]) {
         let astray = self.astray();
-        if astray.is_empty() {
-            return self.show_all(object, pages, frames);
+        let shown = &mut *self.shown();
+        for &range in ranges {
+            object.frames.each_resident(range, |pages, frames| match astray.is_empty() {
+                true => self.show_all(object, shown, pages, frames),
+                false => self.show_around(object, shown, &astray, pages, frames),
+            });
         }
+    }
+
+    /// The same of what is not astray.
+    #[cold]
+    fn show_around(
+        &self,
+        object: &Inner,
+        shown: &mut Shown,
+        astray: &[PgoffRange],
+        pages: PgoffRange,
+        frames: PfnRange,
+    ) {
         let mut rest = Some(pages);
         while let Some(run) = rest {
             let first = astray.iter().filter_map(|astray| astray.intersection(&run));
@@ -187,14 +203,14 @@ impl ViewMap {
             if let Some((run, frames)) =
                 right.and_then(|run| Some((run, part(pages, frames, run)?)))
             {
-                self.show_all(object, run, frames);
+                self.show_all(object, shown, run, frames);
             }
             rest = first.and_then(|astray| between(astray.end(), run.end()));
         }
     }
 
-    fn show_all(&self, object: &Inner, pages: PgoffRange, frames: PfnRange) {
-        let shown = &mut *self.shown();
+    #[inline]
+    fn show_all(&self, object: &Inner, shown: &mut Shown, pages: PgoffRange, frames: PfnRange) {
         let mut from = pages.start();
         while let Some(run) = next_run(&shown.pages, from, pages.end(), false) {
             from = run.end();
@@ -249,7 +265,9 @@ impl ViewMap {
     }
 
     /// The blocks of the run that are to be opened, now that they turn shared as a whole.
+    #[inline]
     fn opens(&self, run: PgoffRange, frames: PfnRange) -> Option<PgoffRange> {
+        let blocks = whole_blocks(run)?;
         let is_wanted = match (self.granule, self.mapping) {
             (FolioSize::Base, ViewMapping::Lazy) => true,
             // One entry for 512, and cheaper than theirs.
@@ -258,7 +276,7 @@ impl ViewMap {
             }
             (FolioSize::Huge2M | FolioSize::Huge1G, _) => false,
         };
-        whole_blocks(run).filter(|_| is_wanted)
+        is_wanted.then_some(blocks)
     }
 
     /// Opens whole blocks that are shared: nobody has a page of them to hide.
@@ -324,8 +342,8 @@ impl ViewMap {
         match &self.way {
             Way::Fixed => self.hide_fixed(object, shown, ranges),
             Way::Userfault(uffd) => {
-                for &range in ranges {
-                    self.close_for(uffd, shown, range)?;
+                if shown.has_opened {
+                    ranges.iter().try_for_each(|&range| self.close_for(uffd, shown, range))?;
                 }
                 // If it fails half way, what still has entries is found to have them when it is shown again.
                 ranges.iter().for_each(|&range| shown.set(range, false));
@@ -353,7 +371,6 @@ impl ViewMap {
     }
 
     /// Closes what is open of the blocks that the range is in.
-    #[inline]
     fn close_for(
         &self,
         uffd: &Userfault,
@@ -525,6 +542,7 @@ impl fmt::Debug for ViewMap {
 
 /// Where the pages are in a mapping of the whole object. The object fits in an address space, or
 /// there would be no view.
+#[inline]
 fn bytes(pages: PgoffRange) -> (usize, usize) {
     (index(pages.start_offset().get()), index(pages.len_bytes().get()))
 }

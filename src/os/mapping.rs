@@ -319,13 +319,32 @@ impl Mapping {
         call: &'static str,
     ) -> Result<(), Error> {
         let target = self.at(at, len)?;
+        // SAFETY: 1. the range lies in our own mapping. 2. nobody has a reference into it, so
+        // pages may come and go.
+        match unsafe { madvise(target.cast(), len, advice) } {
+            Ok(()) => Ok(()),
+            Err(e) => self.advise_again(target, len, advice, call, e),
+        }
+    }
+
+    #[cold]
+    fn advise_again(
+        &self,
+        target: *mut u8,
+        len: usize,
+        advice: Advice,
+        call: &'static str,
+        mut errno: rustix::io::Errno,
+    ) -> Result<(), Error> {
         for attempt in 0..MOST_ATTEMPTS {
-            // SAFETY: 1. the range lies in our own mapping. 2. nobody has a reference into it, so
-            // pages may come and go.
+            match errno {
+                rustix::io::Errno::INTR | rustix::io::Errno::AGAIN => relax(attempt),
+                e => return Err(failed(self.op, call, e)),
+            }
+            // SAFETY: as in `advise`, which has found out where the range lies.
             match unsafe { madvise(target.cast(), len, advice) } {
                 Ok(()) => return Ok(()),
-                Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => relax(attempt),
-                Err(e) => return Err(failed(self.op, call, e)),
+                Err(e) => errno = e,
             }
         }
         // EAGAIN for ever is how madvise says that it cannot split a mapping for want of memory.
