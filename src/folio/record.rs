@@ -87,6 +87,13 @@ impl Records {
         Ok(())
     }
 
+    /// Writes 2 MiB down as quarantined that were free.
+    pub(super) fn lose(&mut self, start: u64) {
+        let record = Record { start, size: FolioSize::Huge2M, state: Use::Quarantined };
+        // Without memory to write it down it is out of use all the same.
+        let _ = self.insert(record);
+    }
+
     /// Forgets the folio that begins at a frame.
     pub(super) fn remove(&mut self, start: u64) -> Option<Record> {
         let key = self.key_at(start)?;

@@ -5,6 +5,7 @@ use super::*;
 use crate::addr::Pgoff;
 use crate::backing::ArenaBacking;
 use crate::failpoint::arm;
+use crate::folio::frames::{Promise, Taken};
 use crate::folio::owner::{PrivatePlacement, Side};
 use crate::folio::part::Zone;
 use crate::folio::reservation::{Commitment, Reservation, Wanted};
@@ -122,6 +123,49 @@ fn a_scrubber_that_dies_leaves_its_block_to_the_others() {
     until("the last one is", || pool.stat().dirty == ByteSize::default());
     assert!(sleeper.is_alive());
     assert_adds_up(&pool);
+}
+
+#[test]
+fn a_scrubber_that_cannot_scrub_a_block_goes_on_with_the_others() {
+    let pool = pool(4);
+    all_dirty(&pool);
+    let scrubber = {
+        let _armed = arm(FailPoint::Scrub, 1);
+        pool.start_scrubber(ByteSize::from_mib(8)).unwrap()
+    };
+    until("all is clean or out of use", || pool.stat().dirty == ByteSize::default());
+    let stat = pool.stat();
+    assert_eq!((stat.free, stat.quarantined), (ByteSize::from_mib(6), ByteSize::from_mib(2)));
+    assert!(scrubber.is_alive());
+    let all = reserve(&pool, 3, 0);
+    let taken: Vec<Pfn> = (0..3).map(|nr| take(&all, nr).unwrap()).collect();
+    assert!(!taken.contains(&Pfn::new(HUGE_PAGES)), "{taken:?}");
+    assert_adds_up(&pool);
+}
+
+/// Of 1 GiB with a spot that cannot be scrubbed the rest is as good as before.
+#[cfg(not(miri))]
+#[test]
+fn of_a_large_block_that_cannot_be_scrubbed_one_piece_is_lost() {
+    let pool = pool(512);
+    let wanted = super::super::ledger::Blocks { giant: 1, huge: 0, base: 0 };
+    pool.state().parts[0].frames.promise(wanted);
+    let Taken::Clean(start) =
+        pool.state().parts[0].frames.take(FolioSize::Huge1G, None, Promise::Kept)
+    else {
+        panic!("it is clean");
+    };
+    pool.state().parts[0].frames.give_back_dirty(start, FolioSize::Huge1G, Promise::None);
+    let (pfn, size) = pool.state().next_dirty().unwrap();
+    let armed = arm(FailPoint::Scrub, 0);
+    assert_eq!((size, pool.scrub_in_hands(pfn, size)), (FolioSize::Huge1G, 0));
+    assert!(armed.has_fired());
+    let stat = pool.stat();
+    assert_eq!((stat.dirty, stat.quarantined), (stat.capacity, ByteSize::default()));
+    let _armed = arm(FailPoint::Scrub, 77);
+    assert_eq!(pool.scrub(), ByteSize::from_mib(1022));
+    let stat = pool.stat();
+    assert_eq!((stat.free, stat.quarantined), (ByteSize::from_mib(1022), ByteSize::from_mib(2)));
 }
 
 #[test]

@@ -133,9 +133,6 @@ impl Model {
         must_be(wanted, outcome)?;
         if wanted.is_err() {
             self.parts = before;
-            if wanted == Err(ErrorKind::Exhausted) {
-                self.most_dirty = 0;
-            }
             return Ok(());
         }
         let pages = usize::try_from(birth.nr_pages).map_err(|error| error.to_string())?;
