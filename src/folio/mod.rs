@@ -9,6 +9,7 @@
 //! | `home` | where objects would like to be |
 //! | `frames` | one part's frames, as arithmetic |
 //! | `record` | the folios that are in use, and whose they are |
+//! | `room` | growing what records are in |
 //! | `account` | what a guest may take |
 //! | `part` | a run of frames of one zone, and whose they are |
 //! | `owner` | what an object is promised, and at whose expense |
@@ -42,6 +43,7 @@ mod part;
 mod pool;
 mod record;
 mod reservation;
+mod room;
 mod scrub;
 mod state;
 

@@ -8,6 +8,7 @@ use super::home::Home;
 use super::ledger::Blocks;
 use super::part::{Got, PartState, Zone};
 use super::record::{Record, Use};
+use super::room::make_room;
 use super::state::State;
 use crate::addr::{ByteSize, Pfn, Pgoff};
 use crate::error::{Error, ErrorKind, Op};
@@ -90,6 +91,7 @@ impl State {
     /// Promises an object its folios, or says why not.
     pub(super) fn reserve(&mut self, demand: &Demand<'_>) -> Result<usize, Error> {
         let op = Op::CreateObject;
+        make_room(&mut self.owners, op)?;
         let (own, opportune) = self.parts_for(demand);
         let mut parts: Vec<_> = own.into_iter().map(|nr| (nr, Blocks::default())).collect();
         let nr_pages = match demand.promise {

@@ -2,6 +2,7 @@
 
 use slab::Slab;
 
+use super::room::make_room;
 use crate::error::{Error, ErrorKind, Op};
 use crate::geometry::{FolioSize, HUGE_ORDER, HUGE_PAGES, index};
 
@@ -63,6 +64,7 @@ impl Records {
     /// [`ErrorKind::Exhausted`] without host memory for it.
     pub(super) fn insert(&mut self, record: Record) -> Result<(), Error> {
         let (place, page) = split(record.start);
+        make_room(&mut self.slab, Op::Allocate)?;
         let key = self.slab.vacant_key();
         let short = u32::try_from(key).ok().filter(|&key| key < u32::MAX);
         let (Some(short), Some(place)) = (short, self.places.get_mut(place)) else {

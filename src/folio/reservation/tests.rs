@@ -265,6 +265,32 @@ fn a_scrub_that_fails_costs_one_block() {
     pool.reserve(wanted(3, 0)).unwrap();
 }
 
+/// Without memory to write something down nothing has changed, and the next attempt may succeed.
+#[test]
+fn what_cannot_be_written_down_does_not_happen() {
+    let pool = pool(4 * 512);
+    let account = pool.open_account(None);
+    let on = |wanted: Wanted<'static>| Wanted { account: Some(account.clone()), ..wanted };
+    let armed = arm(FailPoint::Record, 0);
+    let error = pool.reserve(on(wanted(2, 0))).unwrap_err();
+    assert_eq!((error.kind(), armed.has_fired()), (ErrorKind::Exhausted, true));
+    assert_eq!((stat(&pool), account.stat().charged.get()), ([4 * 512, 0, 0, 0, 0], 0));
+    let one = pool.reserve(on(wanted(2, 0))).unwrap();
+    let two = pool.reserve(on(overcommitted())).unwrap();
+    let before = (stat(&pool), account.stat());
+    for owner in [&one, &two] {
+        let armed = arm(FailPoint::Record, 0);
+        let error = owner.take(FolioSize::Huge2M, page(0), Side::Any).unwrap_err();
+        assert_eq!((error.kind(), armed.has_fired()), (ErrorKind::Exhausted, true));
+        assert_eq!((stat(&pool), account.stat()), before);
+    }
+    drop(two);
+    for nr in [0, 1] {
+        one.take(FolioSize::Huge2M, page(nr * 512), Side::Any).unwrap();
+    }
+    assert_eq!(stat(&pool), [2 * 512, 0, 2 * 512, 0, 0]);
+}
+
 /// The peak is what was charged, not what was asked for.
 #[test]
 fn a_take_in_vain_leaves_no_peak() {

@@ -250,17 +250,47 @@ fn a_scrub_that_fails_for_whoever_takes_or_gives_back_quarantines() {
     assert_adds_up(&pool);
 }
 
-/// One frame less than was promised: who comes first is served, and only the last one is not.
+/// One frame less than was promised: who comes first is served, and only the last one is not. The counter tells
+/// as soon as the frame fails, and what nobody was promised fails first.
 #[test]
 fn a_failed_frame_costs_one_promise_and_not_all() {
-    let pool = pool(3);
+    let pool = pool(4);
+    let over = || pages(pool.stat().over_promised);
     let [one, two] = [reserve(&pool, 2, 0), reserve(&pool, 1, 0)];
+    pool.report_memory_failure(Pfn::new(3 * 512)).unwrap();
+    assert_eq!(over(), 0, "of what was free");
     pool.report_memory_failure(Pfn::new(700)).unwrap();
+    assert_eq!(over(), 512);
     let taken = [take(&one, 0).unwrap(), take(&two, 0).unwrap()];
+    assert_eq!(over(), 512);
     assert_eq!(take(&one, 1).unwrap_err().kind(), ErrorKind::Exhausted);
     two.give_back(taken[1], HUGE);
     assert_eq!(take(&one, 1), Ok(taken[1]));
     assert_eq!(take(&two, 0).unwrap_err().kind(), ErrorKind::Exhausted);
-    drop((one, two));
+    assert_eq!(over(), 512);
+    drop(two);
+    assert_eq!(over(), 0, "nobody is owed more than there is");
+    drop(one);
     assert_adds_up(&pool);
+}
+
+/// The same in a scrubber's hands, where it is known when they let go, and if the scrub fails.
+#[test]
+fn what_fails_in_hands_is_missing_when_they_let_go() {
+    for fate in [None, Some(FailPoint::Scrub)] {
+        let pool = pool(2);
+        all_dirty(&pool);
+        let one = reserve(&pool, 2, 0);
+        let (pfn, size) = pool.state().next_dirty().unwrap();
+        if fate.is_none() {
+            pool.report_memory_failure(pfn).unwrap();
+        }
+        assert_eq!(pages(pool.stat().over_promised), 0);
+        let _armed = fate.map(|fate| arm(fate, 0));
+        pool.scrub_in_hands(pfn, size);
+        assert_eq!(pages(pool.stat().over_promised), 512);
+        assert_eq!(take(&one, 0), Ok(Pfn::new(512)));
+        assert_eq!(take(&one, 1).unwrap_err().kind(), ErrorKind::Exhausted);
+        assert_adds_up(&pool);
+    }
 }
