@@ -69,7 +69,7 @@ fn without_memory_for_records_a_first_touch_is_an_error() {
         let touch = |page| memfd.allocate(PgoffRange::new(Pgoff::new(page), STEP)?);
         touch(0).unwrap();
         let before = getrlimit(Resource::As);
-        setrlimit(Resource::As, Rlimit { current: Some(0), ..before.clone() }).unwrap();
+        setrlimit(Resource::As, Rlimit { current: Some(0), ..before }).unwrap();
         // What the allocator has still: all but what is small.
         let mut all: Vec<Vec<u8>> = Vec::with_capacity(4096);
         loop {

@@ -248,7 +248,8 @@ impl FolioPool {
             let order = frames.buddy().largest_order();
             largest = largest.max(order.map_or(0, |order| 1 << order));
         }
-        let [capacity, free, reserved, over_promised, used, quarantined, poisoned, dirty, metadata] = sum;
+        let [capacity, free, reserved, over_promised, used, quarantined, poisoned, dirty, metadata] =
+            sum;
         PoolStat {
             capacity: pages(capacity),
             free: pages(free),

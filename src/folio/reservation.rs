@@ -250,6 +250,4 @@ impl Drop for Reservation {
 }
 
 #[cfg(test)]
-mod dirty_homes;
-#[cfg(test)]
 mod tests;

@@ -53,6 +53,10 @@ mod tests {
             slab.insert(nr);
             assert_eq!(slab.capacity(), before);
         }
+        if cfg!(miri) {
+            // There the host is what runs out of memory.
+            return;
+        }
         let mut absurd: Slab<[u8; 1 << 46]> = Slab::new();
         let error = make_room(&mut absurd, Op::Allocate).unwrap_err();
         assert_eq!((error.kind(), absurd.capacity()), (ErrorKind::Exhausted, 0));

@@ -1,14 +1,16 @@
+mod dirty_homes;
+
 use super::*;
 use crate::addr::ByteSize;
 use crate::backing::ArenaBacking;
 use crate::failpoint::{FailPoint, arm};
 use crate::folio::PoolStat;
 
-pub(super) fn pool(nr_pages: u64) -> FolioPool {
+fn pool(nr_pages: u64) -> FolioPool {
     FolioPool::new(ArenaBacking::Heap, ByteSize::from_pages(nr_pages)).unwrap()
 }
 
-pub(super) fn wanted(huge: u64, base: u64) -> Wanted<'static> {
+fn wanted(huge: u64, base: u64) -> Wanted<'static> {
     Wanted {
         blocks: Blocks { giant: 0, huge, base },
         zones: &[Zone::Normal],
@@ -18,16 +20,16 @@ pub(super) fn wanted(huge: u64, base: u64) -> Wanted<'static> {
     }
 }
 
-pub(super) fn overcommitted() -> Wanted<'static> {
+fn overcommitted() -> Wanted<'static> {
     Wanted { commitment: Commitment::Overcommitted, ..wanted(1, 0) }
 }
 
-pub(super) fn page(nr: u64) -> Pgoff {
+fn page(nr: u64) -> Pgoff {
     Pgoff::new(nr)
 }
 
 /// The counters, in pages; checks that they add up.
-pub(super) fn stat(pool: &FolioPool) -> [u64; 5] {
+fn stat(pool: &FolioPool) -> [u64; 5] {
     let PoolStat { capacity, free, reserved, used, quarantined, poisoned, .. } = pool.stat();
     let parts = [free, reserved, used, quarantined, poisoned].map(ByteSize::whole_pages);
     assert_eq!(parts.iter().sum::<u64>(), capacity.whole_pages());

@@ -144,7 +144,6 @@ fn a_scrubber_that_cannot_scrub_a_block_goes_on_with_the_others() {
 }
 
 /// Of 1 GiB with a spot that cannot be scrubbed the rest is as good as before.
-#[cfg(not(miri))]
 #[test]
 fn of_a_large_block_that_cannot_be_scrubbed_one_piece_is_lost() {
     let pool = pool(512);

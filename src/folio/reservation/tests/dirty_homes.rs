@@ -1,9 +1,6 @@
 //! Where objects come to lie beside a scrubber, and what is there but waits for a scrub.
 
-use super::tests::{overcommitted, page, pool, stat, wanted};
 use super::*;
-use crate::addr::ByteSize;
-use crate::failpoint::{FailPoint, arm};
 use crate::range::PfnRange;
 
 const HUGE: FolioSize = FolioSize::Huge2M;
@@ -129,7 +126,6 @@ fn a_dirty_home_is_nobodys_if_promises_would_suffer() {
 }
 
 /// 1 GiB that came back in one piece is broken where the next guest's home is in it.
-#[cfg(not(miri))]
 #[test]
 fn a_guest_is_one_run_in_a_large_folio_that_waits() {
     let pool = pool(1 << 18);
@@ -143,7 +139,6 @@ fn a_guest_is_one_run_in_a_large_folio_that_waits() {
 
 /// 1 GiB of which half the pieces are clean and the others are not, for somebody who was promised nothing
 /// and for somebody who is promised it only when it is in one piece.
-#[cfg(not(miri))]
 #[test]
 fn room_for_a_large_folio_is_there_in_pieces() {
     let pool = pool(1 << 18);
@@ -158,7 +153,6 @@ fn room_for_a_large_folio_is_there_in_pieces() {
 }
 
 /// Nothing is scrubbed for somebody who gets nothing anyway.
-#[cfg(not(miri))]
 #[test]
 fn nothing_is_scrubbed_in_vain() {
     let pool = pool(1 << 18);
@@ -178,7 +172,6 @@ fn nothing_is_scrubbed_in_vain() {
 }
 
 /// The last piece is in a scrubber's hands, or is taken by somebody else while the others are scrubbed.
-#[cfg(not(miri))]
 #[test]
 fn a_large_folio_waits_for_its_last_piece_and_does_without_if_another_gets_it() {
     let pool = pool(1 << 18);
