@@ -51,8 +51,9 @@ impl Drop for InHands<'_> {
         if !seeded(Flaw::WakesBeforeItIsBack) {
             self.pool.returned().wake_all();
         }
-        if self.outcome == Outcome::Dirty {
-            // Whoever had it in hands may be no scrubber, or one that is about to end.
+        if self.outcome != Outcome::Scrubbed {
+            // It may be there again, as it was or in pieces, and who had it in hands be no scrubber, or one that is
+            // about to end.
             self.pool.wake_scrubbers();
         }
     }
