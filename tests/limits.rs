@@ -14,6 +14,7 @@ use common::Capability;
 use gmem::addr::{ByteSize, Pgoff};
 use gmem::audit;
 use gmem::error::{Error, ErrorKind};
+use gmem::geometry::FolioSize;
 use gmem::range::PgoffRange;
 use gmem::{
     ArenaBacking, ContentPolicy, ConvertOptions, FolioPool, GuestMemfd, PartSpec, ViewOptions,
@@ -53,6 +54,39 @@ fn an_address_space_limit_is_an_error() {
         assert_eq!(big.kind(), ErrorKind::Exhausted, "{big}");
         let pool = FolioPool::new(ArenaBacking::Memfd, ByteSize::from_mib(16)).unwrap();
         assert_eq!(pool.stat().free, ByteSize::from_mib(16));
+    });
+}
+
+/// The table of folios grows with what is touched, and that can fail.
+#[test]
+fn without_memory_for_records_a_first_touch_is_an_error() {
+    alone("without_memory_for_records_a_first_touch_is_an_error", || {
+        const STEP: u64 = 256;
+        let size = ByteSize::from_mib(128);
+        let pool = FolioPool::new(ArenaBacking::Memfd, size).unwrap();
+        let builder = GuestMemfd::builder(size).folio_size(FolioSize::Base);
+        let memfd = builder.create(&pool).unwrap();
+        let touch = |page| memfd.allocate(PgoffRange::new(Pgoff::new(page), STEP)?);
+        touch(0).unwrap();
+        let before = getrlimit(Resource::As);
+        setrlimit(Resource::As, Rlimit { current: Some(0), ..before }).unwrap();
+        // What the allocator has still: all but what is small.
+        let mut all: Vec<Vec<u8>> = Vec::with_capacity(4096);
+        loop {
+            let mut some = Vec::new();
+            if all.len() == 4096 || some.try_reserve_exact(1 << 20).is_err() {
+                break;
+            }
+            all.push(some);
+        }
+        let mut pages = (STEP..size.whole_pages()).step_by(STEP as usize);
+        let (page, error) = pages.find_map(|page| Some((page, touch(page).err()?))).unwrap();
+        assert_eq!(error.kind(), ErrorKind::Exhausted, "{error}");
+        assert_eq!(pool.stat().used, ByteSize::from_pages(page));
+        setrlimit(Resource::As, before).unwrap();
+        drop(all);
+        memfd.allocate(memfd.pages()).unwrap();
+        assert_eq!(audit::check(&pool, &[&memfd]).to_string(), "clean");
     });
 }
 

@@ -19,8 +19,10 @@ use std::{ptr, slice, thread};
 
 use common::Capability;
 use gmem::addr::{ByteSize, Offset, Pgoff};
+use gmem::audit;
 use gmem::error::{Errno, Error, ErrorKind, Found};
 use gmem::failpoint::{FailPoint, arm};
+use gmem::geometry::FolioSize;
 use gmem::range::PgoffRange;
 use gmem::{ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, Visibility};
 use rustix::fs::{
@@ -220,6 +222,26 @@ fn a_folio_that_cannot_be_scrubbed_goes_to_nobody() {
         let error = next.write(at(0, 0), b"x").unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::MemoryFailure | ErrorKind::Exhausted), "{error}");
     }
+}
+
+/// Nor does somebody who wants a page of it scrub it for ever.
+#[test]
+fn of_a_folio_that_cannot_be_scrubbed_nobody_gets_a_page() {
+    let Cut { pool, memfd, arena, _alone } = Cut::new();
+    let lazy = pool.start_scrubber(ByteSize::default()).unwrap();
+    drop(memfd);
+    drop(lazy);
+    assert_eq!(pool.stat().dirty, ByteSize::from_mib(2));
+    arena.set_len(GONE * PAGE).unwrap();
+    let builder = GuestMemfd::builder(ByteSize::from_bytes(8 * PAGE));
+    let small = builder.folio_size(FolioSize::Base).initial(Visibility::Shared);
+    let small = small.create(&pool).unwrap();
+    let error = small.write(at(0, 0), b"x").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Exhausted, "{error}");
+    assert_eq!(pool.stat().quarantined, ByteSize::from_mib(2));
+    // That, and nothing else.
+    let found = audit::check(&pool, &[&small]).to_string();
+    assert_eq!(found, "2076672 bytes of the pool have no memory behind them");
 }
 
 fn block_all() {

@@ -1,6 +1,6 @@
 //! The oracle: a naive model of the library, and a language of actions to drive both.
 //!
-//! Property tests and fuzzers share it: any bytes become a list of [`Action`]s, [`run`] does them on
+//! Property tests and fuzzers share it: any bytes become a list of [`Action`]s, [`run()`] does them on
 //! real memory and on the model, and compares every answer (errors by kind, errno, range and
 //! culprit) and, after every action, everything that can be seen from outside.
 //!
