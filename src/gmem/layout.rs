@@ -11,7 +11,7 @@ use slab::Slab;
 
 use super::object::{Inner, runs};
 use super::subscriber::HandOut;
-use super::view_map::{NotInstalled, ViewMap};
+use super::view_map::ViewMap;
 use crate::addr::{Gfn, Pfn, Pgoff};
 use crate::error::{Error, ErrorKind, Op};
 use crate::failpoint::{FailPoint, fails};
@@ -127,14 +127,9 @@ impl Inner {
         range: PgoffRange,
     ) -> Result<(), Error> {
         let mut taken: Vec<(Slot, Pfn)> = Vec::new();
-        let is_viewed = !layout.views.is_empty();
+        // Views that have it already hide it, and answer with SIGBUS as before.
         let undo = |taken: Vec<(Slot, Pfn)>| {
-            for (slot, pfn) in taken {
-                match is_viewed {
-                    true => self.reservation.give_back(pfn, slot.size()),
-                    false => self.reservation.give_back_clean(pfn),
-                }
-            }
+            taken.into_iter().for_each(|(_, pfn)| self.reservation.give_back_clean(pfn));
         };
         let absent = |slot: &Slot| self.frames.get(slot).is_none();
         for slot in self.frames.shape().slots(range).filter(absent) {
@@ -180,26 +175,10 @@ impl Inner {
             self.reservation.give_back_clean(pfn);
             return Err(error);
         }
+        // Out of the reach of raw pointers from the first moment on, so it is as clean as it was taken.
         let mut views = layout.views.iter();
-        let outcome = views
-            .try_for_each(|(_, view)| view.install(self, slot.pages(), pfn))
-            .and_then(|()| match layout.views.is_empty() {
-                true => Ok(()),
-                // A raw pointer may have written to it while it was being installed.
-                false => self.arena.zero(frames).map_err(NotInstalled::Left),
-            });
-        match outcome {
-            Ok(()) => Ok(pfn),
-            // Views that have it already hide it, and answer with SIGBUS as before.
-            Err(NotInstalled::Undone(error)) => {
-                self.reservation.give_back(pfn, slot.size());
-                Err(error)
-            }
-            Err(NotInstalled::Left(error)) => {
-                self.reservation.quarantine(pfn);
-                Err(error)
-            }
-        }
+        let installed = views.try_for_each(|(_, view)| view.install(self, slot.pages(), pfn));
+        installed.map(|()| pfn).inspect_err(|_| self.reservation.give_back_clean(pfn))
     }
 
     /// Maps into the views what the range has of shared pages with folios, with the layout locked for

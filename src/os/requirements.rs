@@ -43,7 +43,7 @@ pub const SYSCALLS: &[Syscall] = syscalls! {
     fstat: SYS_fstat, "the count of huge memory, of pools on hugetlb";
     mmap: SYS_mmap, "pools, objects, views";
     munmap: SYS_munmap, "pools, objects, views";
-    mprotect: SYS_mprotect, "views, as a folio moves";
+    mprotect: SYS_mprotect, "views, as a folio comes";
     madvise: SYS_madvise, "pools, views";
     process_madvise: SYS_process_madvise, "conversions of several ranges to private, with views";
     mbind: SYS_mbind, "parts of pools on a NUMA node";
