@@ -10,6 +10,7 @@ use std::sync::{Arc, Weak};
 use slab::Slab;
 
 use super::object::{Inner, runs};
+use super::pin::OwnerTag;
 use super::subscriber::HandOut;
 use super::view_map::ViewMap;
 use crate::addr::{Gfn, Pfn, Pgoff};
@@ -28,13 +29,20 @@ pub(super) struct Binding {
     pub(super) gfn: Gfn,
 }
 
+/// Pages that another process has mapped, and under whose name they are pinned.
+#[derive(Debug)]
+pub(super) struct Exported {
+    pub(super) pages: PgoffRange,
+    pub(super) owner: OwnerTag,
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Layout {
     pub(super) views: Slab<Arc<ViewMap>>,
     pub(super) bindings: Slab<Binding>,
     pub(super) subscribers: Slab<HandOut>,
     /// What other processes have mapped. All of it is pinned.
-    pub(super) exports: Slab<PgoffRange>,
+    pub(super) exports: Slab<Exported>,
     /// The one virtual machine that the bindings are of. Not kept alive: it keeps the object alive.
     pub(super) vm: Option<Weak<dyn Stage2>>,
 }
@@ -55,7 +63,7 @@ impl Layout {
             }
         }
         let of_views = mapped.as_ref().map_or(0, |mapped| mapped.count_ones() as u64);
-        let mut exports: Vec<_> = self.exports.iter().map(|(_, &range)| range).collect();
+        let mut exports: Vec<_> = self.exports.iter().map(|(_, it)| it.pages).collect();
         exports.sort_unstable_by_key(PgoffRange::start);
         let mut counted = Pgoff::new(0);
         let mut of_others = 0;

@@ -21,11 +21,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::object::Inner;
 use super::shown::{Shown, between, block_of, first_page, next_run, part, whole_blocks};
 use super::view_options::{ViewMapping, ViewPath};
-use crate::addr::{ByteSize, Pfn, Pgoff};
+use crate::addr::{ByteSize, Hva, Pfn, Pgoff};
 use crate::backing::{Arena, ArenaBacking, Part};
 use crate::error::{Errno, Error, ErrorKind, Op};
 use crate::geometry::{FolioSize, HUGE_PAGES, PAGE_BYTES, index};
 use crate::os::mapping::Mapping;
+use crate::os::maps::{FileId, Maps};
 use crate::os::smaps::Smaps;
 use crate::os::uffd::{Source, Userfault};
 use crate::range::{PfnRange, PgoffRange};
@@ -459,6 +460,22 @@ impl ViewMap {
     /// Which pages the kernel's page tables really have, for the audit.
     pub(super) fn present(&self, nr_pages: usize) -> std::io::Result<Vec<bool>> {
         crate::os::pagemap::present(self.map.hva(), nr_pages)
+    }
+
+    /// Which of the pages is the first that maps anything else than its frame, for the audit.
+    pub(super) fn misplaced(
+        &self,
+        maps: &Maps,
+        pages: PgoffRange,
+        frames: PfnRange,
+    ) -> std::io::Result<Option<Pgoff>> {
+        let file = self.arena.file_of(frames);
+        let (fd, file_at) = file.ok_or(std::io::ErrorKind::Unsupported)?;
+        let (at, len) = bytes(pages);
+        let start = Hva::new(self.map.hva().get() + at);
+        let right = maps.matching(start, len as u64, FileId::of(fd)?, file_at);
+        let first = pages.start().get() + ByteSize::from_bytes(right).whole_pages();
+        Ok((right < len as u64).then_some(Pgoff::new(first)))
     }
 
     /// Whether the kernel maps this page by itself when it is touched, if it is shown.
