@@ -138,7 +138,7 @@ impl GuestMemfd {
             match with_reader(|reader| object.convert(reader, op, &ranges, to, options)) {
                 // Whoever has punched and touched it in between has made progress.
                 Err(error) if to == Visibility::Private && object.is_displaced(&error) => {}
-                outcome => return outcome,
+                outcome => return outcome.inspect_err(|_| object.fence_rest_of_failed()),
             }
         }
     }
@@ -255,6 +255,10 @@ impl Inner {
                 return Err(error);
             }
         };
+        if let Err(error) = self.check_not_failed(op, &layout, frozen.runs()) {
+            frozen.thaw();
+            return Err(error);
+        }
         let _hidden = HidesIfPanicking { object: self, layout: &layout };
         match to {
             Visibility::Private => self.make_private(reader, op, &layout, frozen, options.content),

@@ -11,6 +11,7 @@ use slab::Slab;
 
 use super::object::{Inner, runs};
 use super::pin::OwnerTag;
+use super::poison::Failed;
 use super::subscriber::HandOut;
 use super::view_map::ViewMap;
 use crate::addr::{Gfn, Pfn, Pgoff};
@@ -43,6 +44,8 @@ pub(super) struct Layout {
     pub(super) subscribers: Slab<HandOut>,
     /// What other processes have mapped. All of it is pinned.
     pub(super) exports: Slab<Exported>,
+    /// Memory that failed, and is not out of everybody's reach yet.
+    pub(super) failed: Vec<Failed>,
     /// The one virtual machine that the bindings are of. Not kept alive: it keeps the object alive.
     pub(super) vm: Option<Weak<dyn Stage2>>,
 }
