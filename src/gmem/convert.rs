@@ -133,7 +133,8 @@ impl GuestMemfd {
         let ranges = ascending(op, ranges)?;
         loop {
             if to == Visibility::Private {
-                object.place_private(op, &ranges, &options.wait)?;
+                let placed = object.place_private(op, &ranges, &options.wait);
+                placed.inspect_err(|_| object.fence_rest_of_failed())?;
             }
             match with_reader(|reader| object.convert(reader, op, &ranges, to, options)) {
                 // Whoever has punched and touched it in between has made progress.

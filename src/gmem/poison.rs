@@ -78,8 +78,8 @@ impl Inner {
 
     /// The same for a conversion that has come upon something.
     pub(super) fn fence_rest_of_failed(&self) {
-        let is_over = self.layout.read().failed.is_empty();
-        if !is_over {
+        let is_done = self.layout.read().failed.is_empty();
+        if !is_done {
             self.fence_rest(&mut self.layout.write());
         }
     }
