@@ -134,12 +134,13 @@ impl GuestMemfd {
         let ranges = ascending(op, ranges)?;
         loop {
             if to == Visibility::Private {
-                object.place_private(op, &ranges, &options.wait)?;
+                let placed = object.place_private(op, &ranges, &options.wait);
+                placed.inspect_err(|_| object.fence_rest_of_failed())?;
             }
             match with_reader(|reader| object.convert(reader, op, &ranges, to, options)) {
                 // Whoever has punched and touched it in between has made progress.
                 Err(error) if to == Visibility::Private && object.is_displaced(&error) => {}
-                outcome => return outcome,
+                outcome => return outcome.inspect_err(|_| object.fence_rest_of_failed()),
             }
         }
     }
@@ -253,6 +254,10 @@ impl Inner {
                 return Err(error);
             }
         };
+        if let Err(error) = self.check_not_failed(op, &layout, frozen.runs()) {
+            frozen.thaw();
+            return Err(error);
+        }
         let _hidden = HidesIfPanicking { object: self, layout: &layout };
         match to {
             Visibility::Private => self.make_private(reader, op, &layout, frozen, content),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::layout::granules;
 use super::object::{GuestMemfd, Inner};
-use super::view_map::{NotInstalled, ViewMap};
+use super::view_map::ViewMap;
 use super::view_options::{ViewOptions, ViewPath};
 use crate::addr::{Access, ByteSize, Hva, Offset, Pgoff};
 use crate::error::{Error, ErrorKind, Found, Op};
@@ -21,7 +21,7 @@ use crate::state::{Phase, Visibility};
 /// Raw pointers into it are the caller's affair: they are valid addresses as long as the view lives,
 /// and a touch of private or absent memory is a `SIGBUS` (`BUS_ADRERR`, exact address), which kills
 /// the process unless somebody handles it ([`SigbusHandler::decide_by`]); in the moment in which a folio
-/// [moves](GuestMemfd::migrate) it is a `SIGSEGV` (`SEGV_ACCERR`), which goes the same way. System calls on such
+/// comes there, new or [moved](GuestMemfd::migrate), it is a `SIGSEGV` (`SEGV_ACCERR`), which goes the same way. System calls on such
 /// memory get `EFAULT`. Children of a fork do not inherit the mapping.
 #[derive(Debug)]
 pub struct HostView {
@@ -68,8 +68,8 @@ impl GuestMemfd {
         let map = Arc::new(map);
         object.populate_shared(Op::MapView, &mut layout, object.pages)?;
         for (pages, frames) in object.frames.folios(object.pages) {
-            // Nobody knows its address yet, and if it fails it goes again.
-            map.install(object, pages, frames.start()).map_err(NotInstalled::into_error)?;
+            // If it fails, the view goes again.
+            map.install(object, pages, frames.start())?;
         }
         let key = layout.views.insert(Arc::clone(&map));
         object.show_shared(&layout, object.pages);

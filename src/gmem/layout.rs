@@ -10,8 +10,10 @@ use std::sync::{Arc, Weak};
 use slab::Slab;
 
 use super::object::{Inner, runs};
+use super::pin::OwnerTag;
+use super::poison::Failed;
 use super::subscriber::HandOut;
-use super::view_map::{NotInstalled, ViewMap};
+use super::view_map::ViewMap;
 use crate::addr::{Gfn, Pfn, Pgoff};
 use crate::error::{Error, ErrorKind, Op};
 use crate::failpoint::{FailPoint, fails};
@@ -28,13 +30,22 @@ pub(super) struct Binding {
     pub(super) gfn: Gfn,
 }
 
+/// Pages that another process has mapped, and under whose name they are pinned.
+#[derive(Debug)]
+pub(super) struct Exported {
+    pub(super) pages: PgoffRange,
+    pub(super) owner: OwnerTag,
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Layout {
     pub(super) views: Slab<Arc<ViewMap>>,
     pub(super) bindings: Slab<Binding>,
     pub(super) subscribers: Slab<HandOut>,
     /// What other processes have mapped. All of it is pinned.
-    pub(super) exports: Slab<PgoffRange>,
+    pub(super) exports: Slab<Exported>,
+    /// Memory that failed, and is not out of everybody's reach yet.
+    pub(super) failed: Vec<Failed>,
     /// The one virtual machine that the bindings are of. Not kept alive: it keeps the object alive.
     pub(super) vm: Option<Weak<dyn Stage2>>,
 }
@@ -55,7 +66,7 @@ impl Layout {
             }
         }
         let of_views = mapped.as_ref().map_or(0, |mapped| mapped.count_ones() as u64);
-        let mut exports: Vec<_> = self.exports.iter().map(|(_, &range)| range).collect();
+        let mut exports: Vec<_> = self.exports.iter().map(|(_, it)| it.pages).collect();
         exports.sort_unstable_by_key(PgoffRange::start);
         let mut counted = Pgoff::new(0);
         let mut of_others = 0;
@@ -148,14 +159,9 @@ impl Inner {
         range: PgoffRange,
     ) -> Result<(), Error> {
         let mut taken: Vec<(Slot, Pfn)> = Vec::new();
-        let is_viewed = !layout.views.is_empty();
+        // Views that have it already hide it, and answer with SIGBUS as before.
         let undo = |taken: Vec<(Slot, Pfn)>| {
-            for (slot, pfn) in taken {
-                match is_viewed {
-                    true => self.reservation.give_back(pfn, slot.size()),
-                    false => self.reservation.give_back_clean(pfn),
-                }
-            }
+            taken.into_iter().for_each(|(_, pfn)| self.reservation.give_back_clean(pfn));
         };
         let absent = |slot: &Slot| self.frames.get(slot).is_none();
         for slot in self.frames.shape().slots(range).filter(absent) {
@@ -201,26 +207,10 @@ impl Inner {
             self.reservation.give_back_clean(pfn);
             return Err(error);
         }
+        // Out of the reach of raw pointers from the first moment on, so it is as clean as it was taken.
         let mut views = layout.views.iter();
-        let outcome = views
-            .try_for_each(|(_, view)| view.install(self, slot.pages(), pfn))
-            .and_then(|()| match layout.views.is_empty() {
-                true => Ok(()),
-                // A raw pointer may have written to it while it was being installed.
-                false => self.arena.zero(frames).map_err(NotInstalled::Left),
-            });
-        match outcome {
-            Ok(()) => Ok(pfn),
-            // Views that have it already hide it, and answer with SIGBUS as before.
-            Err(NotInstalled::Undone(error)) => {
-                self.reservation.give_back(pfn, slot.size());
-                Err(error)
-            }
-            Err(NotInstalled::Left(error)) => {
-                self.reservation.quarantine(pfn);
-                Err(error)
-            }
-        }
+        let installed = views.try_for_each(|(_, view)| view.install(self, slot.pages(), pfn));
+        installed.map(|()| pfn).inspect_err(|_| self.reservation.give_back_clean(pfn))
     }
 
     /// Maps into the views what the range has of shared pages with folios, with the layout locked for

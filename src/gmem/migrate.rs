@@ -243,11 +243,11 @@ impl Inner {
         // All views first: what may fail with them does so before the hypervisor has moved anything.
         let mut nr_touched = 0;
         let mut views = layout.views.iter().map(|(_, view)| view);
-        let exchanged = views.try_for_each(|view| {
+        let installed = views.try_for_each(|view| {
             nr_touched += 1;
-            view.exchange(self, pages, pfn)
+            view.install(self, pages, pfn)
         });
-        let outcome = exchanged.and_then(|()| self.move_contents(layout, guest, slot, (old, pfn)));
+        let outcome = installed.and_then(|()| self.move_contents(layout, guest, slot, (old, pfn)));
         guard.unknown = None;
         match outcome {
             Ok(()) => {
@@ -257,7 +257,7 @@ impl Inner {
             Err(_) => {
                 let mut stays = false;
                 for (_, view) in layout.views.iter().take(nr_touched) {
-                    if view.exchange(self, pages, old).is_err() {
+                    if view.install(self, pages, old).is_err() {
                         // It may map the new one for as long as it lives.
                         view.goes_astray(pages);
                         stays = true;

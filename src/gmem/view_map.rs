@@ -21,11 +21,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::object::Inner;
 use super::shown::{Shown, between, block_of, first_page, next_run, part, whole_blocks};
 use super::view_options::{ViewMapping, ViewPath};
-use crate::addr::{ByteSize, Pfn, Pgoff};
+use crate::addr::{ByteSize, Hva, Pfn, Pgoff};
 use crate::backing::{Arena, ArenaBacking, Part};
 use crate::error::{Errno, Error, ErrorKind, Op};
 use crate::geometry::{FolioSize, HUGE_PAGES, PAGE_BYTES, index};
 use crate::os::mapping::Mapping;
+use crate::os::maps::{FileId, Maps};
 use crate::os::smaps::Smaps;
 use crate::os::uffd::{Source, Userfault};
 use crate::range::{PfnRange, PgoffRange};
@@ -77,43 +78,12 @@ impl ViewMap {
         &self.map
     }
 
-    /// Puts a folio behind the pages. Nothing of it is shown when this returns.
-    ///
-    /// Until it is registered a raw pointer can touch the folio. So the caller installs no folio that
-    /// anybody has written to in a view whose address is known, and scrubs it afterwards.
-    pub(super) fn install(
-        &self,
-        object: &Inner,
-        pages: PgoffRange,
-        pfn: Pfn,
-    ) -> Result<(), NotInstalled> {
-        let Way::Userfault(uffd) = &self.way else { return Ok(()) };
-        let no_file = |error: Error| NotInstalled::Undone(error.on(pages));
-        let frames = PfnRange::new(pfn, pages.nr_pages()).map_err(no_file)?;
-        let (fd, file_at) = self
-            .arena
-            .file_of(frames)
-            .ok_or_else(|| no_file(Error::new(Op::MapView, ErrorKind::Unsupported)))?;
-        let (at, len) = bytes(pages);
-        self.map.map_over(at, len, fd, file_at).map_err(NotInstalled::Undone)?;
-        self.is_right(pages);
-        let opened = self.register(uffd, at, len);
-        opened.map_err(|error| match self.map.map_over(at, len, object.identity.as_fd(), 0) {
-            Ok(()) => NotInstalled::Undone(error),
-            Err(_) => NotInstalled::Left(error),
-        })
-    }
-
-    /// Puts another folio behind pages of which nothing is shown, in a view whose address is known. The old
-    /// one and this one may hold what nobody may see: not even for a moment does either show, and no store
+    /// Puts a folio behind pages of which nothing is shown. What was there before and this one may hold
+    /// what nobody may see, or be somebody else's soon: not even for a moment does either show, and no store
     /// of a raw pointer gets lost in one of them. For that moment the fault is a `SIGSEGV`. Without
-    /// userfaultfd neither is there: what is hidden is the empty file.
-    pub(super) fn exchange(
-        &self,
-        object: &Inner,
-        pages: PgoffRange,
-        pfn: Pfn,
-    ) -> Result<(), Error> {
+    /// userfaultfd neither is there: what is hidden is the empty file. If it fails, the folio is as out of
+    /// reach as before.
+    pub(super) fn install(&self, object: &Inner, pages: PgoffRange, pfn: Pfn) -> Result<(), Error> {
         let Way::Userfault(uffd) = &self.way else { return Ok(()) };
         let (at, len) = bytes(pages);
         let frames = PfnRange::new(pfn, pages.nr_pages())?;
@@ -134,12 +104,12 @@ impl ViewMap {
         outcome
     }
 
-    /// An [`exchange`](Self::exchange) could not be undone: the pages stay hidden until something else is put
+    /// A folio that was [installed](Self::install) could not be replaced by the one before: the pages stay hidden until something else is put
     /// there.
     pub(super) fn goes_astray(&self, pages: PgoffRange) {
         self.is_right(pages);
         let mut astray = self.astray();
-        // An exchange that had no room here has changed nothing.
+        // An install that had no room here has changed nothing.
         if astray.try_reserve(1).is_ok() {
             astray.push(pages);
         }
@@ -158,7 +128,8 @@ impl ViewMap {
         self.map.keep_private(at, len)?;
         self.map.forbid_collapse(at, len)?;
         uffd.register(&self.map, at, len)?;
-        // Whatever was touched before it was registered is mapped, and stays so if left alone.
+        // Whatever was touched before it was registered is mapped, and stays so if left alone: a block that was
+        // open, or what a debugger has looked at.
         self.map.discard(at, len)
     }
 
@@ -227,8 +198,8 @@ impl ViewMap {
     fn show_fixed(&self, object: &Inner, run: PgoffRange, frames: PfnRange) -> bool {
         match self.map_file(run, frames) {
             Ok(()) => true,
-            Err(NotInstalled::Undone(_)) => false,
-            Err(NotInstalled::Left(_)) => self.cover(object, run).is_err(),
+            Err(NotMapped::Undone(_)) => false,
+            Err(NotMapped::Left(_)) => self.cover(object, run).is_err(),
         }
     }
 
@@ -289,8 +260,8 @@ impl ViewMap {
     ) -> Result<(), Error> {
         match self.map_file(blocks, frames) {
             Ok(()) => shown.set_open(blocks, true),
-            Err(NotInstalled::Undone(error)) => return Err(error),
-            Err(NotInstalled::Left(error)) => {
+            Err(NotMapped::Undone(error)) => return Err(error),
+            Err(NotMapped::Left(error)) => {
                 let (at, len) = bytes(blocks);
                 if self.register(uffd, at, len).is_ok() {
                     return Err(error);
@@ -303,13 +274,13 @@ impl ViewMap {
     }
 
     /// Maps the frames over the pages, for everybody to touch.
-    fn map_file(&self, pages: PgoffRange, frames: PfnRange) -> Result<(), NotInstalled> {
+    fn map_file(&self, pages: PgoffRange, frames: PfnRange) -> Result<(), NotMapped> {
         let (at, len) = bytes(pages);
         let file = self.arena.file_of(frames);
-        let (fd, file_at) = file
-            .ok_or_else(|| NotInstalled::Undone(Error::new(Op::MapView, ErrorKind::Unsupported)))?;
-        self.map.map_over(at, len, fd, file_at).map_err(NotInstalled::Undone)?;
-        self.map.keep_private(at, len).map_err(NotInstalled::Left)?;
+        let (fd, file_at) =
+            file.ok_or_else(|| NotMapped::Undone(Error::new(Op::MapView, ErrorKind::Unsupported)))?;
+        self.map.map_over(at, len, fd, file_at).map_err(NotMapped::Undone)?;
+        self.map.keep_private(at, len).map_err(NotMapped::Left)?;
         let is_small = self
             .arena
             .part_of(frames.start())
@@ -320,7 +291,7 @@ impl ViewMap {
             // the kernel takes it for a ban on huge entries as well.
             let _ = self.map.populate_shared(at, len);
         }
-        self.map.forbid_collapse(at, len).map_err(NotInstalled::Left)
+        self.map.forbid_collapse(at, len).map_err(NotMapped::Left)
     }
 
     #[inline]
@@ -478,8 +449,8 @@ impl ViewMap {
         match &self.way {
             Way::Fixed => match self.map_file(block, frames) {
                 Ok(()) => Ok(()),
-                Err(NotInstalled::Undone(error)) => Err(error),
-                Err(NotInstalled::Left(error)) => {
+                Err(NotMapped::Undone(error)) => Err(error),
+                Err(NotMapped::Left(error)) => {
                     shown.set(block, self.cover(object, block).is_err());
                     Err(error)
                 }
@@ -508,6 +479,22 @@ impl ViewMap {
         crate::os::pagemap::present(self.map.hva(), nr_pages)
     }
 
+    /// Which of the pages is the first that maps anything else than its frame, for the audit.
+    pub(super) fn misplaced(
+        &self,
+        maps: &Maps,
+        pages: PgoffRange,
+        frames: PfnRange,
+    ) -> std::io::Result<Option<Pgoff>> {
+        let file = self.arena.file_of(frames);
+        let (fd, file_at) = file.ok_or(std::io::ErrorKind::Unsupported)?;
+        let (at, len) = bytes(pages);
+        let start = Hva::new(self.map.hva().get() + at);
+        let right = maps.matching(start, len as u64, FileId::of(fd)?, file_at);
+        let first = pages.start().get() + ByteSize::from_bytes(right).whole_pages();
+        Ok((right < len as u64).then_some(Pgoff::new(first)))
+    }
+
     /// Whether the kernel maps this page by itself when it is touched, if it is shown.
     pub(super) fn is_faulted_in(&self, shown: &Shown, page: Pgoff) -> bool {
         matches!(self.way, Way::Fixed) || shown.is_open(block_of(page))
@@ -518,20 +505,12 @@ impl ViewMap {
     }
 }
 
-/// Why a folio could not be installed, and what of it is left.
-pub(super) enum NotInstalled {
+/// Why frames could not be mapped for everybody to touch, and what of that is left.
+enum NotMapped {
     /// Nothing.
     Undone(Error),
-    /// A mapping that may show the folio to raw pointers, or bytes that they may have written.
+    /// A mapping that may show them to raw pointers.
     Left(Error),
-}
-
-impl NotInstalled {
-    pub(super) fn into_error(self) -> Error {
-        match self {
-            Self::Undone(error) | Self::Left(error) => error,
-        }
-    }
 }
 
 impl fmt::Debug for ViewMap {

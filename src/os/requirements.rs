@@ -40,10 +40,10 @@ pub const SYSCALLS: &[Syscall] = syscalls! {
     ftruncate: SYS_ftruncate, "pools";
     fallocate: SYS_fallocate, "pools, holes";
     fcntl: SYS_fcntl, "seals of pools and objects, duplicates of descriptors";
-    fstat: SYS_fstat, "the count of huge memory, of pools on hugetlb";
+    fstat: SYS_fstat, "the count of huge memory, of pools on hugetlb; the audit";
     mmap: SYS_mmap, "pools, objects, views";
     munmap: SYS_munmap, "pools, objects, views";
-    mprotect: SYS_mprotect, "views, as a folio moves";
+    mprotect: SYS_mprotect, "views, as a folio comes";
     madvise: SYS_madvise, "pools, views";
     process_madvise: SYS_process_madvise, "conversions of several ranges to private, with views";
     mbind: SYS_mbind, "parts of pools on a NUMA node";

@@ -134,6 +134,31 @@ impl Tree {
         }
     }
 
+    /// Quarantines a range that others may have pinned, who keep it until they let go. Nobody else comes to it;
+    /// who is inside of a section may be.
+    ///
+    /// # Errors
+    /// The first page that somebody is about to change. The others are quarantined all the same.
+    pub fn condemn(&self, reader: &Reader, range: PgoffRange) -> Result<(), Stop> {
+        let rule = |word: Word| match word.phase() {
+            Phase::Quarantined => Ok(None),
+            _ => word.condemn().map(Some),
+        };
+        let mut outcome = Ok(());
+        let mut page = range.start();
+        while page < range.end() {
+            match self.step(reader, page, range, rule) {
+                Ok(Some(step)) => page = step.pages.end(),
+                Ok(None) => break,
+                Err(refused) => {
+                    outcome = outcome.and(Err(refused.into()));
+                    page = Pgoff::new(page.get() + 1);
+                }
+            }
+        }
+        outcome
+    }
+
     /// Freezes a range that is one block and can be frozen at once, as most can. `None`: it is something
     /// else, or is refused, and nothing has been done.
     #[inline]

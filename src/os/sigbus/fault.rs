@@ -27,7 +27,7 @@ impl FaultCause {
     }
 }
 
-/// Why a touch of a view is a `SIGBUS` (or a `SIGSEGV`, while a folio moves), by what the library knows of the page a moment after. Another
+/// Why a touch of a view is a `SIGBUS` (or a `SIGSEGV`, while a folio comes), by what the library knows of the page a moment after. Another
 /// thread may have changed that meanwhile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]

@@ -82,7 +82,7 @@ impl SigbusHandler {
     }
 
     /// Lets `decide` say what becomes of a `SIGBUS` that a raw pointer into a view runs into, or of a `SIGSEGV`
-    /// while a folio [moves](crate::GuestMemfd::migrate) there, in place of any callback before it. Without one, and for every other fault, the handler that stood before decides, or
+    /// while a folio comes there, new or [moved](crate::GuestMemfd::migrate), in place of any callback before it. Without one, and for every other fault, the handler that stood before decides, or
     /// the process dies.
     ///
     /// It is called on the thread that touched the memory, with the signal blocked, once for each time the instruction
@@ -241,7 +241,7 @@ fn is_fault(signal: c_int, code: c_int) -> bool {
     }
 }
 
-/// Of `SIGSEGV` only what a view says while a folio moves: that the page is mapped, and is not to be touched. The
+/// Of `SIGSEGV` only what a view says while a folio comes: that the page is mapped, and is not to be touched. The
 /// code has the number of `BUS_ADRERR`, and means that from here on.
 fn may_be_ours(signal: c_int, details: &siginfo_t) -> bool {
     const SEGV_ACCERR: c_int = libc::BUS_ADRERR;
