@@ -8,7 +8,7 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use libc::{c_int, c_void, siginfo_t};
+use libc::{c_int, c_void, siginfo_t, ucontext_t};
 
 use super::{FaultAnswer, FaultCause, HostFault, SIGNALS, mask, views};
 use crate::addr::Hva;
@@ -85,9 +85,11 @@ impl SigbusHandler {
     /// while a folio comes there, new or [moved](crate::GuestMemfd::migrate), in place of any callback before it. Without one, and for every other fault, the handler that stood before decides, or
     /// the process dies.
     ///
-    /// It is called on the thread that touched the memory, with the signal blocked, once for each time the instruction
-    /// faults. It may wait for another thread that converts the page, by what means a signal handler has
-    /// (a futex, a pipe), if the thread that touched the memory held nothing that the other one needs.
+    /// It is called on the thread that touched the memory, once for each time the instruction faults. All signals are blocked
+    /// meanwhile, but for `SIGSYS`, `SIGTRAP`, `SIGILL`, `SIGFPE` and the C library's own: an alternate stack has no
+    /// room for their handlers. It may wait for another thread that converts the page, by what means a signal handler has
+    /// (a futex, a pipe), if the thread that touched the memory held nothing that the other one needs, and need not handle
+    /// a signal for it.
     ///
     /// # Safety
     /// `decide` is async-signal-safe (signal-safety(7)): it allocates nothing, takes no lock, does not panic,
@@ -193,12 +195,22 @@ fn action_of(entry: Entry, before: &libc::sigaction) -> libc::sigaction {
     // SAFETY: all-zero is a valid `sigaction`: no flags, an empty mask, the default action.
     let mut action: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
     action.sa_sigaction = entry as usize;
-    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+    action.sa_flags = libc::SA_SIGINFO;
+    // Handlers of other signals, on a stack that has room for one or two.
+    action.sa_mask = mask::all_but_faults();
+    // Whom we call, who may want more room than an alternate stack has, runs where the kernel would have run it.
+    if is_nobody(before) || before.sa_flags & libc::SA_ONSTACK != 0 {
+        action.sa_flags |= libc::SA_ONSTACK;
+    }
     // A signal that somebody sends interrupts system calls as it did, or does not.
     if before.sa_flags & libc::SA_RESTART != 0 || before.sa_sigaction == libc::SIG_IGN {
         action.sa_flags |= libc::SA_RESTART;
     }
     action
+}
+
+fn is_nobody(action: &libc::sigaction) -> bool {
+    matches!(action.sa_sigaction, libc::SIG_DFL | libc::SIG_IGN)
 }
 
 /// What the kernel calls, or a handler that chains to this one.
@@ -290,11 +302,10 @@ unsafe fn hand_on(
     // SAFETY: null or a leaked box, which nobody changes.
     match unsafe { previous.as_ref() } {
         Some(previous) if previous.sa_sigaction == libc::SIG_IGN && !is_fault => {}
-        Some(previous)
-            if !matches!(previous.sa_sigaction, libc::SIG_DFL | libc::SIG_IGN)
-                && !is_spent(line, level, previous) =>
-        {
-            let before = take_mask_of(line.signal, previous);
+        Some(previous) if !is_nobody(previous) && !is_spent(line, level, previous) => {
+            // SAFETY: the caller's promise.
+            let interrupted = unsafe { &*context.cast::<ucontext_t>() };
+            let before = take_mask_of(line.signal, previous, &interrupted.uc_sigmask);
             // SAFETY: the previous owner installed this function for exactly this call.
             unsafe { call(previous, line.signal, info, context) };
             mask::restore(&before);
@@ -310,14 +321,15 @@ fn is_spent(line: &Line, level: usize, previous: &libc::sigaction) -> bool {
     once && line.spent[level].swap(true, Ordering::Relaxed)
 }
 
-/// Gives this thread the mask that the kernel would have given it for the handler; the one before.
-fn take_mask_of(signal: c_int, previous: &libc::sigaction) -> Option<libc::sigset_t> {
-    let before = mask::block(&previous.sa_mask);
-    if previous.sa_flags & libc::SA_NODEFER != 0 {
-        // The signal could not have come here if it had been blocked.
-        mask::unblock(&[signal]);
-    }
-    before
+/// Gives this thread the mask that the kernel would have given it for the handler, interrupted under this one; the one
+/// before.
+fn take_mask_of(
+    signal: c_int,
+    previous: &libc::sigaction,
+    interrupted: &libc::sigset_t,
+) -> Option<libc::sigset_t> {
+    let itself = (previous.sa_flags & libc::SA_NODEFER == 0).then_some(signal);
+    mask::set(&mask::union(interrupted, &previous.sa_mask, itself))
 }
 
 /// # Safety
