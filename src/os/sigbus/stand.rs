@@ -10,6 +10,7 @@ use std::sync::{Mutex, PoisonError};
 
 use libc::{c_int, c_void, siginfo_t, ucontext_t};
 
+use super::fault::SEGV_ACCERR;
 use super::{FaultAnswer, FaultCause, HostFault, SIGNALS, mask, views};
 use crate::addr::Hva;
 use crate::error::{Errno, Error, ErrorKind, Op};
@@ -253,16 +254,14 @@ fn is_fault(signal: c_int, code: c_int) -> bool {
     }
 }
 
-/// Of `SIGSEGV` only what a view says while a folio comes: that the page is mapped, and is not to be touched. The
-/// code has the number of `BUS_ADRERR`, and means that from here on.
+/// Of `SIGSEGV` only that a page of a view is mapped, and is not to be touched, as while a folio comes there.
 fn may_be_ours(signal: c_int, details: &siginfo_t) -> bool {
-    const SEGV_ACCERR: c_int = libc::BUS_ADRERR;
     if signal != libc::SIGSEGV {
         return true;
     }
     // SAFETY: only looked at with this code, which is a fault's, which has an address.
     let address = || Hva::new(unsafe { details.si_addr() }.addr());
-    details.si_code == SEGV_ACCERR && views::decode(address(), FaultCause::NotMapped).is_some()
+    details.si_code == SEGV_ACCERR && views::decode(address(), FaultCause::Inaccessible).is_some()
 }
 
 /// What the callback says of a fault in a view; `None` without one, and for any other address.
@@ -274,7 +273,7 @@ fn asked(details: &siginfo_t) -> Option<FaultAnswer> {
     }
     // SAFETY: stored by `decide_by` from a function of this type.
     let callback = unsafe { std::mem::transmute::<*mut (), Callback>(callback) };
-    let cause = FaultCause::of(u64::from(details.si_code.unsigned_abs()));
+    let cause = FaultCause::of(FaultCause::code(details.si_signo, details.si_code));
     // SAFETY: the caller has checked that this is a fault, which has an address.
     let hva = Hva::new(unsafe { details.si_addr() }.addr());
     let fault = views::decode(hva, cause)?;
