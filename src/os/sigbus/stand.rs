@@ -221,7 +221,7 @@ extern "C" fn entry<const LEVEL: usize>(signal: c_int, info: *mut siginfo_t, con
 }
 
 /// The handler. Async-signal-safe: it loads atomics, edits the saved registers, reads the words of a page, or
-/// calls `pthread_sigmask`, `sigaction` and `raise`, which POSIX lists as safe.
+/// calls `pthread_sigmask` and `sigaction`, which POSIX lists as safe, and system calls.
 ///
 /// # Safety
 /// The arguments are what the kernel passes to an SA_SIGINFO handler.
@@ -360,8 +360,11 @@ impl Line {
         let default: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
         let _ = self.sigaction(Some(&default));
         if !is_fault {
-            // SAFETY: raise takes no pointers.
-            unsafe { libc::raise(self.signal) };
+            // Not raise: which system calls those are is the C library's affair, and a filter's.
+            // SAFETY: takes nothing.
+            let (process, thread) = unsafe { (libc::getpid(), libc::syscall(libc::SYS_gettid)) };
+            // SAFETY: takes no pointers.
+            unsafe { libc::syscall(libc::SYS_tgkill, process, thread, self.signal) };
         }
     }
 }
