@@ -1,9 +1,10 @@
-//! Where a view cannot do all of a run at once: a page of it is gone.
+//! Where a view cannot do all of a run at once: a page of it is gone, or the kernel has no mapping left.
 
-use super::shown::{Shown, between, part};
+use super::shown::{Shown, between, block_of, first_page, next_run, part};
 use super::view_map::{ViewMap, bytes};
 use crate::addr::{ByteSize, Pgoff};
 use crate::error::{Errno, Error, ErrorKind, Op};
+use crate::geometry::HUGE_PAGES;
 use crate::os::uffd::{Stopped, Userfault};
 use crate::range::{PfnRange, PgoffRange};
 
@@ -64,5 +65,37 @@ impl ViewMap {
         if let Some((at, len)) = pages.map(bytes) {
             let _ = self.map().discard(at, len);
         }
+    }
+
+    /// Closes the blocks when that has failed: together with all that are open beside them, which are whole mappings. That
+    /// splits none, so it is possible where the process has as many as it may have.
+    #[cold]
+    pub(super) fn close_all_around(
+        &self,
+        uffd: &Userfault,
+        shown: &mut Shown,
+        blocks: PgoffRange,
+        error: Error,
+    ) -> Result<(), Error> {
+        if error.kind() != ErrorKind::Exhausted {
+            return Err(error);
+        }
+        let (mut first, mut end) = (block_of(blocks.start()), block_of(blocks.end()));
+        while let Some(before) = first.get().checked_sub(1).map(Pgoff::new) {
+            if !shown.is_open(before) {
+                break;
+            }
+            first = before;
+        }
+        while shown.is_open(end) {
+            end = Pgoff::new(end.get() + 1);
+        }
+        // What a walk before this one has closed already needs nothing.
+        let Some(run) = next_run(&shown.open, first, end, true) else { return Ok(()) };
+        for block in run.iter() {
+            self.map_by_pages(PgoffRange::new(first_page(block), HUGE_PAGES)?)?;
+        }
+        let run = PgoffRange::new(first_page(run.start()), run.nr_pages() * HUGE_PAGES)?;
+        self.close_whole(uffd, shown, run)
     }
 }

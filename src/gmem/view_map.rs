@@ -362,7 +362,8 @@ impl ViewMap {
                 from = open.end();
                 let pages =
                     PgoffRange::new(first_page(open.start()), open.nr_pages() * HUGE_PAGES)?;
-                self.close_whole(uffd, shown, pages)?;
+                self.close_whole(uffd, shown, pages)
+                    .or_else(|error| self.close_all_around(uffd, shown, pages, error))?;
             }
         }
         // What can still be open is at the two ends, and not in the range as a whole.
@@ -370,7 +371,8 @@ impl ViewMap {
         for block in [block_of(range.start()), block_of(last)] {
             if shown.is_open(block) {
                 let pages = PgoffRange::new(first_page(block), HUGE_PAGES)?;
-                self.close_part(uffd, shown, pages)?;
+                self.close_part(uffd, shown, pages)
+                    .or_else(|error| self.close_all_around(uffd, shown, pages, error))?;
             }
         }
         Ok(())
