@@ -261,6 +261,17 @@ impl HostView {
         self.map.first_hidden(pages).is_none()
     }
 
+    /// Maps pages that are pinned and not [mapped](Self::shows): the kernel may have had no room, or no memory for what
+    /// somebody has taken, when they turned shared.
+    #[cfg_attr(not(feature = "vm-memory"), expect(dead_code, reason = "for the adapter"))]
+    pub(crate) fn show_again(&self, pages: PgoffRange) -> Result<(), Error> {
+        if !self.shows(pages) {
+            let object = &*self.memfd.0;
+            object.show_shared(&object.layout.write(), pages);
+        }
+        self.check_mapped(pages)
+    }
+
     /// Copies bytes out of shared memory; as [`GuestMemfd::read`].
     ///
     /// # Errors
