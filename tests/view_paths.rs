@@ -309,6 +309,18 @@ fn on_hugetlb_what_cannot_be_mapped_is_told_and_can_be_read() {
         convert(memfd, range(3, 1), Visibility::Shared);
         assert!(is_there(&view, 1) && is_there(&view, 3));
         assert_eq!(view.check_mapped(memfd.pages()), Ok(()));
+        // A pin holds up what is pinned, and a view wants more than that.
+        let device = memfd.register_owner("device").unwrap();
+        let few = memfd.pin(range(1, 1), device, PinMode::Counted).unwrap();
+        assert_eq!(view.check_mapped(range(1, 1)), Ok(()));
+        convert(memfd, range(3, 1), Visibility::Private);
+        assert_eq!(view.check_mapped(range(1, 1)).unwrap_err().kind(), ErrorKind::Unsupported);
+        convert(memfd, range(3, 1), Visibility::Shared);
+        drop(few);
+        let _all = memfd.pin(range(0, 512), device, PinMode::Counted).unwrap();
+        let refused = memfd.convert(range(3, 1), Visibility::Private, PRESERVE).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Busy, "{refused}");
+        assert!(is_there(&view, 1));
     });
 }
 
