@@ -28,7 +28,7 @@ use crate::geometry::{FolioSize, HUGE_PAGES, PAGE_BYTES, index};
 use crate::os::mapping::Mapping;
 use crate::os::maps::{FileId, Maps};
 use crate::os::smaps::Smaps;
-use crate::os::uffd::{Source, Userfault};
+use crate::os::uffd::{Source, Stopped, Userfault};
 use crate::range::{PfnRange, PgoffRange};
 
 pub(super) struct ViewMap {
@@ -76,6 +76,14 @@ impl ViewMap {
 
     pub(super) fn map(&self) -> &Mapping {
         &self.map
+    }
+
+    pub(super) fn arena(&self) -> &Arena {
+        &self.arena
+    }
+
+    pub(super) fn granule(&self) -> FolioSize {
+        self.granule
     }
 
     /// Puts a folio behind pages of which nothing is shown. What was there before and this one may hold
@@ -190,7 +198,9 @@ impl ViewMap {
                 Way::Fixed => self.show_fixed(object, run, frames),
                 Way::Userfault(uffd) => self.show_registered(uffd, shown, run, frames),
             };
-            shown.set(run, done);
+            if done {
+                shown.set(run, true);
+            }
         }
     }
 
@@ -210,7 +220,8 @@ impl ViewMap {
         self.map.map_over(at, len, object.identity.as_fd(), pages.start_offset().get())
     }
 
-    /// Shows pages none of which is shown. What is to be opened is; says whether all can be touched then.
+    /// Shows pages none of which is shown. What is to be opened is. Either all can be touched then, or `shown` has been told
+    /// of those that can.
     #[inline]
     fn show_registered(
         &self,
@@ -219,20 +230,22 @@ impl ViewMap {
         run: PgoffRange,
         frames: PfnRange,
     ) -> bool {
-        let Some(blocks) = self.opens(run, frames) else { return self.map_pages(uffd, run) };
+        let Some(blocks) = self.opens(run, frames) else {
+            return self.map_pages(uffd, shown, run, frames);
+        };
         let opened = part(run, frames, blocks)
             .is_some_and(|frames| self.open(uffd, shown, blocks, frames).is_ok());
         if !opened {
-            return self.map_pages(uffd, run);
+            return self.map_pages(uffd, shown, run, frames);
         }
+        shown.set(blocks, true);
         let around = [between(run.start(), blocks.start()), between(blocks.end(), run.end())];
-        let done = around.into_iter().flatten().all(|rest| self.map_pages(uffd, rest));
-        if !done && self.close_whole(uffd, shown, blocks).is_ok() {
-            // All of the run goes, to agree with `shown`.
-            let (at, len) = bytes(run);
-            let _ = self.map.discard(at, len);
+        for rest in around.into_iter().flatten() {
+            if part(run, frames, rest).is_some_and(|part| self.map_pages(uffd, shown, rest, part)) {
+                shown.set(rest, true);
+            }
         }
-        done
+        false
     }
 
     /// The blocks of the run that are to be opened, now that they turn shared as a whole.
@@ -294,16 +307,28 @@ impl ViewMap {
         self.map.forbid_collapse(at, len).map_err(NotMapped::Left)
     }
 
+    /// Gives the pages entries. Either all have theirs then, or `shown` has been told of those that have.
     #[inline]
-    fn map_pages(&self, uffd: &Userfault, pages: PgoffRange) -> bool {
-        let (at, len) = bytes(pages);
-        let step = index(self.granule.bytes().get());
-        let done = uffd.map_pages(&self.map, at, len, step).is_ok();
-        if !done {
-            // Whatever was mapped of them is taken out again, to agree with `shown`.
-            let _ = self.map.discard(at, len);
+    fn map_pages(
+        &self,
+        uffd: &Userfault,
+        shown: &mut Shown,
+        pages: PgoffRange,
+        frames: PfnRange,
+    ) -> bool {
+        match self.map_run(uffd, pages) {
+            Ok(()) => true,
+            Err(stopped) => {
+                self.map_around(uffd, shown, pages, frames, stopped);
+                false
+            }
         }
-        done
+    }
+
+    #[inline]
+    pub(super) fn map_run(&self, uffd: &Userfault, pages: PgoffRange) -> Result<(), Stopped> {
+        let (at, len) = bytes(pages);
+        uffd.map_pages(&self.map, at, len, index(self.granule.bytes().get()))
     }
 
     /// Makes the pages of all the ranges fault. If it fails, some of them may.
@@ -354,21 +379,24 @@ impl ViewMap {
                 from = open.end();
                 let pages =
                     PgoffRange::new(first_page(open.start()), open.nr_pages() * HUGE_PAGES)?;
-                self.close_whole(uffd, shown, pages)?;
+                self.close_whole(uffd, shown, pages)
+                    .or_else(|error| self.close_all_around(uffd, shown, pages, error))?;
             }
         }
         // What can still be open is at the two ends, and not in the range as a whole.
         let last = Pgoff::new(range.end().get() - 1);
         for block in [block_of(range.start()), block_of(last)] {
             if shown.is_open(block) {
-                self.close_part(uffd, shown, PgoffRange::new(first_page(block), HUGE_PAGES)?)?;
+                let pages = PgoffRange::new(first_page(block), HUGE_PAGES)?;
+                self.close_part(uffd, shown, pages)
+                    .or_else(|error| self.close_all_around(uffd, shown, pages, error))?;
             }
         }
         Ok(())
     }
 
     /// Closes blocks that are about to be hidden as a whole.
-    fn close_whole(
+    pub(super) fn close_whole(
         &self,
         uffd: &Userfault,
         shown: &mut Shown,
@@ -389,15 +417,20 @@ impl ViewMap {
         shown: &mut Shown,
         block: PgoffRange,
     ) -> Result<(), Error> {
+        self.map_by_pages(block)?;
+        self.close_whole(uffd, shown, block)
+    }
+
+    /// Gives each page of an open block an entry of its own.
+    pub(super) fn map_by_pages(&self, block: PgoffRange) -> Result<(), Error> {
         let (at, len) = bytes(block);
         self.map.discard(at, len)?;
         match self.map.populate_shared(at, len) {
             // Memory that failed has no entry any more, and ends the call. It is what is to be hidden, or was
             // touched in vain already.
-            Err(error) if error.errno() == Errno::EHWPOISON => self.populate_sound(at, len)?,
-            outcome => outcome?,
+            Err(error) if error.errno() == Errno::EHWPOISON => self.populate_sound(at, len),
+            outcome => outcome,
         }
-        self.close_whole(uffd, shown, block)
     }
 
     fn populate_sound(&self, at: usize, len: usize) -> Result<(), Error> {
@@ -456,8 +489,10 @@ impl ViewMap {
                 }
             },
             Way::Userfault(uffd) => self.open(uffd, shown, block, frames).inspect_err(|_| {
-                let mapped = self.map_pages(uffd, block);
-                shown.set(block, mapped);
+                shown.set(block, false);
+                if self.map_pages(uffd, shown, block, frames) {
+                    shown.set(block, true);
+                }
             }),
         }
     }
@@ -522,6 +557,6 @@ impl fmt::Debug for ViewMap {
 /// Where the pages are in a mapping of the whole object. The object fits in an address space, or
 /// there would be no view.
 #[inline]
-fn bytes(pages: PgoffRange) -> (usize, usize) {
+pub(super) fn bytes(pages: PgoffRange) -> (usize, usize) {
     (index(pages.start_offset().get()), index(pages.len_bytes().get()))
 }
