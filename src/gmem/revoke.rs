@@ -84,7 +84,7 @@ impl Inner {
             }
         }
         let Some(error) = refused else { return Ok(()) };
-        left.iter().for_each(|(hand_out, runs)| hand_out.subscriber.grant(runs));
+        left.iter().for_each(|(hand_out, runs)| hand_out.grant(runs));
         Err(error)
     }
 
@@ -144,13 +144,10 @@ impl Inner {
         hand_out: &HandOut,
         pages: impl Iterator<Item = PgoffRange>,
     ) {
-        if matches!(hand_out.line.standing(), Standing::Told | Standing::Leaving) {
-            let tell = |runs: &[HandOutRun]| {
-                hand_out.subscriber.grant(runs);
-                true
-            };
-            in_batches(self.hand_out_runs(layout, pages), tell);
-        }
+        in_batches(self.hand_out_runs(layout, pages), |runs| {
+            hand_out.grant(runs);
+            true
+        });
     }
 
     /// Takes everything back from a subscriber that leaves. Whether it has let go of all of it.
@@ -169,6 +166,17 @@ impl Inner {
 }
 
 impl HandOut {
+    /// Gives runs, unless it is cut off: meanwhile nobody cuts it off, and so it never has more than that
+    /// takes away.
+    fn grant(&self, runs: &[HandOutRun]) {
+        self.line.give(|| self.subscriber.grant(runs));
+    }
+
+    /// Cuts it off from all that it was ever given.
+    pub(super) fn cut_off(&self) -> Result<(), Errno> {
+        self.line.cut_off(|| self.subscriber.fence())
+    }
+
     /// What to make of an answer, or of none.
     fn heard(&self, op: Op, outcome: Outcome, refused: &mut Option<Error>) -> Left {
         let error = |errno: Errno, what: &str| {
@@ -183,18 +191,13 @@ impl HandOut {
                 Left::Alone
             }
             // Nobody is cut off for a conversion that does not come about.
-            (Outcome::Silent, OnSilence::FenceOff) if refused.is_none() => {
-                match self.subscriber.fence() {
-                    Ok(()) => {
-                        self.line.fence_off();
-                        Left::Alone
-                    }
-                    Err(errno) => {
-                        *refused = Some(error(errno, "did not answer, and cannot be fenced off"));
-                        Left::Granted
-                    }
+            (Outcome::Silent, OnSilence::FenceOff) if refused.is_none() => match self.cut_off() {
+                Ok(()) => Left::Alone,
+                Err(errno) => {
+                    *refused = Some(error(errno, "did not answer, and cannot be fenced off"));
+                    Left::Granted
                 }
-            }
+            },
             (Outcome::Silent, _) => {
                 refused.get_or_insert_with(|| error(Errno::ETIMEDOUT, "did not answer"));
                 Left::Granted

@@ -36,7 +36,9 @@ pub trait Subscriber: Send + Sync + fmt::Debug {
 
     /// Cuts off all access at once, whatever has been granted: by detaching the domain, for one, or by
     /// turning the devices' bus mastering off. May be called more than once. When this returns `Ok`, nobody reaches anything through
-    /// here any more.
+    /// here any more, and what was granted before and is not carried out yet comes to nothing.
+    ///
+    /// No grant of this subscription is under way meanwhile, and none follows. Revokes may be.
     ///
     /// # Errors
     /// Whatever stands in the way; `EOPNOTSUPP` unless there is a way to do this.
@@ -188,7 +190,7 @@ impl Drop for Subscription {
         // Somebody who panics has not let go.
         let asked = catch_unwind(AssertUnwindSafe(|| object.take_all_back(&layout, hand_out)));
         let is_gone = matches!(asked, Ok(true)) || {
-            let cut = catch_unwind(AssertUnwindSafe(|| hand_out.subscriber.fence()));
+            let cut = catch_unwind(AssertUnwindSafe(|| hand_out.cut_off()));
             matches!(cut, Ok(Ok(())))
         };
         match is_gone {

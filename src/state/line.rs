@@ -15,6 +15,9 @@ use crate::sync::{Arc, Condvar, Mutex};
 pub struct Line {
     state: Mutex<State>,
     changed: Condvar,
+    /// Held while something is given to the subscriber, or it is cut off: taken before the state's, and with
+    /// nothing waited for but the subscriber's call.
+    gives: Mutex<()>,
 }
 
 #[derive(Debug)]
@@ -72,7 +75,7 @@ impl Line {
     /// Nothing is asked yet.
     pub fn new() -> Self {
         let state = State { standing: Standing::Told, next: 0, open: Vec::new() };
-        Self { state: Mutex::new(state), changed: Condvar::new() }
+        Self { state: Mutex::new(state), changed: Condvar::new(), gives: Mutex::new(()) }
     }
 
     /// How things stand.
@@ -80,9 +83,29 @@ impl Line {
         self.state.lock().standing
     }
 
-    /// The subscriber was cut off: who waits for it need not.
-    pub fn fence_off(&self) {
-        self.change(|_| Standing::FencedOff);
+    /// Gives the subscriber something by this call, unless it was cut off. One call after the other: what comes
+    /// before it is cut off ends before, and nothing comes after.
+    pub fn give(&self, call: impl FnOnce()) {
+        let early = seeded(Flaw::GivesOnAnEarlierLook).then(|| self.standing());
+        let _gives = self.gives.lock();
+        match early.unwrap_or_else(|| self.standing()) {
+            Standing::Told | Standing::Leaving => call(),
+            Standing::FencedOff | Standing::Lost => {}
+        }
+    }
+
+    /// Cuts the subscriber off by this call, unless it is: whatever it was given is out of reach then, and who
+    /// waits for it need not.
+    ///
+    /// # Errors
+    /// That of the call. Things stand as before.
+    pub fn cut_off<E>(&self, fence: impl FnOnce() -> Result<(), E>) -> Result<(), E> {
+        let _gives = self.gives.lock();
+        if self.standing() != Standing::FencedOff {
+            fence()?;
+            self.change(|_| Standing::FencedOff);
+        }
+        Ok(())
     }
 
     /// Nobody is to wait for an answer that does not come at once, for now.
@@ -269,9 +292,24 @@ mod tests {
         let (question, ack) = asked(&line);
         std::thread::scope(|scope| {
             let waits = scope.spawn(|| question.wait(None));
-            line.fence_off();
+            line.cut_off(|| Ok::<(), Errno>(())).unwrap();
             assert_eq!(waits.join().unwrap(), Outcome::LetGo);
         });
         assert_eq!(ack.refuse(Errno::EBUSY), Heard::TooLate);
+        line.give(|| unreachable!("it is given nothing"));
+        assert_eq!(line.cut_off(|| Err(Errno::EBUSY)), Ok(()), "it is already");
+    }
+
+    #[test]
+    fn who_could_not_be_cut_off_is_given_more() {
+        let line = Line::new();
+        assert_eq!(line.cut_off(|| Err(Errno::ENODEV)), Err(Errno::ENODEV));
+        let mut nr_given = 0;
+        line.give(|| nr_given += 1);
+        line.lose();
+        line.give(|| nr_given += 1);
+        assert_eq!((line.standing(), nr_given), (Standing::Lost, 1));
+        line.cut_off(|| Ok::<(), Errno>(())).unwrap();
+        assert_eq!(line.standing(), Standing::FencedOff, "then it is known what it reaches");
     }
 }

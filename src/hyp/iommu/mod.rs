@@ -142,7 +142,8 @@ impl Domain {
         self.0.table.read().state
     }
 
-    /// Begins anew after it was fenced off, with nothing mapped: to be called before it is subscribed again.
+    /// Begins anew after it was fenced off, with nothing mapped: to be called before it is subscribed again. The
+    /// subscription that was fenced off maps nothing any more, whether or not it is dropped by then.
     ///
     /// # Errors
     /// [`ErrorKind::Exhausted`].
