@@ -193,9 +193,15 @@ impl Drop for Subscription {
             let cut = catch_unwind(AssertUnwindSafe(|| hand_out.cut_off()));
             matches!(cut, Ok(Ok(())))
         };
-        match is_gone {
-            true => drop(layout.subscribers.try_remove(self.key)),
-            false => self.line.lose(),
-        }
+        let gone = match is_gone {
+            true => layout.subscribers.try_remove(self.key),
+            false => {
+                self.line.lose();
+                None
+            }
+        };
+        // It may own views and exports, which lock the layout when they go.
+        drop(layout);
+        drop(gone);
     }
 }
