@@ -1,22 +1,29 @@
 //! Hand-outs whose subscriber breaks, or goes with more than it was given: nothing stays locked, shown or in a
 //! device's reach.
 
+use std::collections::BTreeSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use gmem::addr::{ByteSize, Pgoff};
+use gmem::error::{Errno, ErrorKind};
 use gmem::range::PgoffRange;
 use gmem::{
-    Ack, ArenaBacking, Export, FolioPool, GuestMemfd, HandOutRun, HostView, PartSpec, Subscriber,
-    Visibility, Zone,
+    Ack, ArenaBacking, ContentPolicy, ConvertOptions, Export, FolioPool, GuestMemfd, HandOutRun,
+    HostView, PartSpec, Subscriber, Visibility, Zone,
 };
+
+const PRESERVE: ContentPolicy = ContentPolicy::Preserve;
+const SHARED: Visibility = Visibility::Shared;
+const PRIVATE: Visibility = Visibility::Private;
 
 fn range(start: u64, nr_pages: u64) -> PgoffRange {
     PgoffRange::new(Pgoff::new(start), nr_pages).unwrap()
 }
-
 
 /// What a subscriber that maps addresses or hands memory on has of its own.
 #[derive(Debug)]
@@ -52,4 +59,80 @@ fn a_subscriber_may_own_views_and_exports_of_the_object() {
     ends.recv_timeout(Duration::from_secs(20)).expect("the drop does not end");
     assert_eq!(memfd.stat().mapped, ByteSize::default());
     assert_eq!(memfd.stat().pinned, ByteSize::default());
+}
+
+fn object() -> (FolioPool, GuestMemfd) {
+    let size = ByteSize::from_mib(4);
+    let pool = FolioPool::new(ArenaBacking::Memfd, size).unwrap();
+    let memfd = GuestMemfd::builder(size).initial(SHARED).create(&pool).unwrap();
+    memfd.allocate(memfd.pages()).unwrap();
+    (pool, memfd)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Breaks when it is told to, having done what it was asked for.
+#[derive(Debug, Default)]
+struct Fragile {
+    has: Mutex<BTreeSet<u64>>,
+    /// How many grants it stands, if any is too many.
+    grants: AtomicU64,
+    breaks_in_revoke: AtomicBool,
+    cannot_let_go: AtomicBool,
+}
+
+impl Fragile {
+    fn new(grants: u64) -> Arc<Self> {
+        Arc::new(Self { grants: AtomicU64::new(grants), ..Self::default() })
+    }
+}
+
+impl Subscriber for Fragile {
+    fn revoke(&self, runs: &[HandOutRun], ack: Ack) {
+        assert!(!self.breaks_in_revoke.load(Ordering::SeqCst), "it breaks");
+        if self.cannot_let_go.load(Ordering::SeqCst) {
+            let _ = ack.refuse(Errno::EBUSY);
+            return;
+        }
+        let mut has = lock(&self.has);
+        runs.iter().flat_map(|run| run.pages.iter()).for_each(|page| {
+            has.remove(&page.get());
+        });
+        let _ = ack.let_go();
+    }
+
+    fn grant(&self, runs: &[HandOutRun]) {
+        let pages = runs.iter().flat_map(|run| run.pages.iter());
+        lock(&self.has).extend(pages.map(Pgoff::get));
+        let left = self.grants.load(Ordering::SeqCst);
+        assert!(left > 0, "it breaks");
+        self.grants.store(left - 1, Ordering::SeqCst);
+    }
+}
+
+fn breaks<T>(it: impl FnOnce() -> T) -> bool {
+    catch_unwind(AssertUnwindSafe(it)).is_err()
+}
+
+#[test]
+fn a_newcomer_that_breaks_is_left_with_nothing() {
+    let (_pool, memfd) = object();
+    // Two batches, of which it stands one.
+    let odd: Vec<_> = (0..100).map(|at| range(2 * at, 1)).collect();
+    let _ = memfd.convert_ranges(&odd, PRIVATE, &ConvertOptions::default()).unwrap();
+    let fragile = Fragile::new(1);
+    assert!(breaks(|| memfd.subscribe(Arc::clone(&fragile) as _)));
+    assert!(lock(&fragile.has).is_empty(), "it was asked for everything");
+    let _ = memfd.convert(memfd.pages(), PRIVATE, PRESERVE).unwrap();
+
+    // One that keeps what it was given by then.
+    let (_pool, memfd) = object();
+    let fragile = Fragile::new(0);
+    fragile.cannot_let_go.store(true, Ordering::SeqCst);
+    assert!(breaks(|| memfd.subscribe(Arc::clone(&fragile) as _)));
+    assert_eq!(lock(&fragile.has).len(), 1024);
+    let error = memfd.convert(range(1, 1), PRIVATE, PRESERVE).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::SubscriberRefused);
 }

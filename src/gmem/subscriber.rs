@@ -153,6 +153,9 @@ impl GuestMemfd {
 
     /// [`subscribe`](Self::subscribe), but for other pages or on other terms.
     ///
+    /// A newcomer that panics when it is given its pages is asked to let go of them, as if its subscription had
+    /// been dropped.
+    ///
     /// # Errors
     /// As [`subscribe`](Self::subscribe).
     pub fn subscribe_with(
@@ -163,12 +166,19 @@ impl GuestMemfd {
         let object = &*self.0;
         let line = Arc::new(Line::new());
         let hand_out = HandOut { subscriber, options, line: Arc::clone(&line) };
+        // Before the lock, so that it is dropped after that if the newcomer panics: what it was given by then
+        // is taken back.
+        let subscription;
         // No conversion tells anybody anything meanwhile. One that waits for the lock has changed no
         // page's side yet, and tells the newcomer too.
         let mut layout = object.layout.write();
-        object.grant_all(&layout, &hand_out);
         let key = layout.subscribers.insert(hand_out);
-        Ok(Subscription { memfd: self.clone(), line, key })
+        subscription = Subscription { memfd: self.clone(), line, key };
+        if let Some(hand_out) = layout.subscribers.get(key) {
+            object.grant_all(&layout, hand_out);
+        }
+        drop(layout);
+        Ok(subscription)
     }
 }
 
