@@ -1,11 +1,11 @@
 //! The door for hypervisors: where a guest sees the object, and what happens when it touches a page
 //! that its stage 2 does not have yet.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::any::Any;
 use std::sync::Weak;
 
 use super::layout::{Binding, Layout};
-use super::object::GuestMemfd;
+use super::object::{GuestMemfd, Inner};
 use crate::addr::{Gfn, Pgoff};
 use crate::error::{Errno, Error, ErrorKind, Found, Op};
 use crate::range::{GfnRange, PgoffRange};
@@ -49,21 +49,12 @@ impl GuestMemfd {
         Ok(BindingId(id))
     }
 
-    /// Ends a binding. The hypervisor has given the memory back before.
+    /// Ends a binding, which nobody can refuse: a subscriber that does not let go is cut off, or lost. The
+    /// hypervisor has given the memory back before.
     pub(crate) fn unbind(&self, id: BindingId) {
-        let mut layout = self.0.layout.write();
-        let pages = layout.bindings.get(id.0).map(|binding| binding.pages);
-        // A subscriber that refuses goes on with the places that it knows, which does no harm: the pages are
-        // as much its to see as before. Neither does one that panics, as long as it does not end a drop.
-        let retold = pages.filter(|_| !layout.subscribers.is_empty()).filter(|&pages| {
-            let take_back = || self.0.take_back(Op::BindSlot, &layout, &[pages]).is_ok();
-            catch_unwind(AssertUnwindSafe(take_back)).unwrap_or(false)
-        });
-        remove(&mut layout, id);
-        if let Some(pages) = retold {
-            let grant = || self.0.grant_again(&layout, &[pages]);
-            let _ = catch_unwind(AssertUnwindSafe(grant));
-        }
+        let layout = &mut *self.0.layout.write();
+        // A subscriber that panics when it is given the pages goes without: this may be the end of a drop.
+        let _ = self.0.end_binding(layout, id);
     }
 
     /// Ends a binding while the guest runs, if the hypervisor takes the pages back from it.
@@ -120,6 +111,21 @@ impl GuestMemfd {
             })?;
         }
         Ok(Visibility::Private)
+    }
+}
+
+impl Inner {
+    /// Takes the places of a binding from each subscriber before they are nobody's: afterwards it would be asked for the
+    /// pages, but never for these.
+    fn end_binding(&self, layout: &mut Layout, id: BindingId) -> Result<(), Box<dyn Any + Send>> {
+        let Some(pages) = layout.bindings.get(id.0).map(|binding| binding.pages) else {
+            return Ok(());
+        };
+        for (_, hand_out) in &layout.subscribers {
+            self.part_from(layout, hand_out, pages);
+        }
+        remove(layout, id);
+        self.grant_to_each(layout, &[pages])
     }
 }
 

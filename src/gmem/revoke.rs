@@ -1,6 +1,8 @@
 //! Taking pages back from subscribers, and giving them: what conversions, punches, migrations and those who
 //! bring memory call. design/handout.md argues the order.
 
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
 use super::handout::HandOutRun;
@@ -56,7 +58,10 @@ impl Inner {
                 Standing::FencedOff => continue,
                 _ if runs.is_empty() => continue,
                 Standing::Lost => {
-                    let why = format!("{} has left, and has not let go", hand_out.name());
+                    let why = format!(
+                        "{} has left or was given up on, and has not let go",
+                        hand_out.name()
+                    );
                     return Err(Error::new(op, ErrorKind::SubscriberRefused).because(why));
                 }
                 Standing::Told | Standing::Leaving => {}
@@ -125,11 +130,25 @@ impl Inner {
     /// Gives pages to those who may see them by their words, which stay as they are meanwhile: they are
     /// frozen, or the layout is locked for writing.
     pub(super) fn grant_again(&self, layout: &Layout, pages: &[PgoffRange]) {
-        for (_, hand_out) in &layout.subscribers {
-            let side = hand_out.options.side;
-            let pages = pages.iter().flat_map(|&range| self.on_side(range, side));
-            self.grant_to(layout, hand_out, pages);
-        }
+        layout.subscribers.iter().for_each(|(_, it)| self.grant_by_words(layout, it, pages));
+    }
+
+    /// [`grant_again`](Self::grant_again), to each of them also if one panics. The first panic comes back.
+    pub(super) fn grant_to_each(
+        &self,
+        layout: &Layout,
+        pages: &[PgoffRange],
+    ) -> Result<(), Box<dyn Any + Send>> {
+        layout.subscribers.iter().fold(Ok(()), |outcome, (_, hand_out)| {
+            let grant = || self.grant_by_words(layout, hand_out, pages);
+            outcome.and(catch_unwind(AssertUnwindSafe(grant)))
+        })
+    }
+
+    fn grant_by_words(&self, layout: &Layout, hand_out: &HandOut, pages: &[PgoffRange]) {
+        let side = hand_out.options.side;
+        let pages = pages.iter().flat_map(|&range| self.on_side(range, side));
+        self.grant_to(layout, hand_out, pages);
     }
 
     /// Gives a newcomer whatever it may see. The layout is locked for writing.
@@ -150,17 +169,37 @@ impl Inner {
         });
     }
 
-    /// Takes everything back from a subscriber that leaves. Whether it has let go of all of it.
-    pub(super) fn take_all_back(&self, layout: &Layout, hand_out: &HandOut) -> bool {
-        if hand_out.line.standing() == Standing::FencedOff {
-            return true;
+    /// Takes pages back from a subscriber where that cannot be refused: if it does not let go it is cut off, and
+    /// given up on if it cannot be. Whether it reaches none of them. The layout is locked for writing.
+    ///
+    /// It is asked for them where the layout has them, which is where they were granted: whatever changes that
+    /// comes through here, or has them taken back and granted again.
+    pub(super) fn part_from(&self, layout: &Layout, hand_out: &HandOut, pages: PgoffRange) -> bool {
+        // Somebody who panics has not let go.
+        let ask = || self.is_let_go(layout, hand_out, pages);
+        let is_gone = matches!(catch_unwind(AssertUnwindSafe(ask)), Ok(true)) || {
+            let cut = catch_unwind(AssertUnwindSafe(|| hand_out.cut_off()));
+            matches!(cut, Ok(Ok(())))
+        };
+        if !is_gone {
+            hand_out.line.lose();
         }
-        let pages = self.on_side(self.pages, hand_out.options.side);
+        is_gone
+    }
+
+    fn is_let_go(&self, layout: &Layout, hand_out: &HandOut, pages: PgoffRange) -> bool {
+        match hand_out.line.standing() {
+            Standing::Told | Standing::Leaving => {}
+            Standing::FencedOff => return true,
+            // Nobody knows where it has them.
+            Standing::Lost => return false,
+        }
+        let pages = self.on_side(pages, hand_out.options.side);
         in_batches(self.hand_out_runs(layout, pages), |runs| {
             let Some((question, ack)) = Line::ask(&hand_out.line) else { return false };
             let deadline = Instant::now().checked_add(hand_out.options.answer_within);
             hand_out.subscriber.revoke(runs, ack);
-            question.wait(deadline) == Outcome::LetGo
+            question.wait_out(deadline) == Outcome::LetGo
         })
     }
 }

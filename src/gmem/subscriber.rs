@@ -2,7 +2,6 @@
 //! design/handout.md has the protocol.
 
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc as StdArc;
 use std::time::Duration;
 
@@ -50,7 +49,7 @@ pub trait Subscriber: Send + Sync + fmt::Debug {
 /// What becomes of a conversion if a subscriber does not answer in time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum OnSilence {
-    /// It is refused.
+    /// It is refused. What cannot be, as the end of a guest, cuts the subscriber off all the same.
     #[default]
     RefuseConversion,
     /// The subscriber is [cut off](Subscriber::fence), and the conversion goes on. If that fails, it is refused.
@@ -183,7 +182,8 @@ impl GuestMemfd {
 }
 
 impl Subscription {
-    /// How things stand: [`Standing::Told`], or [`Standing::FencedOff`] since it did not answer.
+    /// How things stand: [`Standing::Told`], or [`Standing::FencedOff`] since it did not answer, or
+    /// [`Standing::Lost`] since it kept the places of a guest that went, and could not be cut off.
     pub fn standing(&self) -> Standing {
         self.line.standing()
     }
@@ -195,20 +195,10 @@ impl Drop for Subscription {
         // A conversion that waits for an answer has the lock, and the answer may never come any more.
         self.line.leave();
         let mut layout = object.layout.write();
-        self.line.stay();
         let Some(hand_out) = layout.subscribers.get(self.key) else { return };
-        // Somebody who panics has not let go.
-        let asked = catch_unwind(AssertUnwindSafe(|| object.take_all_back(&layout, hand_out)));
-        let is_gone = matches!(asked, Ok(true)) || {
-            let cut = catch_unwind(AssertUnwindSafe(|| hand_out.cut_off()));
-            matches!(cut, Ok(Ok(())))
-        };
-        let gone = match is_gone {
+        let gone = match object.part_from(&layout, hand_out, object.pages) {
             true => layout.subscribers.try_remove(self.key),
-            false => {
-                self.line.lose();
-                None
-            }
+            false => None,
         };
         // It may own views and exports, which lock the layout when they go.
         drop(layout);

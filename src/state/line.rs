@@ -36,7 +36,8 @@ pub enum Standing {
     Leaving,
     /// It was cut off from all memory, and is told nothing until it subscribes again.
     FencedOff,
-    /// Its subscription is gone, and nobody knows what it still reaches.
+    /// It was given up on: it did not let go when it had to, and could not be cut off. Nobody knows what it still
+    /// reaches, so nothing that it may reach becomes anybody else's.
     Lost,
 }
 
@@ -113,12 +114,7 @@ impl Line {
         self.change(|now| if now == Standing::Told { Standing::Leaving } else { now });
     }
 
-    /// It is waited for again.
-    pub fn stay(&self) {
-        self.change(|now| if now == Standing::Leaving { Standing::Told } else { now });
-    }
-
-    /// The subscription is gone, and the subscriber has not let go.
+    /// The subscriber has not let go where it had to.
     pub fn lose(&self) {
         self.change(|_| Standing::Lost);
     }
@@ -180,6 +176,15 @@ impl Question {
     /// Waits for the answer, until that moment or without one for good; a moment that has passed gives up at
     /// once. Models have no clock.
     pub fn wait(self, deadline: Option<Instant>) -> Outcome {
+        self.hear(deadline, |standing| standing == Standing::Leaving)
+    }
+
+    /// [`wait`](Self::wait), where who does not answer is given up on: also for one that is leaving.
+    pub fn wait_out(self, deadline: Option<Instant>) -> Outcome {
+        self.hear(deadline, |_| false)
+    }
+
+    fn hear(self, deadline: Option<Instant>, is_hasty: impl Fn(Standing) -> bool) -> Outcome {
         let line = &self.line;
         let mut state = line.state.lock();
         loop {
@@ -189,8 +194,8 @@ impl Question {
                     Outcome::LetGo
                 }
                 (Answer::Refused(errno), _) => Outcome::Refused(errno),
-                (Answer::Never, _) | (Answer::Awaited, Standing::Leaving) => Outcome::Silent,
-                (Answer::Awaited, _) if is_over => Outcome::Silent,
+                (Answer::Never, _) => Outcome::Silent,
+                (Answer::Awaited, now) if is_over || is_hasty(now) => Outcome::Silent,
                 (Answer::Awaited, _) => {
                     state = line.changed.wait_until(state, deadline);
                     continue;
@@ -284,6 +289,13 @@ mod tests {
         let (question, ack) = asked(&line);
         assert_eq!(ack.let_go(), Heard::InTime);
         assert_eq!(question.wait(None), Outcome::LetGo, "what answers at once is heard");
+        let (question, ack) = asked(&line);
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| question.wait_out(None));
+            std::thread::sleep(Duration::from_millis(5));
+            assert_eq!(ack.let_go(), Heard::InTime, "some wait all the same");
+            assert_eq!(waits.join().unwrap(), Outcome::LetGo);
+        });
     }
 
     #[test]

@@ -156,6 +156,9 @@ impl Vm {
     /// Ends the guest: takes its pages back, zeroed where the host could not see them, and gives up
     /// its memslots. The objects still call private what was private.
     ///
+    /// A [subscriber](crate::Subscriber) of an object that does not let go of the places that its pages had here is cut
+    /// off, and [lost](crate::Standing::Lost) if it cannot be.
+    ///
     /// # Errors
     /// [`ErrorKind::HypervisorRefused`] with `EINVAL` while it has a vCPU, or if it is torn down
     /// already.
