@@ -1,7 +1,7 @@
 //! Hand-outs whose subscriber breaks, or goes with more than it was given: nothing stays locked, shown or in a
 //! device's reach.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::channel;
@@ -9,12 +9,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use gmem::addr::{ByteSize, Pgoff};
+use gmem::addr::{ByteSize, Gfn, Pgoff};
 use gmem::error::{Errno, ErrorKind};
+use gmem::hyp::pkvm::{Hypervisor, MemslotId, Vm};
 use gmem::range::PgoffRange;
 use gmem::{
     Ack, ArenaBacking, ContentPolicy, ConvertOptions, Export, FolioPool, GuestMemfd, HandOutRun,
-    HostView, PartSpec, Subscriber, Visibility, Zone,
+    HostView, PartSpec, Standing, Subscriber, Subscription, Visibility, Zone,
 };
 
 const PRESERVE: ContentPolicy = ContentPolicy::Preserve;
@@ -135,4 +136,116 @@ fn a_newcomer_that_breaks_is_left_with_nothing() {
     assert_eq!(lock(&fragile.has).len(), 1024);
     let error = memfd.convert(range(1, 1), PRIVATE, PRESERVE).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::SubscriberRefused);
+}
+
+/// Keeps account of where it has what, and breaks if it is told nonsense.
+#[derive(Debug, Default)]
+struct Follower(Mutex<BTreeMap<u64, Option<Gfn>>>);
+
+fn places(runs: &[HandOutRun]) -> impl Iterator<Item = (u64, Option<Gfn>)> {
+    runs.iter().flat_map(|run| {
+        (0..run.pages.nr_pages()).map(|nth| {
+            let place = run.guest.map(|gfn| gfn.checked_add(nth).unwrap());
+            (run.pages.start().get() + nth, place)
+        })
+    })
+}
+
+impl Subscriber for Follower {
+    fn revoke(&self, runs: &[HandOutRun], ack: Ack) {
+        let mut has = lock(&self.0);
+        for (page, place) in places(runs) {
+            assert_eq!(has.remove(&page), Some(place), "{page:#x} was taken");
+        }
+        let _ = ack.let_go();
+    }
+
+    fn grant(&self, runs: &[HandOutRun]) {
+        let mut has = lock(&self.0);
+        for (page, place) in places(runs) {
+            assert_eq!(has.insert(page, place), None, "{page:#x} was given twice");
+        }
+    }
+}
+
+/// One that breaks between two that do not.
+struct Three {
+    memfd: GuestMemfd,
+    vms: [Vm; 2],
+    fragile: Arc<Fragile>,
+    followers: [Arc<Follower>; 2],
+    all: [Subscription; 3],
+}
+
+impl Three {
+    fn new() -> Self {
+        let (pool, memfd) = object();
+        let hypervisor = Hypervisor::new(&pool).unwrap();
+        let vms = [(); 2].map(|()| hypervisor.create_vm().unwrap());
+        let (fragile, followers) = (Fragile::new(u64::MAX), [(); 2].map(|()| Arc::default()));
+        let [one, other]: &[Arc<Follower>; 2] = &followers;
+        let subscribe = |it: Arc<dyn Subscriber>| memfd.subscribe(it).unwrap();
+        let all = [
+            subscribe(Arc::clone(one) as _),
+            subscribe(Arc::clone(&fragile) as _),
+            subscribe(Arc::clone(other) as _),
+        ];
+        Self { memfd, vms, fragile, followers, all }
+    }
+
+    /// That everybody who is sound has all pages, those of the memslot at its place if there is one.
+    fn is_known_to_be_at(&self, place: Option<Gfn>) {
+        for follower in &self.followers {
+            let has = lock(&follower.0);
+            assert_eq!(has.len(), 1024);
+            assert_eq!((has.get(&0), has.get(&600)), (Some(&place), Some(&None)));
+        }
+        assert!(self.all.iter().all(|it| it.standing() == Standing::Told));
+    }
+}
+
+const PLACE: Gfn = Gfn::new(0x4000);
+
+#[test]
+fn a_memslot_that_a_subscriber_broke_at_can_be_made_again() {
+    for breaks_in_revoke in [false, true] {
+        let three = Three::new();
+        let (slot, [vm, other_vm]) = (MemslotId::from_u16(0).unwrap(), &three.vms);
+        let bind = |vm: &Vm| vm.bind_slot(slot, PLACE, &three.memfd, range(0, 512));
+        three.fragile.breaks_in_revoke.store(breaks_in_revoke, Ordering::SeqCst);
+        three.fragile.grants.store(if breaks_in_revoke { u64::MAX } else { 0 }, Ordering::SeqCst);
+        assert!(breaks(|| bind(vm)));
+        three.fragile.breaks_in_revoke.store(false, Ordering::SeqCst);
+        three.fragile.grants.store(u64::MAX, Ordering::SeqCst);
+        three.is_known_to_be_at(None);
+        assert_eq!(vm.unbind(slot).unwrap_err().kind(), ErrorKind::NotFound);
+        // By either machine: the object is not bound to the first.
+        bind(other_vm).unwrap();
+        three.is_known_to_be_at(Some(PLACE));
+        other_vm.unbind(slot).unwrap();
+        bind(vm).unwrap();
+        three.is_known_to_be_at(Some(PLACE));
+    }
+}
+
+#[test]
+fn a_memslot_that_a_subscriber_broke_at_is_deleted_or_stays() {
+    for breaks_in_revoke in [false, true] {
+        let three = Three::new();
+        let (slot, [vm, other_vm]) = (MemslotId::from_u16(0).unwrap(), &three.vms);
+        vm.bind_slot(slot, PLACE, &three.memfd, range(0, 512)).unwrap();
+        three.fragile.breaks_in_revoke.store(breaks_in_revoke, Ordering::SeqCst);
+        three.fragile.grants.store(if breaks_in_revoke { u64::MAX } else { 0 }, Ordering::SeqCst);
+        assert!(breaks(|| vm.unbind(slot)));
+        three.fragile.breaks_in_revoke.store(false, Ordering::SeqCst);
+        three.fragile.grants.store(u64::MAX, Ordering::SeqCst);
+        if breaks_in_revoke {
+            three.is_known_to_be_at(Some(PLACE));
+            vm.unbind(slot).unwrap();
+        }
+        three.is_known_to_be_at(None);
+        assert_eq!(vm.unbind(slot).unwrap_err().kind(), ErrorKind::NotFound);
+        other_vm.bind_slot(slot, PLACE, &three.memfd, range(0, 512)).unwrap();
+        three.is_known_to_be_at(Some(PLACE));
+    }
 }

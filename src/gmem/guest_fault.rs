@@ -2,6 +2,7 @@
 //! that its stage 2 does not have yet.
 
 use std::any::Any;
+use std::panic::resume_unwind;
 use std::sync::Weak;
 
 use super::layout::{Binding, Layout};
@@ -16,9 +17,20 @@ use crate::state::{Phase, Visibility};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BindingId(usize);
 
+/// A binding has ended.
+#[must_use = "somebody may have panicked on the way"]
+pub(crate) struct Unbound(Result<(), Box<dyn Any + Send>>);
+
+impl Unbound {
+    /// Goes on with the panic, if there was one.
+    pub(crate) fn settle(self) {
+        self.0.unwrap_or_else(|panic| resume_unwind(panic));
+    }
+}
+
 impl GuestMemfd {
     /// Makes the pages visible to a guest at `gfn`. A page is bound once at most, and all bindings
-    /// of an object are one machine's, as with the kernel's guest_memfd.
+    /// of an object are one machine's, as with the kernel's guest_memfd. If a subscriber panics they are not bound.
     pub(crate) fn bind(
         &self,
         vm: Weak<dyn Stage2>,
@@ -29,7 +41,7 @@ impl GuestMemfd {
         self.0.check_range(op, pages)?;
         GfnRange::new(gfn, pages.nr_pages()).map_err(|error| error.of(op).on(pages))?;
         let object = &*self.0;
-        let mut layout = object.layout.write();
+        let layout = &mut *object.layout.write();
         let exists = |why| Err(Error::new(op, ErrorKind::Exists).on(pages).because(why));
         let taken = layout.bindings.iter().any(|(_, b)| b.pages.intersection(&pages).is_some());
         if taken {
@@ -42,11 +54,15 @@ impl GuestMemfd {
                 .map_err(|error| error.errno_is(Errno::EINVAL));
         }
         // Subscribers are to find the pages at other places.
-        object.take_back(op, &layout, &[pages]).map_err(|error| error.on(pages))?;
+        object.take_back_thawed(op, layout, &[pages]).map_err(|error| error.on(pages))?;
         layout.vm = Some(vm);
-        let id = layout.bindings.insert(Binding { pages, gfn });
-        object.grant_again(&layout, &[pages]);
-        Ok(BindingId(id))
+        let id = BindingId(layout.bindings.insert(Binding { pages, gfn }));
+        if let Err(panic) = object.grant_to_each(layout, &[pages]) {
+            // Nobody would know of the binding. Should another one panic as well, the first is told.
+            let _ = object.end_binding(layout, id);
+            resume_unwind(panic);
+        }
+        Ok(id)
     }
 
     /// Ends a binding, which nobody can refuse: a subscriber that does not let go is cut off, or lost. The
@@ -59,16 +75,18 @@ impl GuestMemfd {
 
     /// Ends a binding while the guest runs, if the hypervisor takes the pages back from it.
     ///
-    /// No fault of the guest is resolved meanwhile, and none finds the binding afterwards.
-    pub(crate) fn unbind_live(&self, id: BindingId) -> Result<(), Error> {
+    /// No fault of the guest is resolved meanwhile, and none finds the binding afterwards. If a subscriber panics
+    /// when it is given the pages at no place, the caller has that panic to go on with when it has settled its own
+    /// things; with any other panic the binding stands.
+    pub(crate) fn unbind_live(&self, id: BindingId) -> Result<Unbound, Error> {
         let (op, object) = (Op::UnbindSlot, &*self.0);
         let layout = &mut *object.layout.write();
         let Some(pages) = layout.bindings.get(id.0).map(|binding| binding.pages) else {
-            return Ok(());
+            return Ok(Unbound(Ok(())));
         };
         let guest = object.guest_runs(op, layout, &[pages])?;
         // Subscribers are to find the pages at no place any more.
-        object.take_back(op, layout, &[pages]).map_err(|error| error.on(pages))?;
+        object.take_back_thawed(op, layout, &[pages]).map_err(|error| error.on(pages))?;
         let outcome = match layout.hypervisor() {
             Some(hypervisor) => {
                 let reclaimed = hypervisor.reclaim(&guest);
@@ -76,12 +94,18 @@ impl GuestMemfd {
             }
             None => Ok(()),
         };
-        if outcome.is_ok() {
-            remove(layout, id);
+        let refused =
+            |errno| Error::new(op, ErrorKind::HypervisorRefused).errno_is(errno).on(pages);
+        match outcome {
+            Ok(()) => {
+                remove(layout, id);
+                Ok(Unbound(object.grant_to_each(layout, &[pages])))
+            }
+            Err(errno) => {
+                object.grant_to_each(layout, &[pages]).unwrap_or_else(|panic| resume_unwind(panic));
+                Err(refused(errno))
+            }
         }
-        object.grant_again(layout, &[pages]);
-        outcome
-            .map_err(|errno| Error::new(op, ErrorKind::HypervisorRefused).errno_is(errno).on(pages))
     }
 
     /// Resolves a guest's fault on a bound page: gives it a folio, and gives it to the guest if it is

@@ -138,7 +138,7 @@ impl Inner {
     ) -> Result<(), Error> {
         let op = Op::Poison;
         let outcome = self.guest_runs(op, layout, &[pages]).and_then(|guest| {
-            self.take_back(op, layout, &[pages])?;
+            self.take_back_thawed(op, layout, &[pages])?;
             let condemned = self.tree.condemn(reader, pages);
             self.grant_again(layout, &[pages]);
             condemned.map_err(|stop| self.stopped(op, Some(pages), stop))?;

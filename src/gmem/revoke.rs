@@ -33,14 +33,53 @@ enum Left {
     Alone,
 }
 
+/// What becomes of pages while somebody who is asked for them panics.
+#[derive(Clone, Copy, PartialEq)]
+enum IfBroken {
+    Quarantined,
+    GivenAgain,
+}
+
+/// Those who are given again what they were asked for, should somebody panic before this is cleared.
+struct Called<'a>(Vec<(&'a HandOut, &'a [HandOutRun])>);
+
+impl Drop for Called<'_> {
+    fn drop(&mut self) {
+        for (hand_out, runs) in &self.0 {
+            let _ = catch_unwind(AssertUnwindSafe(|| hand_out.grant(runs)));
+        }
+    }
+}
+
 impl Inner {
     /// Takes pages away from every subscriber that has them, or from none. All are asked before any is waited
-    /// for. The pages are frozen, or the layout is locked for writing.
+    /// for. The pages are frozen: if one panics they are nobody's any more.
     pub(super) fn take_back(
         &self,
         op: Op,
         layout: &Layout,
         pages: &[PgoffRange],
+    ) -> Result<(), Error> {
+        self.take_back_as(op, layout, pages, IfBroken::Quarantined)
+    }
+
+    /// [`take_back`](Self::take_back) of pages that nobody has frozen, with the layout locked for writing: if one
+    /// panics, those who have let go by then are given them again.
+    pub(super) fn take_back_thawed(
+        &self,
+        op: Op,
+        layout: &Layout,
+        pages: &[PgoffRange],
+    ) -> Result<(), Error> {
+        self.take_back_as(op, layout, pages, IfBroken::GivenAgain)
+    }
+
+    fn take_back_as(
+        &self,
+        op: Op,
+        layout: &Layout,
+        pages: &[PgoffRange],
+        if_broken: IfBroken,
     ) -> Result<(), Error> {
         if layout.subscribers.is_empty() {
             return Ok(());
@@ -76,9 +115,14 @@ impl Inner {
         }
         let mut left = Vec::new();
         left.try_reserve_exact(asked.len()).map_err(|_| exhausted())?;
+        let mut called = Called(Vec::new());
+        called.0.try_reserve_exact(asked.len()).map_err(|_| exhausted())?;
         // Nothing wants memory from here on.
         for (asked, ack) in asked.iter_mut().zip(acks) {
             asked.deadline = Instant::now().checked_add(asked.hand_out.options.answer_within);
+            if if_broken == IfBroken::GivenAgain {
+                called.0.push((asked.hand_out, asked.runs));
+            }
             asked.hand_out.subscriber.revoke(asked.runs, ack);
         }
         let mut refused = None;
@@ -88,6 +132,7 @@ impl Inner {
                 Left::Alone => {}
             }
         }
+        called.0.clear();
         let Some(error) = refused else { return Ok(()) };
         left.iter().for_each(|(hand_out, runs)| hand_out.grant(runs));
         Err(error)
