@@ -1,6 +1,8 @@
 //! Hand-outs whose subscriber breaks, or goes with more than it was given: nothing stays locked, shown or in a
 //! device's reach.
 
+mod common;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -9,13 +11,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use gmem::addr::{ByteSize, Gfn, Pgoff};
+use gmem::addr::{Access, ByteSize, Gfn, Offset, Pgoff};
+use gmem::audit;
 use gmem::error::{Errno, ErrorKind};
 use gmem::hyp::pkvm::{Hypervisor, MemslotId, Vm};
 use gmem::range::PgoffRange;
 use gmem::{
     Ack, ArenaBacking, ContentPolicy, ConvertOptions, Export, FolioPool, GuestMemfd, HandOutRun,
-    HostView, PartSpec, Standing, Subscriber, Subscription, Visibility, Zone,
+    HostView, PartSpec, SigbusHandler, Standing, Subscriber, Subscription, Touch, Visibility, Zone,
 };
 
 const PRESERVE: ContentPolicy = ContentPolicy::Preserve;
@@ -248,4 +251,54 @@ fn a_memslot_that_a_subscriber_broke_at_is_deleted_or_stays() {
         other_vm.bind_slot(slot, PLACE, &three.memfd, range(0, 512)).unwrap();
         three.is_known_to_be_at(Some(PLACE));
     }
+}
+
+fn touch(view: &HostView, page: u64) -> Touch {
+    let handler = SigbusHandler::install().unwrap();
+    view.touch(handler, Offset::new(page << 12), Access::Read).unwrap()
+}
+
+/// Breaks when it is asked for pages while something is done to them, and is then asked no more.
+fn quarantined_by(act: impl Fn(&GuestMemfd)) -> Option<(FolioPool, GuestMemfd, HostView)> {
+    if !common::require(common::Capability::Uffd) {
+        return None;
+    }
+    let (pool, memfd) = object();
+    let view = memfd.map_view().unwrap();
+    let fragile = Fragile::new(u64::MAX);
+    let it = memfd.subscribe(Arc::clone(&fragile) as _).unwrap();
+    fragile.breaks_in_revoke.store(true, Ordering::SeqCst);
+    assert!(breaks(|| act(&memfd)));
+    fragile.breaks_in_revoke.store(false, Ordering::SeqCst);
+    drop(it);
+    Some((pool, memfd, view))
+}
+
+fn about_views(pool: &FolioPool, memfd: &GuestMemfd) -> Vec<String> {
+    let findings = audit::check(pool, &[memfd]).findings().to_vec();
+    findings.into_iter().filter(|found| found.contains("view")).collect()
+}
+
+#[test]
+fn a_collapse_in_which_somebody_breaks_leaves_nothing_in_the_views() {
+    let Some((pool, memfd, view)) = quarantined_by(|memfd| drop(memfd.collapse(range(0, 512))))
+    else {
+        return;
+    };
+    assert_eq!(memfd.stat().quarantined, ByteSize::from_mib(2));
+    assert!([0, 3, 511].iter().all(|&page| matches!(touch(&view, page), Touch::Fault(_))));
+    assert!(!matches!(touch(&view, 512), Touch::Fault(_)), "the other folio is as it was");
+    assert_eq!(about_views(&pool, &memfd), [] as [String; 0]);
+}
+
+#[test]
+fn a_report_of_a_failure_in_which_somebody_breaks_leaves_nothing_in_the_views() {
+    let report = |memfd: &GuestMemfd| {
+        let _ = memfd.report_memory_failure(Offset::new(600 << 12));
+    };
+    let Some((pool, memfd, view)) = quarantined_by(report) else { return };
+    assert_eq!(memfd.stat().quarantined, ByteSize::from_pages(1));
+    assert!(matches!(touch(&view, 600), Touch::Fault(_)), "the page that failed");
+    assert!(!matches!(touch(&view, 601), Touch::Fault(_)));
+    assert_eq!(about_views(&pool, &memfd), [] as [String; 0]);
 }

@@ -93,7 +93,8 @@ impl Drop for HidesIfPanicking<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             for (pages, word) in self.object.spans(self.object.pages) {
-                if word.phase() == Phase::Quarantined {
+                // Who had it pinned when it failed has it in the views still.
+                if word.phase() == Phase::Quarantined && !word.is_held() {
                     // Should this fail too, nothing is left to be tried.
                     let _ = self.object.hide(self.layout, &[pages]);
                 }
