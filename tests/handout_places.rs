@@ -251,3 +251,42 @@ fn a_memslot_of_a_guest_that_lives_stays_or_goes_by_the_policy() {
         assert_eq!(world.seen(), None);
     }
 }
+
+/// A domain is meant for one object. With two a device misses pages, and gets none that it should not.
+#[test]
+fn two_objects_in_one_domain_take_each_others_place_and_nothing_more() {
+    let pool = FolioPool::new(ArenaBacking::Heap, ByteSize::from_mib(4)).unwrap();
+    let object = |bytes: &[u8; 6]| {
+        let builder = GuestMemfd::builder(ByteSize::from_mib(2)).initial(SHARED);
+        let memfd = builder.create(&pool).unwrap();
+        memfd.allocate(memfd.pages()).unwrap();
+        memfd.write(Offset::new(3 << 12), bytes).unwrap();
+        memfd
+    };
+    for nr_pages in [1, 512] {
+        let (one, other) = (object(b"of one"), object(b"others"));
+        let domain = Domain::new(&pool, Places::Object).unwrap();
+        let device = domain.attach_device();
+        let seen = || {
+            let mut seen = [0; 6];
+            device.read(at(3), &mut seen).ok().map(|()| seen)
+        };
+        let _one = one.subscribe(Arc::new(domain.clone())).unwrap();
+        assert_eq!(seen().as_ref(), Some(b"of one"));
+        let it = other.subscribe(Arc::new(domain.clone())).unwrap();
+        let pages = range(if nr_pages == 1 { 3 } else { 0 }, nr_pages);
+        for (turn, to) in [PRIVATE, SHARED, PRIVATE, SHARED].into_iter().enumerate() {
+            let (changes, keeps) = [(&one, b"others"), (&other, b"of one")][turn / 2];
+            let _ = changes.convert(pages, to, PRESERVE).unwrap();
+            if to == PRIVATE {
+                assert!(seen().is_none_or(|seen| seen == *keeps), "a private page is reached");
+            }
+        }
+        let _ = one.convert(pages, PRIVATE, PRESERVE).unwrap();
+        let _ = other.convert(pages, PRIVATE, PRESERVE).unwrap();
+        assert_eq!(seen(), None);
+        drop(it);
+        let _ = one.convert(one.pages(), SHARED, PRESERVE).unwrap();
+        assert_eq!(seen().as_ref(), Some(b"of one"), "alone it has its place");
+    }
+}

@@ -27,6 +27,9 @@ pub trait Subscriber: Send + Sync + fmt::Debug {
     ///
     /// If it comes later than [agreed](SubscribeOptions::answer_within), and the conversion is refused for it,
     /// the runs are granted again, in a call that follows this one.
+    ///
+    /// No time limit bounds the call itself, nor any other one here: what may block is handed on to another
+    /// thread, with the [`Ack`].
     fn revoke(&self, runs: &[HandOutRun], ack: Ack);
 
     /// Gives runs: they are on this side now, or they are again, because a conversion that had revoked them
@@ -91,7 +94,8 @@ impl SubscribeOptions {
         self
     }
 
-    /// How long a conversion waits for its answer. Meanwhile nothing else changes what pages there are: a
+    /// How long a conversion waits for its answer, from when [`revoke`](Subscriber::revoke) is called; for that to
+    /// return it waits without limit. Meanwhile nothing else changes what pages there are: a
     /// guest that touches memory for the first time waits as well.
     #[must_use]
     pub fn answer_within(mut self, time: Duration) -> Self {
