@@ -82,6 +82,11 @@ impl GuestMemfd {
                 if *is_shown && word.visibility() == Visibility::Private {
                     say(page, String::from("private and mapped in a view"));
                 }
+                // Until the next look at it who has it pinned has it there.
+                let is_left = || layout.failed.iter().any(|failed| failed.has(page));
+                if *is_shown && word.phase() == Phase::Quarantined && !is_left() {
+                    say(page, String::from("quarantined and mapped in a view"));
+                }
                 let may_be_untouched = *is_shown && view.is_faulted_in(&shown, page);
                 // The kernel has taken it out by itself, if it knows.
                 if *is_shown != present && !may_be_untouched && !has_failed(page) {
@@ -182,6 +187,32 @@ mod tests {
     use crate::backing::{ArenaBacking, PartSpec};
     use crate::folio::{FolioPool, Zone};
     use crate::gmem::PinMode;
+    use crate::state::{Wait, Wanted, with_reader};
+
+    #[test]
+    fn a_quarantined_page_that_a_view_shows_is_found() {
+        let part = PartSpec::new([ArenaBacking::Memfd], ByteSize::from_mib(2));
+        let pool = FolioPool::builder().part(part, Zone::Normal).create().unwrap();
+        let builder = GuestMemfd::builder(ByteSize::from_mib(2)).initial(Visibility::Shared);
+        let memfd = builder.create(&pool).unwrap();
+        let _view = memfd.map_view().unwrap();
+        memfd.allocate(memfd.pages()).unwrap();
+        let found = || {
+            let mut findings = Vec::new();
+            memfd.check_invariants(&mut findings);
+            findings.retain(|found| found.contains("view"));
+            findings.join("; ")
+        };
+        assert_eq!(found(), "");
+        let page = PgoffRange::new(Pgoff::new(7), 1).unwrap();
+        with_reader(|reader| {
+            let frozen = memfd.0.tree.freeze(reader, &[page], Wanted::All, &Wait::never());
+            drop(frozen.unwrap());
+        });
+        assert_eq!(found(), "guest page 0x7: quarantined and mapped in a view");
+        memfd.0.hide(&memfd.0.layout.read(), &[page]).unwrap();
+        assert_eq!(found(), "");
+    }
 
     #[test]
     fn an_export_without_a_pin_is_found() {

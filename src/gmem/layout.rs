@@ -102,7 +102,8 @@ impl HidesIfPanicking<'_> {
     #[cold]
     fn hide(&self) {
         for (pages, word) in self.object.spans(self.object.pages) {
-            if word.phase() == Phase::Quarantined {
+            // Who had it pinned when it failed has it in the views still.
+            if word.phase() == Phase::Quarantined && !word.is_held() {
                 // Should this fail too, nothing is left to be tried.
                 let _ = self.object.hide(self.layout, &[pages]);
             }

@@ -52,7 +52,7 @@ pub use collapse::Collapse;
 pub use convert::{ContentPolicy, Conversion, ConvertOptions};
 pub use export::{Export, ExportedRegion};
 pub use file_io::{FilePlace, Transfer};
-pub(crate) use guest_fault::BindingId;
+pub(crate) use guest_fault::{BindingId, Unbound};
 pub use handout::HandOutRun;
 pub(crate) use handout::leaves;
 pub use host_view::{HostView, Touch};

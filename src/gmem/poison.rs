@@ -1,7 +1,7 @@
 //! Memory that failed under an object: what the kernel says by a `SIGBUS` of the kinds `BUS_MCEERR_AO` and
 //! `BUS_MCEERR_AR`.
 
-use super::layout::Layout;
+use super::layout::{HidesIfPanicking, Layout};
 use super::object::{GuestMemfd, Inner, runs};
 use crate::addr::{Offset, Pfn, Pgoff};
 use crate::error::{Error, ErrorKind, Found, Op};
@@ -71,9 +71,14 @@ impl Inner {
         if layout.failed.is_empty() {
             return;
         }
-        let mut failed = std::mem::take(&mut layout.failed);
-        failed.retain(|&failed| !matches!(self.fence(layout, failed), Ok(Rest::None)));
-        layout.failed = failed;
+        // One by one, so that none is forgotten if somebody panics.
+        let mut next = 0;
+        while let Some(&failed) = layout.failed.get(next) {
+            match self.fence(layout, failed) {
+                Ok(Rest::None) => drop(layout.failed.swap_remove(next)),
+                _ => next += 1,
+            }
+        }
     }
 
     /// The same for a conversion that has come upon something.
@@ -109,6 +114,7 @@ impl Inner {
         if self.frames.folios(pages).next() != Some((pages, failed.frames)) {
             return Ok(Rest::None);
         }
+        let _hidden = HidesIfPanicking { object: self, layout };
         // An earlier failure may have been of some of them.
         let left = self.spans(pages).filter(|(_, word)| word.phase() != Phase::Quarantined);
         let left: Vec<PgoffRange> =
@@ -138,7 +144,7 @@ impl Inner {
     ) -> Result<(), Error> {
         let op = Op::Poison;
         let outcome = self.guest_runs(op, layout, &[pages]).and_then(|guest| {
-            self.take_back(op, layout, &[pages])?;
+            self.take_back_thawed(op, layout, &[pages])?;
             let condemned = self.tree.condemn(reader, pages);
             self.grant_again(layout, &[pages]);
             condemned.map_err(|stop| self.stopped(op, Some(pages), stop))?;
@@ -206,6 +212,12 @@ impl Inner {
 pub(super) struct Failed {
     pages: PgoffRange,
     frames: PfnRange,
+}
+
+impl Failed {
+    pub(super) fn has(&self, page: Pgoff) -> bool {
+        self.pages.contains(page)
+    }
 }
 
 /// What is left to do about a failure.
