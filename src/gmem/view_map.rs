@@ -18,6 +18,7 @@ use std::fmt;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::layout::granules;
 use super::object::Inner;
 use super::shown::{Shown, between, block_of, first_page, next_run, part, whole_blocks};
 use super::view_options::{ViewMapping, ViewPath};
@@ -204,6 +205,18 @@ impl ViewMap {
                 Way::Userfault(uffd) => self.show_registered(uffd, shown, run, frames),
             };
             shown.set(run, done);
+            if let (false, Way::Userfault(uffd)) = (done, &self.way) {
+                self.show_each(uffd, shown, run);
+            }
+        }
+    }
+
+    /// Shows what can be shown of pages of which not all can: somebody may have taken the memory of one.
+    fn show_each(&self, uffd: &Userfault, shown: &mut Shown, run: PgoffRange) {
+        for pages in granules(run, self.granule).filter(|pages| run.covers(pages)) {
+            if self.map_pages(uffd, pages) {
+                shown.set(pages, true);
+            }
         }
     }
 
