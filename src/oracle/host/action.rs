@@ -29,7 +29,7 @@ pub enum HostAction {
         /// Whether both of them.
         both: bool,
         /// To which side.
-        to: Visibility,
+        to_private: bool,
         /// What becomes of their bytes.
         content: ContentPolicy,
     },
@@ -102,7 +102,7 @@ pub enum HostAction {
         /// Which pages.
         range: RangeClaim,
     },
-    /// Deletes a memslot.
+    /// Deletes a memslot. Every other time.
     Unbind(u8),
     /// The guest does something to a page.
     Guest {

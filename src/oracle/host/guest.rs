@@ -27,16 +27,16 @@ pub(super) struct Has {
 }
 
 impl Model {
-    /// Mostly somewhere in a memslot.
+    /// Mostly a private page in a memslot.
     pub(super) fn guest_place(&self, claim: u16) -> Option<u64> {
         if claim % 16 == 15 {
             return None;
         }
-        let claim = u64::from(claim);
-        let nth = usize::try_from(claim % 7).ok()?.checked_rem(self.slots.len())?;
-        let slot = self.slots.values().nth(nth)?;
-        // The first pages of it, where others are at work as well.
-        Some(slot.at + (claim >> 4) % slot.range.1.min(12))
+        let pages = self.slots.values().flat_map(|slot| pages_of(slot.range));
+        let wanted = |&page: &u64| claim % 4 == 0 || self.is(page, Visibility::Private);
+        let pages: Vec<u64> = pages.filter(wanted).collect();
+        let nth = usize::from(claim >> 4).checked_rem(pages.len())?;
+        self.place_of(*pages.get(nth)?)
     }
 
     /// Mostly where the guest has been given something.

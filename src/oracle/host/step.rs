@@ -104,7 +104,8 @@ impl Step {
             HostAction::RegainHuge(view) => {
                 Self::RegainHuge { view: pick(view, model.nr_views())? }
             }
-            HostAction::Convert { ranges, both, to, content } => {
+            HostAction::Convert { ranges, both, to_private, content } => {
+                let to = if to_private { Visibility::Private } else { Visibility::Shared };
                 let nr = 1 + usize::from(both);
                 let ranges = ranges.iter().take(nr).filter_map(|&claim| range(claim)).collect();
                 Self::Convert { ranges, to, content }
@@ -149,6 +150,7 @@ impl Step {
             HostAction::Bind { id, at, range: claim } => {
                 Self::Bind { id: (id % NR_SLOT_IDS).into(), at: gfn(at), range: range(claim)? }
             }
+            HostAction::Unbind(0..128) => return None,
             HostAction::Unbind(id) => {
                 Self::Unbind { id: model.slot_id(id).unwrap_or((id % NR_SLOT_IDS).into()) }
             }
@@ -159,7 +161,7 @@ impl Step {
                 };
                 Self::Guest { at: place.unwrap_or_else(|| gfn(at)), act, byte }
             }
-            HostAction::Teardown(0..220) => return None,
+            HostAction::Teardown(0..240) => return None,
             HostAction::Teardown(_) => Self::Teardown,
             HostAction::Examine(0..160) => return None,
             HostAction::Examine(_) => Self::Examine,
