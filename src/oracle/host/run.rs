@@ -10,7 +10,7 @@ use super::model::Model;
 use super::real::{Real, sizes};
 use super::step::{Answer, Step, pages_of};
 use crate::backing::ArenaBacking;
-use crate::folio::FolioPool;
+use crate::folio::{FolioPool, Zone};
 use crate::gmem::{ContentPolicy, GuestMemfd};
 use crate::hyp::pkvm::Hypervisor;
 use crate::state::{Standing, Visibility};
@@ -204,13 +204,16 @@ impl Runner {
         while !self.model.pins.is_empty() {
             self.step(&Step::Unpin { pin: 0 })?;
         }
+        // What the guest has stays where it is, also what it shares.
+        let range = (0, self.model.nr_pages());
+        self.step(&Step::Migrate { range, to: Zone::Movable })?;
         self.step(&Step::Teardown)?;
         for who in 0..self.model.nr_subscribers() {
             self.step(&Step::Change { who, mood: Mood::LetsGo, can_be_fenced: true })?;
         }
         // Nobody keeps what he was told of in a memslot that is gone.
         for to in [Visibility::Private, Visibility::Shared] {
-            let ranges = vec![(0, self.model.nr_pages())];
+            let ranges = vec![range];
             self.step(&Step::Convert { ranges, to, content: ContentPolicy::Preserve })?;
         }
         while self.model.nr_subscribers() > 0 {
