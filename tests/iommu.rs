@@ -4,10 +4,9 @@
 mod races;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use gmem::addr::{Access, ByteSize, Gfn, Ipa, Offset, Pgoff};
-use gmem::error::{Errno, ErrorKind};
+use gmem::error::Errno;
 use gmem::hyp::iommu::{DmaFaultKind, Domain, DomainState, Places};
 use gmem::hyp::pkvm::Hypervisor;
 use gmem::range::PgoffRange;
@@ -33,11 +32,6 @@ fn at(page: u64) -> Ipa {
 fn pool() -> FolioPool {
     let part = || PartSpec::new([ArenaBacking::Heap], ByteSize::from_mib(8));
     FolioPool::builder().part(part(), Zone::Normal).part(part(), Zone::Movable).create().unwrap()
-}
-
-/// One in which no folio ever moves.
-fn still_pool() -> FolioPool {
-    FolioPool::new(ArenaBacking::Heap, ByteSize::from_mib(8)).unwrap()
 }
 
 fn object(pool: &FolioPool, zones: &[Zone]) -> GuestMemfd {
@@ -171,69 +165,6 @@ fn devices_of_a_guest_find_pages_where_it_sees_them() {
     assert_eq!(&seen, b"to a device that I trust");
     assert!(host.attach_device().read(at(0x80003), &mut seen).is_err());
     assert!(trusted.attach_device().read(at(3), &mut seen).is_err());
-}
-
-/// A guest's memslots go with it, also if somebody does not let go of what he was told of there.
-#[test]
-fn places_in_memslots_that_are_gone_are_asked_for_all_the_same() {
-    let pool = still_pool();
-    let builder = GuestMemfd::builder(ByteSize::from_pages(64)).initial(Visibility::Shared);
-    let memfd = builder.create(&pool).unwrap();
-    memfd.allocate(memfd.pages()).unwrap();
-    let domain = Domain::new(&pool, Places::Guest).unwrap();
-    let _it = memfd.subscribe(Arc::new(domain.clone())).unwrap();
-    let stubborn = Arc::new(Stubborn(AtomicBool::new(true)));
-    let _other = memfd.subscribe(Arc::clone(&stubborn) as _).unwrap();
-    let hypervisor = Hypervisor::new(&pool).unwrap();
-    let bind = |gfn: u64, pages| {
-        let vm = hypervisor.create_vm().unwrap();
-        vm.bind(Gfn::new(gfn), &memfd, pages).map(|_| vm)
-    };
-    stubborn.0.store(false, Ordering::Relaxed);
-    let vm = bind(0x100, range(0, 32)).unwrap();
-    stubborn.0.store(true, Ordering::Relaxed);
-    drop(vm);
-    assert_eq!(mapped(&domain), (0x100..0x120).collect::<Vec<_>>(), "it was given them again");
-    // Others do not come to lie where they may still be.
-    let refused = bind(0x110, range(40, 4)).unwrap_err();
-    assert_eq!(refused.kind(), ErrorKind::SubscriberRefused);
-    stubborn.0.store(false, Ordering::Relaxed);
-    let device = domain.attach_device();
-    device.read(at(0x104), &mut [0]).unwrap();
-    let _ = memfd.convert(range(4, 2), Visibility::Private, PRESERVE).unwrap();
-    assert!(device.read(at(0x104), &mut [0]).is_err(), "a device has read a private page");
-    let _ = memfd.convert(range(4, 2), Visibility::Shared, PRESERVE).unwrap();
-    let rest = (0x100..0x104).chain(0x106..0x120);
-    assert_eq!(mapped(&domain), rest.collect::<Vec<_>>(), "those have no place any more");
-    let _vm = bind(0x110, range(40, 4)).unwrap();
-    let left = (0x100..0x104).chain(0x106..0x120);
-    assert_eq!(mapped(&domain), left.collect::<Vec<_>>());
-    let frame =
-        |gfn: u64| domain.leaves().iter().find(|(at, _)| at.contains(Gfn::new(gfn))).unwrap().1;
-    assert_ne!(frame(0x110), frame(0x111));
-    device.write(at(0x111), &[9]).unwrap();
-    let mut seen = [0];
-    memfd.read(Offset::new(41 << 12), &mut seen).unwrap();
-    assert_eq!(seen, [9]);
-}
-
-/// Keeps what it has, for as long as it likes.
-#[derive(Debug)]
-struct Stubborn(AtomicBool);
-
-impl Subscriber for Stubborn {
-    fn revoke(&self, _: &[HandOutRun], ack: Ack) {
-        match self.0.load(Ordering::Relaxed) {
-            true => drop(ack.refuse(Errno::EBUSY)),
-            false => drop(ack.let_go()),
-        }
-    }
-
-    fn grant(&self, _: &[HandOutRun]) {}
-
-    fn fence(&self) -> Result<(), Errno> {
-        Ok(())
-    }
 }
 
 #[test]

@@ -145,7 +145,7 @@ impl GuestMemfd {
 }
 
 /// The ranges as runs that neither overlap nor touch, in ascending order.
-pub(super) fn ascending(op: Op, ranges: &[PgoffRange]) -> Result<Cow<'_, [PgoffRange]>, Error> {
+fn ascending(op: Op, ranges: &[PgoffRange]) -> Result<Cow<'_, [PgoffRange]>, Error> {
     if ranges.windows(2).all(|pair| matches!(pair, [one, next] if one.end() < next.start())) {
         return Ok(Cow::Borrowed(ranges));
     }

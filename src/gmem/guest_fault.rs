@@ -4,7 +4,6 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Weak;
 
-use super::convert::ascending;
 use super::layout::{Binding, Layout};
 use super::object::GuestMemfd;
 use crate::addr::{Gfn, Pgoff};
@@ -28,8 +27,7 @@ impl GuestMemfd {
     ) -> Result<BindingId, Error> {
         let op = Op::BindSlot;
         self.0.check_range(op, pages)?;
-        let gfns = GfnRange::new(gfn, pages.nr_pages());
-        let gfns = gfns.map_err(|error| error.of(op).on(pages))?;
+        GfnRange::new(gfn, pages.nr_pages()).map_err(|error| error.of(op).on(pages))?;
         let object = &*self.0;
         let mut layout = object.layout.write();
         let exists = |why| Err(Error::new(op, ErrorKind::Exists).on(pages).because(why));
@@ -43,40 +41,27 @@ impl GuestMemfd {
             return exists("the object is bound to another machine")
                 .map_err(|error| error.errno_is(Errno::EINVAL));
         }
-        // Subscribers are to find the pages at other places, and at these places no others.
-        let mut told = vec![pages];
-        let has_room = layout.departed.has_room_for(layout.bindings.len() + 1);
-        if !has_room || !layout.departed.add_pages_at(gfns, &mut told) {
-            return Err(Error::new(op, ErrorKind::Exhausted).on(pages));
-        }
-        let told = ascending(op, &told)?;
-        object.take_back(op, &layout, &told).map_err(|error| error.on(pages))?;
-        layout.departed.forget(&told);
+        // Subscribers are to find the pages at other places.
+        object.take_back(op, &layout, &[pages]).map_err(|error| error.on(pages))?;
         layout.vm = Some(vm);
         let id = layout.bindings.insert(Binding { pages, gfn });
-        object.grant_again(&layout, &told);
+        object.grant_again(&layout, &[pages]);
         Ok(BindingId(id))
     }
 
     /// Ends a binding. The hypervisor has given the memory back before.
     pub(crate) fn unbind(&self, id: BindingId) {
         let mut layout = self.0.layout.write();
-        let Some(binding) = layout.bindings.get(id.0).copied() else { return };
-        if layout.subscribers.is_empty() {
-            return remove(&mut layout, id);
-        }
-        let pages = [binding.pages];
-        // A subscriber that refuses goes on with the places that it knows, and with it those who do not. That
-        // does no harm as long as they are asked at these places: the pages are as much theirs to see as
-        // before. Neither does one that panics, as long as it does not end a drop.
-        let take_back = || self.0.take_back(Op::BindSlot, &layout, &pages).is_ok();
-        let retold = catch_unwind(AssertUnwindSafe(take_back)).unwrap_or(false);
-        if !retold {
-            layout.departed.keep(binding);
-        }
+        let pages = layout.bindings.get(id.0).map(|binding| binding.pages);
+        // A subscriber that refuses goes on with the places that it knows, which does no harm: the pages are
+        // as much its to see as before. Neither does one that panics, as long as it does not end a drop.
+        let retold = pages.filter(|_| !layout.subscribers.is_empty()).filter(|&pages| {
+            let take_back = || self.0.take_back(Op::BindSlot, &layout, &[pages]).is_ok();
+            catch_unwind(AssertUnwindSafe(take_back)).unwrap_or(false)
+        });
         remove(&mut layout, id);
-        if retold {
-            let grant = || self.0.grant_again(&layout, &pages);
+        if let Some(pages) = retold {
+            let grant = || self.0.grant_again(&layout, &[pages]);
             let _ = catch_unwind(AssertUnwindSafe(grant));
         }
     }

@@ -65,28 +65,16 @@ pub(crate) fn leaves(
     })
 }
 
-/// Whose places are meant.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Told {
-    /// Those of the memslots that there are.
-    Now,
-    /// Those as well that somebody was told of before, and may still know.
-    Ever,
-}
-
 /// The binding of a page, and the pages from there on that have the same one, or none.
-fn bound(layout: &Layout, page: Pgoff, told: Told) -> (Option<Binding>, Option<Pgoff>) {
-    let bindings = || layout.bindings.iter().map(|(_, &binding)| binding);
-    if let Some(binding) = bindings().find(|binding| binding.pages.contains(page)) {
-        return (Some(binding), Some(binding.pages.end()));
+fn bound(layout: &Layout, page: Pgoff) -> (Option<&Binding>, Option<Pgoff>) {
+    let bindings = || layout.bindings.iter().map(|(_, binding)| binding);
+    match bindings().find(|binding| binding.pages.contains(page)) {
+        Some(binding) => (Some(binding), Some(binding.pages.end())),
+        None => {
+            let starts = bindings().map(|binding| binding.pages.start());
+            (None, starts.filter(|&start| start > page).min())
+        }
     }
-    let starts = bindings().map(|binding| binding.pages.start());
-    let next = starts.filter(|&start| start > page).min();
-    let (departed, end) = match told {
-        Told::Now => (None, None),
-        Told::Ever => layout.departed.of(page),
-    };
-    (departed, [next, end].into_iter().flatten().min())
 }
 
 impl Inner {
@@ -95,14 +83,13 @@ impl Inner {
         &'a self,
         layout: &'a Layout,
         pages: impl Iterator<Item = PgoffRange> + 'a,
-        told: Told,
     ) -> impl Iterator<Item = HandOutRun> + 'a {
         pages.flat_map(|range| self.frames.resident(range)).flat_map(move |(pages, frames)| {
             let run = HandOutRun { pages, frames, guest: None };
             let mut done = 0;
             std::iter::from_fn(move || {
                 let at = pages.start().checked_add(done).filter(|&at| at < pages.end())?;
-                let (binding, end) = bound(layout, at, told);
+                let (binding, end) = bound(layout, at);
                 let end = end.map_or(pages.end(), |end| end.min(pages.end()));
                 let mut part = run.slice(done, end.get() - at.get())?;
                 part.guest = binding.and_then(|binding| {

@@ -9,7 +9,6 @@ use std::sync::{Arc, Weak};
 
 use slab::Slab;
 
-use super::departed::Departed;
 use super::object::{Inner, runs};
 use super::subscriber::HandOut;
 use super::view_map::{NotInstalled, ViewMap};
@@ -23,26 +22,16 @@ use crate::stage2::{GuestRun, Stage2};
 use crate::state::{Phase, Visibility};
 
 /// A part of the object that a guest sees.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) struct Binding {
     pub(super) pages: PgoffRange,
     pub(super) gfn: Gfn,
-}
-
-impl Binding {
-    /// Some of its pages, where they are.
-    pub(super) fn part(&self, pages: PgoffRange) -> Option<Self> {
-        let skip = pages.start().get().checked_sub(self.pages.start().get())?;
-        Some(Self { pages, gfn: self.gfn.checked_add(skip)? })
-    }
 }
 
 #[derive(Debug, Default)]
 pub(super) struct Layout {
     pub(super) views: Slab<Arc<ViewMap>>,
     pub(super) bindings: Slab<Binding>,
-    /// Bindings that are gone, and that subscribers may still go by.
-    pub(super) departed: Departed,
     pub(super) subscribers: Slab<HandOut>,
     /// What other processes have mapped. All of it is pinned.
     pub(super) exports: Slab<PgoffRange>,

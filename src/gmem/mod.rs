@@ -19,7 +19,6 @@
 //! | `view_map` | what of a view can be touched, and how it is made so |
 //! | `subscriber` | those who are told which pages they may let others at |
 //! | `handout` | what they are given: runs of pages with their frames |
-//! | `departed` | where they may still have what memslots had that are gone |
 //! | `revoke` | taking pages back from them, and giving them |
 //! | `guest_fault` | the door for hypervisors: memslots, and the faults of guests |
 //! | `invariants` | what must hold of an object: its part of the audit |
@@ -29,7 +28,6 @@ mod access;
 mod allocate;
 mod collapse;
 mod convert;
-mod departed;
 mod export;
 mod file_io;
 mod guest_fault;

@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use super::handout::{HandOutRun, Told};
+use super::handout::HandOutRun;
 use super::layout::Layout;
 use super::object::Inner;
 use super::subscriber::{HandOut, OnSilence};
@@ -83,11 +83,7 @@ impl Inner {
                 Left::Alone => {}
             }
         }
-        let Some(error) = refused else {
-            // Who has them next is told where they are then.
-            layout.departed.forget(pages);
-            return Ok(());
-        };
+        let Some(error) = refused else { return Ok(()) };
         left.iter().for_each(|(hand_out, runs)| hand_out.subscriber.grant(runs));
         Err(error)
     }
@@ -107,7 +103,7 @@ impl Inner {
                 return Err(exhausted());
             }
             let pages = pages.iter().flat_map(|&range| self.on_side(range, side));
-            for run in self.hand_out_runs(layout, pages, Told::Ever) {
+            for run in self.hand_out_runs(layout, pages) {
                 if list.try_reserve(1).is_err() {
                     return Err(exhausted());
                 }
@@ -153,7 +149,7 @@ impl Inner {
                 hand_out.subscriber.grant(runs);
                 true
             };
-            in_batches(self.hand_out_runs(layout, pages, Told::Now), tell);
+            in_batches(self.hand_out_runs(layout, pages), tell);
         }
     }
 
@@ -163,7 +159,7 @@ impl Inner {
             return true;
         }
         let pages = self.on_side(self.pages, hand_out.options.side);
-        in_batches(self.hand_out_runs(layout, pages, Told::Ever), |runs| {
+        in_batches(self.hand_out_runs(layout, pages), |runs| {
             let Some((question, ack)) = Line::ask(&hand_out.line) else { return false };
             let deadline = Instant::now().checked_add(hand_out.options.answer_within);
             hand_out.subscriber.revoke(runs, ack);

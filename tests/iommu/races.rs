@@ -11,11 +11,11 @@ use gmem::addr::{ByteSize, Ipa};
 use gmem::audit;
 use gmem::hyp::iommu::{Device, DmaFault, DmaFaultKind, Domain, Places};
 use gmem::{
-    Ack, ContentPolicy, FolioPool, GuestMemfd, HandOutRun, SubscribeOptions, Subscriber,
-    Subscription, Visibility, Zone,
+    Ack, ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, HandOutRun, SubscribeOptions,
+    Subscriber, Subscription, Visibility, Zone,
 };
 
-use super::{BOTH, at, mapped, object, on_side, pool, range, still_pool};
+use super::{BOTH, at, mapped, object, on_side, pool, range};
 
 const ZERO: ContentPolicy = ContentPolicy::Zero;
 /// What the guest has in its private pages.
@@ -23,6 +23,11 @@ const SECRET: u8 = 0x5e;
 /// What devices write.
 const DEVICE: u8 = 0xdd;
 const PAGE: usize = 4096;
+
+/// One in which no folio ever moves.
+fn still_pool() -> FolioPool {
+    FolioPool::new(ArenaBacking::Heap, ByteSize::from_mib(8)).unwrap()
+}
 
 struct Random(u64);
 
