@@ -111,14 +111,8 @@ impl Model {
         if self.slots.values().any(|it| meets(it.range, range)) {
             return Err(Refused(ErrorKind::Exists, Errno::EEXIST));
         }
-        let mut pages: Vec<u64> = pages_of(range).collect();
-        // What somebody may still have at these places goes as well.
-        let there = |&(_, &place): &(&u64, &u64)| (at..at + range.1).contains(&place);
-        pages.extend(self.departed.iter().filter(there).map(|(&page, _)| page));
-        pages.sort_unstable();
-        pages.dedup();
+        let pages: Vec<u64> = pages_of(range).collect();
         self.take_back(&pages, Why::Memslot)?;
-        self.departed.retain(|page, _| !pages.contains(page));
         self.slots.insert(id, Slot { at, range });
         self.grant(pages.into_iter());
         Ok(())
@@ -151,16 +145,9 @@ impl Model {
         slots.sort_by_key(|(_, slot)| slot.at);
         for (id, slot) in slots {
             let pages: Vec<u64> = pages_of(slot.range).collect();
-            // If somebody does not let go, all go on with the places that they know.
-            let retold = self.take_back(&pages, Why::Memslot).is_ok();
-            if !retold {
-                let places = pages.iter().map(|&page| (page, slot.at + (page - slot.range.0)));
-                self.departed.extend(places);
-            }
+            self.part_from_all(&pages);
             self.slots.remove(&id);
-            if retold {
-                self.grant(pages.into_iter());
-            }
+            self.grant(pages.into_iter());
         }
     }
 

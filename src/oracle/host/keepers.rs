@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::action::{Mood, Silence, Spot, Terms, Time};
 use super::mistake::HostMistake;
 use super::model::Model;
-use super::step::{Answer, Refused};
+use super::step::{Answer, Refused, pages_of};
 use crate::error::{Errno, ErrorKind};
 use crate::hyp::iommu::DmaFaultKind;
 use crate::state::Standing;
@@ -211,19 +211,45 @@ impl Model {
                 }
             }
         }
-        if outcome.is_ok() {
-            if self.keepers.iter().flatten().next().is_some() {
-                self.departed.retain(|page, _| !pages.contains(page));
-            }
-        } else if !self.errs(HostMistake::NothingIsGivenBack) {
-            // Where they were before, be it in a memslot that is gone.
-            let departed = self.departed.clone();
+        if outcome.is_err() && !self.errs(HostMistake::NothingIsGivenBack) {
             for (place, wanted) in to_be_told {
                 let wanted: Vec<u64> = wanted.into_iter().collect();
-                self.give(place, &wanted, &departed);
+                self.grant_to(place, &wanted);
             }
         }
         outcome
+    }
+
+    /// Takes pages away where nobody can refuse: who does not let go is cut off.
+    pub(super) fn part_from_all(&mut self, pages: &[u64]) {
+        for place in 0..self.keepers.len() {
+            let Some(Some(keeper)) = self.keepers.get(place) else { continue };
+            let has = |page: &&u64| self.is_to_have(keeper, **page);
+            let wanted: BTreeSet<u64> = pages.iter().filter(has).copied().collect();
+            let lets_go = matches!(keeper.says(), Said::LetsGo);
+            let keeps = self.errs(HostMistake::MemslotsMoveNothing);
+            let Some(Some(keeper)) = self.keepers.get_mut(place) else { continue };
+            if keeper.standing != Standing::Told || wanted.is_empty() {
+                continue;
+            }
+            if !lets_go {
+                keeper.standing = Standing::FencedOff;
+            } else if !keeps {
+                keeper.maps.retain(|_, page| !wanted.contains(page));
+            }
+        }
+    }
+
+    /// Whether somebody would not let go of pages of memslots, and cannot be cut off.
+    pub(super) fn would_lose_a_subscriber(&self) -> bool {
+        let mut keepers = self.keepers.iter().flatten();
+        keepers.any(|keeper| {
+            let has = |page| self.is_to_have(keeper, page);
+            keeper.standing == Standing::Told
+                && !matches!(keeper.says(), Said::LetsGo)
+                && !keeper.can_be_fenced
+                && self.slots.values().flat_map(|slot| pages_of(slot.range)).any(has)
+        })
     }
 
     /// Gives pages to all who are to have them.
@@ -233,17 +259,13 @@ impl Model {
     }
 
     fn grant_to(&mut self, place: usize, pages: &[u64]) {
-        self.give(place, pages, &BTreeMap::new());
-    }
-
-    fn give(&mut self, place: usize, pages: &[u64], departed: &BTreeMap<u64, u64>) {
         let Some(Some(keeper)) = self.keepers.get(place) else { return };
         if keeper.standing != Standing::Told {
             return;
         }
         let spot = |page: u64| match keeper.terms.places {
             Spot::Object => Some(page),
-            Spot::Guest => self.place_of(page).or_else(|| departed.get(&page).copied()),
+            Spot::Guest => self.place_of(page),
         };
         let had = |page: u64| {
             let stays = self.errs(HostMistake::MemslotsMoveNothing);

@@ -53,8 +53,6 @@ pub(super) struct Model {
     pub(super) vacant: Vec<usize>,
     pub(super) nr_keepers_ever: u64,
     pub(super) slots: BTreeMap<u16, Slot>,
-    /// Pages, and where they were in memslots that are gone, as far as somebody may still have them there.
-    pub(super) departed: BTreeMap<u64, u64>,
     /// What the guest has, by guest frames.
     pub(super) guest: BTreeMap<u64, Has>,
     pub(super) no_views: NoViews,
@@ -80,7 +78,6 @@ impl Model {
             vacant: Vec::new(),
             nr_keepers_ever: 0,
             slots: BTreeMap::new(),
-            departed: BTreeMap::new(),
             guest: BTreeMap::new(),
             no_views,
             mistake,

@@ -207,6 +207,10 @@ impl Runner {
         // What the guest has stays where it is, also what it shares.
         let range = (0, self.model.nr_pages());
         self.step(&Step::Migrate { range, to: Zone::Movable })?;
+        for who in 0..self.model.nr_subscribers() {
+            let mood = self.model.keeper(who).map_or(Mood::LetsGo, |keeper| keeper.mood);
+            self.step(&Step::Change { who, mood, can_be_fenced: true })?;
+        }
         self.step(&Step::Teardown)?;
         for who in 0..self.model.nr_subscribers() {
             self.step(&Step::Change { who, mood: Mood::LetsGo, can_be_fenced: true })?;

@@ -162,6 +162,8 @@ impl Step {
                 Self::Guest { at: place.unwrap_or_else(|| gfn(at)), act, byte }
             }
             HostAction::Teardown(0..240) => return None,
+            // What then becomes of its subscription, tests/handout has.
+            HostAction::Teardown(_) if model.would_lose_a_subscriber() => return None,
             HostAction::Teardown(_) => Self::Teardown,
             HostAction::Examine(0..160) => return None,
             HostAction::Examine(_) => Self::Examine,
