@@ -174,7 +174,8 @@ pub enum Patience {
 /// What is done about the views of an object.
 #[derive(Arbitrary, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ViewChange {
-    /// One more.
+    /// One more. How it is made is in the claim for its object: lists that are worth keeping go on to mean what
+    /// they did.
     Map,
     /// One less: this one.
     Drop(u8),
