@@ -185,7 +185,9 @@ extern "C" fn mend(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_v
     let blocked = (1..32).filter(is_blocked).collect();
     *FOUND.lock().unwrap() = Some((is_on_alternate_stack(), blocked));
     // SAFETY: what a handler with SA_SIGINFO is passed for a fault.
-    let page = unsafe { (*info).si_addr() }.map_addr(|at| at & !4095);
+    let info = unsafe { &*info };
+    // SAFETY: a fault has an address.
+    let page = unsafe { info.si_addr() }.map_addr(|at| at & !4095);
     let (prot, flags) = (libc::PROT_READ, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
     // SAFETY: the page is the test's, and nobody has references to it.
     unsafe { libc::mmap(page, 4096, prot, flags | libc::MAP_FIXED, -1, 0) };

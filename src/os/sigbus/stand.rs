@@ -362,7 +362,9 @@ impl Line {
         if !is_fault {
             // Not raise: which system calls those are is the C library's affair, and a filter's.
             // SAFETY: takes nothing.
-            let (process, thread) = unsafe { (libc::getpid(), libc::syscall(libc::SYS_gettid)) };
+            let process = unsafe { libc::getpid() };
+            // SAFETY: as above.
+            let thread = unsafe { libc::syscall(libc::SYS_gettid) };
             // SAFETY: takes no pointers.
             unsafe { libc::syscall(libc::SYS_tgkill, process, thread, self.signal) };
         }
