@@ -253,6 +253,20 @@ fn a_memslot_that_a_subscriber_broke_at_is_deleted_or_stays() {
     }
 }
 
+#[test]
+fn memory_comes_to_all_others_though_a_subscriber_breaks_at_it() {
+    let three = Three::new();
+    // Folios, and holes in one that stays.
+    three.memfd.punch_hole(range(512, 512)).unwrap();
+    three.memfd.punch_hole(range(3, 5)).unwrap();
+    three.fragile.grants.store(0, Ordering::SeqCst);
+    assert!(breaks(|| three.memfd.allocate(three.memfd.pages())));
+    three.fragile.grants.store(u64::MAX, Ordering::SeqCst);
+    three.is_known_to_be_at(None);
+    three.memfd.allocate(three.memfd.pages()).unwrap();
+    three.is_known_to_be_at(None);
+}
+
 fn touch(view: &HostView, page: u64) -> Touch {
     let handler = SigbusHandler::install().unwrap();
     view.touch(handler, Offset::new(page << 12), Access::Read).unwrap()

@@ -5,6 +5,7 @@
 //! words, this one, then the hypervisor's, then the pool's; who has this one takes words only if it need
 //! not wait for them.
 
+use std::panic::resume_unwind;
 use std::sync::{Arc, Weak};
 
 use slab::Slab;
@@ -186,14 +187,18 @@ impl Inner {
             self.frames.set(slot, Some(*pfn));
             self.show_shared(layout, slot.pages());
         }
-        // When all are the object's: a subscriber may panic.
-        taken.iter().for_each(|(slot, _)| self.grant_again(layout, &[slot.pages()]));
+        // When all are the object's: a subscriber may panic. What the others are to have they have then.
+        let mut told = Ok(());
+        for (slot, _) in &taken {
+            told = told.and(self.grant_to_each(layout, &[slot.pages()]));
+        }
         for (holes, _) in self.frames.holes(range) {
             // Before it can be reached: the map first, then the views.
             self.frames.fill(holes);
             self.show_shared(layout, holes);
-            self.grant_again(layout, &[holes]);
+            told = told.and(self.grant_to_each(layout, &[holes]));
         }
+        told.unwrap_or_else(|panic| resume_unwind(panic));
         Ok(())
     }
 

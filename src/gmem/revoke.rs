@@ -184,10 +184,12 @@ impl Inner {
         layout: &Layout,
         pages: &[PgoffRange],
     ) -> Result<(), Box<dyn Any + Send>> {
-        layout.subscribers.iter().fold(Ok(()), |outcome, (_, hand_out)| {
+        let mut told = Ok(());
+        for (_, hand_out) in &layout.subscribers {
             let grant = || self.grant_by_words(layout, hand_out, pages);
-            outcome.and(catch_unwind(AssertUnwindSafe(grant)))
-        })
+            told = told.and(catch_unwind(AssertUnwindSafe(grant)));
+        }
+        told
     }
 
     fn grant_by_words(&self, layout: &Layout, hand_out: &HandOut, pages: &[PgoffRange]) {
