@@ -42,8 +42,9 @@ impl fmt::Display for Report {
 
 /// Checks a pool and the objects that draw from it.
 ///
-/// Of each object: pins counted and pins written down agree; what is pinned is shared; no page is
-/// left half converted; holes are in folios of the object's own, and zero; what views map is shared, and is what the kernel's page tables hold. Of the
+/// Of each object: pins counted and pins written down agree; what is pinned is shared; what is exported is pinned; no page is
+/// left half converted; holes are in folios of the object's own, and zero; what views map is shared and not quarantined, is the frame that the
+/// object has there, and is what the kernel's page tables hold. Of the
 /// pool: its counters add up, no frame is in two objects or free and in one, and free frames are
 /// there, and zero.
 pub fn check(pool: &FolioPool, objects: &[&GuestMemfd]) -> Report {

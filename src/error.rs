@@ -316,6 +316,8 @@ struct Report {
 pub struct Error(Box<Report>);
 
 impl Error {
+    /// Cold, so that the way to an error is laid out apart from the way on.
+    #[cold]
     pub(crate) fn new(op: Op, kind: ErrorKind) -> Self {
         let errno = kind.errno();
         Self(Box::new(Report { op, kind, errno, range: None, culprits: Vec::new(), detail: None }))

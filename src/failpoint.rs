@@ -18,6 +18,8 @@ pub enum FailPoint {
     View,
     /// The hypervisor.
     Hypervisor,
+    /// Memory for the record of a folio or of an object.
+    Record,
     /// A scrub.
     Scrub,
     /// The same, by a panic of whoever scrubs.

@@ -14,8 +14,8 @@
 //! access by guest address through the guard, however small. What does not: the accesses of a single
 //! [`Region`] with buffers (`read`, `write` and what is built on them), which are transient.
 //!
-//! A range that touches private memory is refused as a whole, with the reason as the source of the
-//! `GuestMemoryError::IOError`; [`refusal`] digs it out. Only a range that crosses from one slot to
+//! A range that touches private memory, or memory that the view cannot show, is refused as a whole, with the reason as
+//! the source of the `GuestMemoryError::IOError`; [`refusal`] digs it out. Only a range that crosses from one slot to
 //! another can be served in part, and then the number of bytes says how far it went.
 //!
 //! What devices write can be [logged](AddressSpace::with_dirty_log). A region has a
@@ -273,6 +273,7 @@ impl Region {
             // filling is not there yet. Once it is, the pin keeps it from being punched again.
             if !self.slot.slot.view.shows(gap) {
                 object.allocate(gap)?;
+                self.slot.slot.view.show_again(gap)?;
             }
             Ok(pin)
         })

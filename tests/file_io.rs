@@ -190,6 +190,9 @@ fn past_the_page_cache_as_well() {
     let target = file(&[], libc::O_DIRECT);
     let done = memfd.write_to_file(&target, START, Offset::new(4096), len, loader).unwrap();
     assert!(done.is_complete(), "{done:?}");
+    memfd.punch_hole(page(3, 40)).unwrap();
+    let done = memfd.write_to_file(&target, START, Offset::new(4096), len, loader).unwrap();
+    assert!(done.is_complete(), "with pages that have no memory: {done:?}");
     let odd = memfd.read_from_file(&source, START, Offset::new(1), len, loader).unwrap();
     assert_eq!(odd.moved(), bytes(0), "this file system wants alignment: the answer is the file's");
     assert_eq!(odd.stopped().map(|error| error.errno()), Some(Errno::EINVAL));

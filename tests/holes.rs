@@ -1,29 +1,27 @@
-//! Pages punched out of folios that stay: what is seen of them, what fills them, and where their memory is.
+//! Pages punched out of folios that stay: what is seen of them, and what fills them.
 
 #[path = "common/arena_files.rs"]
 mod arena_files;
 #[path = "common/child.rs"]
 mod child;
 mod common;
+#[path = "holes/failures.rs"]
+mod failures;
+#[path = "holes/memory.rs"]
+mod memory;
 #[path = "common/setting.rs"]
 mod setting;
 
-use std::fs;
-
-use arena_files::on_host;
-use child::alone;
 use common::Capability;
 use gmem::addr::{Access, ByteSize, Ipa, Offset, Pgoff};
 use gmem::audit;
 use gmem::error::ErrorKind;
-use gmem::failpoint::{FailPoint, arm};
 use gmem::hyp::pkvm::Hypervisor;
 use gmem::range::PgoffRange;
 use gmem::{
     ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, HostView, PinMode, Residency,
     SigbusHandler, Touch, Visibility, WhyKept,
 };
-use setting::{NR_HUGEPAGES, SHMEM_ENABLED, Setting};
 
 const PRESERVE: ContentPolicy = ContentPolicy::Preserve;
 const FOLIO: u64 = 512;
@@ -377,250 +375,4 @@ fn many_threads_at_the_pages_of_one_folio_keep_to_their_own() {
         drop(memfd);
         assert_eq!(pool.verify_scrubbed(), Ok(pages(FOLIO)));
     }
-}
-
-#[test]
-fn the_host_has_exactly_what_was_released() {
-    // A size that no other test has.
-    let size = pages(4 * FOLIO + 3);
-    let (pool, memfd) = object(ArenaBacking::Memfd, 4 * FOLIO + 3);
-    assert_eq!(on_host(size), size, "all of a pool is committed");
-    memfd.allocate(memfd.pages()).unwrap();
-    let less = |nr_pages: u64| ByteSize::from_bytes(size.get() - pages(nr_pages).get());
-    memfd.punch_hole(range(1, 3)).unwrap();
-    memfd.punch_hole(range(500, 20)).unwrap();
-    assert_eq!((on_host(size), memfd.stat().resident), (less(23), less(23)));
-    let mut buf = vec![1; 30 << 12];
-    memfd.read(Offset::new(495 << 12), &mut buf).unwrap();
-    assert_eq!(on_host(size), less(23), "a read has nothing committed");
-    memfd.write(Offset::new(505 << 12), &[1; 4096 * 2]).unwrap();
-    assert_eq!(on_host(size), less(21));
-    // The pool keeps what comes back to it, and so it is committed again.
-    memfd.punch_hole(range(0, FOLIO)).unwrap();
-    assert_eq!(memfd.stat().released, pages(8));
-    assert_eq!(on_host(size), less(8));
-    assert_clean(&pool, &memfd);
-    drop(memfd);
-    assert_eq!(on_host(size), size);
-    assert_eq!(pool.verify_scrubbed(), Ok(size));
-}
-
-#[test]
-fn without_memory_for_a_hole_nothing_has_happened() {
-    for backing in BACKINGS {
-        // A size that no other test has.
-        let (pool, memfd) = object(backing, 3 * FOLIO);
-        memfd.allocate(range(0, FOLIO)).unwrap();
-        memfd.punch_hole(range(10, 5)).unwrap();
-        memfd.punch_hole(range(20, 5)).unwrap();
-        let on_host = || on_host(pages(3 * FOLIO));
-        let seen = || (memfd.stat(), pool.stat(), memfd.bytes_behind(), on_host());
-        let before = seen();
-        // The second run fails after the first was had, and a folio was taken for what lies behind.
-        for spared in 0..2 {
-            let armed = arm(FailPoint::Commit, spared);
-            let error = memfd.allocate(range(12, FOLIO)).unwrap_err();
-            assert!(armed.has_fired());
-            assert_eq!(error.kind(), ErrorKind::Exhausted, "{error}");
-            assert_eq!(error.range(), Some(range(12, FOLIO)));
-            assert!(seen() == before);
-        }
-        let armed = arm(FailPoint::Commit, 0);
-        let error = memfd.write(Offset::new(10 << 12), &[1]).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Exhausted);
-        assert!(armed.has_fired() && seen() == before);
-        drop(armed);
-        memfd.write(Offset::new(10 << 12), &[1]).unwrap();
-        assert_clean(&pool, &memfd);
-
-        // A folio that the host does not complete again stays, all of it holes, until it can go.
-        let armed = arm(FailPoint::Commit, 0);
-        let punched = memfd.punch_hole(range(0, FOLIO)).unwrap();
-        assert!(armed.has_fired());
-        drop(armed);
-        assert_eq!(punched.returned(), pages(0));
-        assert_eq!(punched.released().get() + punched.kept().get(), pages(FOLIO - 9).get());
-        assert_eq!((memfd.stat().holes, pool.stat().used), (pages(FOLIO), pages(FOLIO)));
-        assert_clean(&pool, &memfd);
-        assert_eq!(memfd.punch_hole(range(30, 1)).unwrap().returned(), pages(FOLIO));
-        assert_clean(&pool, &memfd);
-
-        // When the object goes there is no later; the pool does without what it cannot rely on.
-        memfd.allocate(memfd.pages()).unwrap();
-        memfd.punch_hole(range(FOLIO, 1)).unwrap();
-        let armed = arm(FailPoint::Commit, 0);
-        drop(memfd);
-        assert!(armed.has_fired());
-        let stat = pool.stat();
-        assert_eq!((stat.quarantined, stat.free), (pages(FOLIO), pages(2 * FOLIO)));
-        assert_eq!(pool.verify_scrubbed(), Ok(pages(2 * FOLIO)));
-    }
-}
-
-#[test]
-fn a_punch_that_fails_has_changed_nothing() {
-    for backing in BACKINGS {
-        if backing == ArenaBacking::Memfd && !common::require(Capability::Uffd) {
-            continue;
-        }
-        let (pool, memfd) = object(backing, 3 * FOLIO + 9);
-        write_all(&memfd);
-        let nr_views = if backing == ArenaBacking::Heap { 0 } else { 2 };
-        let views: Vec<_> = (0..nr_views).map(|_| memfd.map_view().unwrap()).collect();
-        memfd.punch_hole(range(0, 100)).unwrap();
-        let seen = || {
-            let mut stat = memfd.stat();
-            // Blocks that were split on the way may stay so.
-            stat.metadata = ByteSize::default();
-            let shown = |view| [0, 99, 100, 512, 1029, 1030].map(|page| touch(view, page));
-            let shown: Vec<_> = views.iter().map(shown).collect();
-            (stat, pool.stat(), memfd.bytes_behind(), shown)
-        };
-        let before = seen();
-        let points = [(FailPoint::Memory, 1), (FailPoint::Barrier, 1), (FailPoint::View, nr_views)];
-        for (point, nr_times) in points {
-            for spared in 0..nr_times as u32 {
-                let armed = arm(point, spared);
-                // The rest of a folio with holes, a whole one, and a part.
-                let outcome = memfd.punch_hole(range(100, 930));
-                assert!(armed.has_fired(), "{point:?}");
-                assert_eq!(outcome.unwrap_err().range(), Some(range(100, 930)));
-                assert!(seen() == before, "{point:?} {spared} on {backing}");
-                assert_clean(&pool, &memfd);
-            }
-        }
-        let punched = memfd.punch_hole(range(100, 930)).unwrap();
-        assert_eq!(punched.returned(), pages(2 * FOLIO));
-        assert_clean(&pool, &memfd);
-    }
-}
-
-/// What of this process is in memory, by `VmRSS` of `/proc/self/status`.
-fn resident() -> u64 {
-    let status = fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-    line.split_whitespace().next().unwrap().parse::<u64>().unwrap() << 10
-}
-
-#[test]
-fn punching_a_random_half_of_256_mib_gives_half_of_it_back() {
-    alone("punching_a_random_half_of_256_mib_gives_half_of_it_back", || {
-        const PAGES: u64 = 256 << 8;
-        let (pool, memfd) = object(ArenaBacking::Memfd, PAGES);
-        write_all(&memfd);
-        let before = resident();
-        let half: Vec<u64> = shuffled(PAGES, 0xba11).into_iter().take(PAGES as usize / 2).collect();
-        for &page in &half {
-            memfd.punch_hole(range(page, 1)).unwrap();
-        }
-        let punched = resident();
-        let stat = memfd.stat();
-        println!("before {before}, half of it punched {punched}, metadata {}", stat.metadata);
-        assert_eq!(stat.released, pages(PAGES / 2));
-        assert_eq!(on_host(pages(PAGES)), pages(PAGES / 2));
-        let wanted = before - stat.released.get();
-        assert!(punched <= wanted + before / 100, "{before} {punched}");
-
-        // A conversion of any pattern of it has nothing filled.
-        let other = shuffled(PAGES, 0x5eed).into_iter().take(PAGES as usize / 2);
-        let ranges: Vec<_> = other.map(|page| range(page, 1)).collect();
-        for to in [Visibility::Private, Visibility::Shared] {
-            let _ = memfd.convert_ranges(&ranges, to, &gmem::ConvertOptions::default()).unwrap();
-            let converted = resident();
-            println!("a random half {to}: {converted}");
-            // The list of ranges is counted as well.
-            assert!(converted <= punched + before / 100, "{punched} {converted}");
-        }
-        for &page in &half {
-            memfd.write(Offset::new(page << 12), &[1]).unwrap();
-        }
-        assert_eq!(memfd.stat().holes, pages(0));
-        assert_eq!(on_host(pages(PAGES)), pages(PAGES));
-        drop(memfd);
-        assert_eq!(pool.stat().free, pages(PAGES));
-    });
-}
-
-#[test]
-fn converting_a_random_half_takes_metadata_only() {
-    alone("converting_a_random_half_takes_metadata_only", || {
-        const PAGES: u64 = 256 << 8;
-        let (_pool, memfd) = object(ArenaBacking::Memfd, PAGES);
-        write_all(&memfd);
-        let before = resident();
-        for &page in shuffled(PAGES, 0xc0de).iter().take(PAGES as usize / 2) {
-            let _ = memfd.convert(range(page, 1), Visibility::Private, PRESERVE).unwrap();
-        }
-        let after = resident();
-        println!("before {before}, after {after}: {:.4}", after as f64 / before as f64);
-        assert!(after <= before + before / 100, "{before} {after}");
-        assert_eq!(on_host(pages(PAGES)), pages(PAGES));
-    });
-}
-
-/// Of this process, by the kernel's own account of its mappings.
-fn hugetlb() -> u64 {
-    let smaps = fs::read_to_string("/proc/self/smaps").unwrap();
-    let lines = smaps.lines().filter(|line| line.contains("_Hugetlb:"));
-    lines.map(|line| line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() << 10).sum()
-}
-
-#[test]
-fn transparent_huge_pages_are_not_split_by_holes() {
-    if !common::require(Capability::Thp) {
-        return;
-    }
-    let _setting = Setting::set(SHMEM_ENABLED, "advise");
-    let size = pages(8 * FOLIO);
-    let (pool, memfd) = object(ArenaBacking::MemfdThp, 8 * FOLIO);
-    write_all(&memfd);
-    let (huge, taken) = (pool.stat().huge, on_host(size));
-    assert!(huge.get() > 0, "the kernel found no huge page at all");
-    for page in (0..8 * FOLIO).step_by(3) {
-        let punched = memfd.punch_hole(range(page, 1)).unwrap();
-        assert_eq!((punched.kept(), punched.released()), (pages(1), pages(0)));
-        assert_eq!(punched.why_kept(), Some(WhyKept::TransparentHuge));
-    }
-    assert_eq!((pool.stat().huge, on_host(size)), (huge, taken));
-    let stat = memfd.stat();
-    assert_eq!((stat.resident, stat.released), (size, pages(0)));
-    assert_eq!([first_byte(&memfd, 0), first_byte(&memfd, 1)], [0, tag(1)]);
-    memfd.write(Offset::new(0), &[2; 4096]).unwrap();
-    assert_eq!(first_byte(&memfd, 0), 2);
-    assert_clean(&pool, &memfd);
-    let rest = memfd.punch_hole(memfd.pages()).unwrap();
-    assert_eq!(rest.returned(), size);
-    assert_eq!(pool.stat().huge, huge);
-}
-
-#[test]
-fn hugetlb_pages_are_kept_and_their_views_go_by_2_mib() {
-    if !(common::require(Capability::Hugetlb) && common::require(Capability::Uffd)) {
-        return;
-    }
-    let _setting = Setting::set(NR_HUGEPAGES, "4");
-    let (pool, memfd) = object(ArenaBacking::MemfdHugetlb2M, 4 * FOLIO);
-    write_all(&memfd);
-    let view = memfd.map_view().unwrap();
-    let huge = hugetlb();
-    assert!(huge >= pages(4 * FOLIO).get());
-    for page in [3, 600, 601] {
-        let punched = memfd.punch_hole(range(page, 1)).unwrap();
-        assert_eq!((punched.kept(), punched.why_kept()), (pages(1), Some(WhyKept::Hugetlb)));
-    }
-    assert_eq!(pool.stat().huge, pages(4 * FOLIO));
-    assert_eq!([first_byte(&memfd, 3), first_byte(&memfd, 4)], [0, tag(4)]);
-    assert_eq!([4, 512, 1024].map(|at| touch(&view, at)), [None, None, Some(tag(1024))]);
-    assert_clean(&pool, &memfd);
-    memfd.write(Offset::new(3 << 12), &[1; 4096]).unwrap();
-    memfd.write(Offset::new(600 << 12), &[1; 4096]).unwrap();
-    // One of two holes of the second is still there.
-    assert_eq!([3, 4, 600].map(|at| touch(&view, at)), [Some(1), Some(tag(4)), None]);
-    memfd.allocate(range(601, 1)).unwrap();
-    assert_eq!([600, 601, 602].map(|at| touch(&view, at)), [Some(1), Some(0), Some(tag(602))]);
-    assert_eq!(hugetlb(), huge, "all is mapped again, and by huge pages");
-    let order = shuffled(FOLIO, 1);
-    let returned = order.iter().map(|&page| memfd.punch_hole(range(page, 1)).unwrap().returned());
-    assert_eq!(returned.max(), Some(pages(FOLIO)));
-    assert_clean(&pool, &memfd);
 }

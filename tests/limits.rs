@@ -8,18 +8,23 @@ use std::os::fd::{AsFd, AsRawFd};
 #[path = "common/child.rs"]
 mod child;
 mod common;
+#[expect(dead_code, reason = "other tests change the other setting")]
+#[path = "common/setting.rs"]
+mod setting;
 
 use child::alone;
 use common::Capability;
-use gmem::addr::{ByteSize, Pgoff};
+use gmem::addr::{Access, ByteSize, Offset, Pgoff};
 use gmem::audit;
 use gmem::error::{Error, ErrorKind};
+use gmem::geometry::FolioSize;
 use gmem::range::PgoffRange;
 use gmem::{
-    ArenaBacking, ContentPolicy, ConvertOptions, FolioPool, GuestMemfd, PartSpec, ViewOptions,
-    ViewPath, Visibility, Zone,
+    ArenaBacking, ContentPolicy, ConvertOptions, FolioPool, GuestMemfd, PartSpec, SigbusHandler,
+    Touch, ViewMapping, ViewOptions, ViewPath, Visibility, Zone,
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use setting::{SHMEM_ENABLED, Setting};
 
 /// Runs `body` in a copy of this process under the limit. `test` is the caller's name.
 fn under(test: &str, resource: Resource, limit: u64, body: impl FnOnce()) {
@@ -56,6 +61,39 @@ fn an_address_space_limit_is_an_error() {
     });
 }
 
+/// The table of folios grows with what is touched, and that can fail.
+#[test]
+fn without_memory_for_records_a_first_touch_is_an_error() {
+    alone("without_memory_for_records_a_first_touch_is_an_error", || {
+        const STEP: u64 = 256;
+        let size = ByteSize::from_mib(128);
+        let pool = FolioPool::new(ArenaBacking::Memfd, size).unwrap();
+        let builder = GuestMemfd::builder(size).folio_size(FolioSize::Base);
+        let memfd = builder.create(&pool).unwrap();
+        let touch = |page| memfd.allocate(PgoffRange::new(Pgoff::new(page), STEP)?);
+        touch(0).unwrap();
+        let before = getrlimit(Resource::As);
+        setrlimit(Resource::As, Rlimit { current: Some(0), ..before }).unwrap();
+        // What the allocator has still: all but what is small.
+        let mut all: Vec<Vec<u8>> = Vec::with_capacity(4096);
+        loop {
+            let mut some = Vec::new();
+            if all.len() == 4096 || some.try_reserve_exact(1 << 20).is_err() {
+                break;
+            }
+            all.push(some);
+        }
+        let mut pages = (STEP..size.whole_pages()).step_by(STEP as usize);
+        let (page, error) = pages.find_map(|page| Some((page, touch(page).err()?))).unwrap();
+        assert_eq!(error.kind(), ErrorKind::Exhausted, "{error}");
+        assert_eq!(pool.stat().used, ByteSize::from_pages(page));
+        setrlimit(Resource::As, before).unwrap();
+        drop(all);
+        memfd.allocate(memfd.pages()).unwrap();
+        assert_eq!(audit::check(&pool, &[&memfd]).to_string(), "clean");
+    });
+}
+
 /// The kernel maps so many pieces and no more. A folio that cannot be mapped is not allocated, and not
 /// lost either.
 #[test]
@@ -88,7 +126,7 @@ fn the_limit_of_mappings_costs_no_folio() {
 }
 
 /// By MAP_FIXED, each page that differs from its neighbours is a mapping. Beyond what the kernel allows a
-/// conversion is refused, and all is as before; userfaultfd needs no mapping for it.
+/// conversion is refused, and all is as before; userfaultfd needs no mapping for it where no block is open.
 #[test]
 fn beyond_the_limit_of_mappings_a_fixed_view_refuses_and_another_does_not() {
     let test = "beyond_the_limit_of_mappings_a_fixed_view_refuses_and_another_does_not";
@@ -119,6 +157,56 @@ fn beyond_the_limit_of_mappings_a_fixed_view_refuses_and_another_does_not() {
             drop(view);
         }
         drop(filler);
+    });
+}
+
+/// An open block is a mapping of its own, or the middle of one. Where no mapping can be split any more it is closed together
+/// with those beside it.
+#[test]
+fn beyond_the_limit_of_mappings_open_blocks_turn_private() {
+    if !common::require(Capability::Uffd) || !common::require(Capability::Thp) {
+        return;
+    }
+    let test = "beyond_the_limit_of_mappings_open_blocks_turn_private";
+    under(test, Resource::Core, 0, || {
+        let _setting = Setting::set(SHMEM_ENABLED, "advise");
+        let limit: usize = std::fs::read_to_string("/proc/sys/vm/max_map_count")
+            .map(|text| text.trim().parse().unwrap())
+            .unwrap();
+        let lazy = ViewOptions::default().mapping(ViewMapping::Lazy);
+        for (backing, options) in
+            [(ArenaBacking::MemfdThp, ViewOptions::default()), (ArenaBacking::Memfd, lazy)]
+        {
+            let size = ByteSize::from_mib(16);
+            let pool = FolioPool::new(backing, size).unwrap();
+            let builder = GuestMemfd::builder(size).initial(Visibility::Shared);
+            let memfd = builder.create(&pool).unwrap();
+            let view = memfd.map_view_with(&options).unwrap();
+            let handler = SigbusHandler::install().unwrap();
+            memfd.write(Offset::new(0), &[7; 16 << 20]).unwrap();
+            let range = |start, nr| PgoffRange::new(Pgoff::new(start), nr).unwrap();
+            // Two runs of open blocks: the page between them has closed its own.
+            let turn = |range, to| memfd.convert(range, to, ContentPolicy::Preserve).map(drop);
+            turn(range(4 * 512 + 3, 1), Visibility::Private).unwrap();
+            let filler = Filler::new(limit);
+            for (private, hidden) in [(range(512 + 7, 1), 2), (range(6 * 512, 512), 514)] {
+                turn(private, Visibility::Private).unwrap();
+                let is_hidden = |page: u64| {
+                    let at = Offset::new(page << 12);
+                    match view.touch(handler, at, Access::Read).unwrap() {
+                        Touch::Byte(byte) => byte != 7,
+                        Touch::Fault(_) => true,
+                    }
+                };
+                assert_eq!((0..4096).filter(|&page| is_hidden(page)).count(), hidden);
+                assert_eq!(memfd.stat().mapped, ByteSize::from_pages(4096 - hidden as u64));
+            }
+            turn(memfd.pages(), Visibility::Private).unwrap();
+            turn(memfd.pages(), Visibility::Shared).unwrap();
+            assert_eq!(memfd.stat().mapped, size);
+            drop(filler);
+            assert_eq!(audit::check(&pool, &[&memfd]).to_string(), "clean");
+        }
     });
 }
 

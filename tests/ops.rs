@@ -127,11 +127,24 @@ const EVERYWHERE: [&str; 50] = [
     "Write OutOfRange",
 ];
 
+/// By every path and mapping that a host with userfaultfd has.
+const VIEWS: [&str; 6] = [
+    "MapView Best Eager Ok",
+    "MapView Best Lazy Ok",
+    "MapView UserfaultfdSyscall Eager Ok",
+    "MapView UserfaultfdSyscall Lazy Ok",
+    "MapView Fixed Eager Ok",
+    "MapView Fixed Lazy Ok",
+];
+
 #[test]
 fn the_heap_does_what_the_model_does() {
     let coverage = check(ArenaBacking::Heap, 1..=40);
     assert_has_met(&coverage, &EVERYWHERE);
-    assert_has_met(&coverage, &["MapView Unsupported"]);
+    assert_has_met(
+        &coverage,
+        &["MapView Best Eager Unsupported", "MapView Fixed Lazy Unsupported"],
+    );
 }
 
 /// With views that are really mapped and touched.
@@ -142,18 +155,20 @@ fn a_memory_file_and_its_views_do_what_the_model_does() {
     }
     let coverage = check(ArenaBacking::Memfd, 1..=40);
     assert_has_met(&coverage, &EVERYWHERE);
-    assert_has_met(&coverage, &["MapView Ok", "DropView Ok"]);
+    assert_has_met(&coverage, &VIEWS);
+    assert_has_met(&coverage, &["DropView Ok"]);
     assert!(coverage.faults > 1000, "{coverage}");
     assert!(coverage.touches > 2 * coverage.faults, "{coverage}");
 }
 
-/// Without userfaultfd every attempt to map a view is refused, and all else is the same.
+/// Without userfaultfd there are views by `MAP_FIXED` alone, and all else is the same.
 #[test]
-fn a_memory_file_without_views_does_what_the_model_does() {
+fn a_memory_file_without_userfaultfd_does_what_the_model_does() {
     if probe::probe(Capability::Uffd).is_err() {
         let coverage = check(ArenaBacking::Memfd, 1..=40);
         assert_has_met(&coverage, &EVERYWHERE);
-        assert_has_met(&coverage, &["MapView MissingCapability"]);
+        assert_has_met(&coverage, &["MapView UserfaultfdSyscall Eager MissingCapability"]);
+        assert_has_met(&coverage, &["MapView Best Eager Ok", "MapView Fixed Lazy Ok"]);
     }
 }
 
@@ -163,6 +178,7 @@ fn transparent_huge_pages_do_what_the_model_does() {
         let _setting = Setting::set(SHMEM_ENABLED, "advise");
         let coverage = check(ArenaBacking::MemfdThp, 1..=12);
         assert_has_met(&coverage, &["Convert Ok", "Convert Busy", "Punch Ok"]);
+        assert_has_met(&coverage, &VIEWS);
     }
 }
 

@@ -13,9 +13,9 @@ use gmem::error::{Errno, Error, ErrorKind, Found};
 use gmem::geometry::FolioSize;
 use gmem::hyp::pkvm::Hypervisor;
 use gmem::{
-    Ack, ArenaBacking, Commitment, ContentPolicy, FolioPool, GuestMemfd, HandOutRun, Heard,
-    HostView, PageStatus, PartSpec, PinMode, SigbusHandler, SubscribeOptions, Subscriber, Touch,
-    Visibility, Zone,
+    Ack, ArenaBacking, CancelToken, Commitment, ContentPolicy, ConvertOptions, FolioPool,
+    GuestMemfd, HandOutRun, Heard, HostView, PageStatus, PartSpec, PinGuard, PinMode,
+    SigbusHandler, SubscribeOptions, Subscriber, Touch, Visibility, Wait, Zone,
 };
 use setting::{NR_HUGEPAGES, SHMEM_ENABLED, Setting};
 use taint::{assert_nobodys, assert_owners, at, range, write};
@@ -258,35 +258,124 @@ fn what_is_not_there_cannot_fail() {
     }
 }
 
-/// With a pin the page stays with whoever has it, but its frame is out of use already.
+/// Who has it pinned keeps it, and nobody else comes to it. When the pin is gone, so is the page.
 #[test]
-fn a_pinned_page_is_quarantined_by_the_next_report() {
-    let pool = pool(ArenaBacking::Heap, 2);
-    let memfd = GuestMemfd::builder(ByteSize::from_pages(FOLIO))
-        .initial(Visibility::Shared)
-        .zones(&[Zone::Normal])
-        .create(&pool)
-        .unwrap();
-    write(&memfd, memfd.pages(), 1);
-    let owner = memfd.register_owner("vfio").unwrap();
-    let pin = memfd.pin(range(9, 1), owner, PinMode::Counted).unwrap();
-    let error = memfd.report_memory_failure(at(9)).unwrap_err();
-    assert_eq!((error.kind(), error.culprit().unwrap().offset), (ErrorKind::Busy, at(9)));
-    assert_eq!(pool.stat().poisoned, ByteSize::from_pages(1));
-    assert_clean(&pool, &[&memfd]);
-    drop(pin);
-    // Nobody moves it in between, either.
-    let compaction = pool.compact(FolioSize::Huge2M, Zone::Normal).unwrap();
-    assert_eq!(compaction.moved, ByteSize::default());
-    memfd.report_memory_failure(at(9)).unwrap();
-    assert_fenced(&memfd, 9, None);
-    drop(memfd);
-    assert_rest_is_usable(&pool, 2 * FOLIO - 1);
+fn a_pinned_page_is_left_to_whoever_has_it() {
+    let handler = SigbusHandler::install().unwrap();
+    for backing in BACKINGS {
+        // Counted in the word of the page, in that of 2 MiB which is split then, and exclusively.
+        for (pinned, mode) in [
+            (range(9, 1), PinMode::Counted),
+            (range(0, FOLIO), PinMode::Counted),
+            (range(8, 4), PinMode::Exclusive),
+        ] {
+            let pool = pool(backing, 2);
+            let memfd = shared(&pool, FOLIO, FolioSize::Huge2M).unwrap();
+            write(&memfd, memfd.pages(), 1);
+            let has_view = backing == ArenaBacking::Memfd && common::require(Capability::Uffd);
+            let view = has_view.then(|| memfd.map_view().unwrap());
+            let owner = memfd.register_owner("vfio").unwrap();
+            let pin = || memfd.pin(pinned, owner, mode).ok().map(PinGuard::into_owned);
+            let pins = [pin(), pin()];
+            assert_eq!(pins[1].is_some(), mode == PinMode::Counted);
+            for _ in 0..2 {
+                memfd.report_memory_failure(at(9)).unwrap();
+            }
+            assert_eq!(pool.stat().poisoned, ByteSize::from_pages(1));
+            assert_eq!(memfd.stat().quarantined, ByteSize::from_pages(1));
+            let is_shown = || {
+                let touch = view.as_ref()?.touch(handler, at(9), Access::Read).unwrap();
+                Some(matches!(touch, Touch::Byte(_)))
+            };
+            // A hole punch and a conversion that fail are no reason.
+            assert_fenced(&memfd, 9, None);
+            assert_eq!(is_shown(), has_view.then_some(true), "{mode:?}");
+            let info = memfd.snapshot(range(9, 1)).unwrap().next().unwrap().1;
+            let nr_pins = if mode == PinMode::Counted { 2 } else { 0 };
+            assert_eq!((info.status, info.pins), (PageStatus::Quarantined, nr_pins));
+            assert_eq!(memfd.owners(range(9, 1)), ["vfio".into()]);
+            assert_owners(&memfd, range(100, 100), 1, "beside it");
+            assert_clean(&pool, &[&memfd]);
+            let compaction = pool.compact(FolioSize::Huge2M, Zone::Normal).unwrap();
+            assert_eq!(compaction.moved, ByteSize::default());
+
+            let [first, second] = pins;
+            drop(first);
+            assert_fenced(&memfd, 9, None);
+            assert_eq!(is_shown(), has_view.then_some(second.is_some()), "{mode:?}");
+            drop(second);
+            // Whatever finds it in its way, or another report, takes it out of views as well.
+            match mode {
+                PinMode::Exclusive => memfd.report_memory_failure(at(9)).unwrap(),
+                _ => assert!(memfd.convert(range(0, 64), Visibility::Private, PRESERVE).is_err()),
+            }
+            assert_eq!(is_shown(), has_view.then_some(false), "{mode:?}");
+            assert_fenced(&memfd, 9, view.as_ref());
+            assert_eq!(memfd.stat().pinned, ByteSize::default());
+            assert_clean(&pool, &[&memfd]);
+            let _ = memfd.convert(range(10, 100), Visibility::Private, PRESERVE).unwrap();
+            drop((view, memfd));
+            assert_rest_is_usable(&pool, 2 * FOLIO - 1);
+        }
+    }
+}
+
+/// A conversion that waits for a pin finds out before it touches the frame.
+#[test]
+fn a_page_that_fails_while_a_conversion_waits_for_it() {
+    let to = Visibility::Private;
+    // What is elsewhere would have to move first.
+    for (zone, gives_up) in [(Zone::Normal, false), (Zone::Normal, true), (Zone::Movable, false)] {
+        let part = || PartSpec::new([ArenaBacking::Heap], ByteSize::from_mib(2));
+        let builder = FolioPool::builder().part(part(), Zone::Normal).part(part(), Zone::Movable);
+        let pool = builder.create().unwrap();
+        let builder = GuestMemfd::builder(ByteSize::from_mib(2)).zones(&[zone]);
+        let memfd = builder.initial(Visibility::Shared).create(&pool).unwrap();
+        write(&memfd, memfd.pages(), 1);
+        let before = memfd.bytes_behind();
+        let owner = memfd.register_owner("vfio").unwrap();
+        let pin = memfd.pin(range(9, 1), owner, PinMode::Counted).unwrap();
+        let token = CancelToken::default();
+        let error = std::thread::scope(|scope| {
+            let converter = scope.spawn(|| {
+                let wait = Wait::at_most(std::time::Duration::from_secs(600)).or_cancelled(&token);
+                let options = ConvertOptions::default().content(ContentPolicy::Zero).wait(wait);
+                memfd.convert_ranges(&[range(8, 8)], to, &options).unwrap_err()
+            });
+            while memfd.snapshot(range(9, 1)).unwrap().next().unwrap().1.status
+                != PageStatus::Converting
+            {
+                std::thread::yield_now();
+            }
+            let busy = memfd.report_memory_failure(at(9)).unwrap_err();
+            assert_eq!(busy.kind(), ErrorKind::Busy, "{busy}");
+            assert_eq!(pool.stat().poisoned, ByteSize::from_pages(1));
+            if gives_up {
+                token.cancel();
+                let error = converter.join().unwrap();
+                drop(pin);
+                return error;
+            }
+            drop(pin);
+            converter.join().unwrap()
+        });
+        let kind = if gives_up { ErrorKind::Cancelled } else { ErrorKind::MemoryFailure };
+        assert_eq!((error.kind(), error.culprit().unwrap().offset), (kind, at(9)), "{error}");
+        assert!(memfd.bytes_behind() == before, "nothing was zeroed");
+        assert_fenced(&memfd, 9, None);
+        assert_clean(&pool, &[&memfd]);
+        if zone == Zone::Normal {
+            let _ = memfd.convert(range(10, 6), to, ContentPolicy::Zero).unwrap();
+        }
+        drop(memfd);
+        assert_eq!(counted(&pool), [2 * FOLIO - 1, 0, 0, 1]);
+        assert_clean(&pool, &[]);
+    }
 }
 
 #[test]
 fn a_folio_with_a_failed_frame_does_not_move() {
-    for quarantined in [true, false] {
+    for pinned in [false, true] {
         let part = || PartSpec::new([ArenaBacking::Heap], ByteSize::from_mib(2));
         let builder = FolioPool::builder().part(part(), Zone::Normal).part(part(), Zone::Movable);
         let pool = builder.create().unwrap();
@@ -299,14 +388,13 @@ fn a_folio_with_a_failed_frame_does_not_move() {
             .unwrap();
         write(&memfd, memfd.pages(), 1);
         let owner = memfd.register_owner("vfio").unwrap();
-        let pin = (!quarantined).then(|| memfd.pin(range(7, 1), owner, PinMode::Counted).unwrap());
-        assert_eq!(memfd.report_memory_failure(at(7)).is_ok(), quarantined);
+        let pin = pinned.then(|| memfd.pin(range(7, 1), owner, PinMode::Counted).unwrap());
+        memfd.report_memory_failure(at(7)).unwrap();
         drop(pin);
         let migration = memfd.migrate(memfd.pages(), Zone::Movable).unwrap();
         assert_eq!(migration.moved, ByteSize::default());
         let (_, error) = &migration.refused[0];
-        let kind = [ErrorKind::MemoryFailure, ErrorKind::Quarantined][usize::from(quarantined)];
-        assert_eq!(error.kind(), kind, "{error}");
+        assert_eq!(error.kind(), ErrorKind::Quarantined, "{error}");
         assert_eq!(error.culprit().unwrap().offset, at(7));
         assert_eq!(counted(&pool), [FOLIO, FOLIO - 1, 0, 1], "nothing was left behind");
         drop(memfd);
@@ -332,9 +420,20 @@ fn on_hugetlb_the_whole_page_is_gone() {
     let memfd = shared(&pool, 2 * FOLIO, FolioSize::Huge2M).unwrap();
     write(&memfd, memfd.pages(), 1);
     let view = memfd.map_view().unwrap();
+    let owner = memfd.register_owner("vfio").unwrap();
+    let pin = memfd.pin(range(900, 1), owner, PinMode::Counted).unwrap();
     for page in [700, 700, 513] {
         memfd.report_memory_failure(at(page)).unwrap();
     }
+    let handler = SigbusHandler::install().unwrap();
+    assert_fenced(&memfd, 700, None);
+    for page in [700, 900] {
+        let touch = view.touch(handler, at(page), Access::Read).unwrap();
+        assert!(matches!(touch, Touch::Byte(_)), "the view goes by huge pages, and one is pinned");
+    }
+    assert_clean(&pool, &[&memfd]);
+    drop(pin);
+    memfd.report_memory_failure(at(3 + 700)).unwrap();
     assert_eq!(memfd.stat().quarantined, ByteSize::from_mib(2));
     for page in [512, 700, 1023] {
         assert_fenced(&memfd, page, Some(&view));

@@ -31,7 +31,7 @@ fn nr_seeds() -> u64 {
     env::var("GMEM_POOL_SEEDS").map_or(30, |wanted| wanted.parse().expect("a number"))
 }
 
-const EVERYWHERE: [&str; 19] = [
+const EVERYWHERE: [&str; 20] = [
     "Allocate Exhausted",
     "Allocate Ok",
     "Allocate Unsupported",
@@ -48,6 +48,7 @@ const EVERYWHERE: [&str; 19] = [
     "Migrate Unsupported",
     "Poison Ok",
     "Poison OutOfRange",
+    "PoisonInUse Ok",
     "Punch Ok",
     "Write LimitReached",
     "Write Ok",

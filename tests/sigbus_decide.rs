@@ -394,7 +394,8 @@ fn a_foreign_segfault_kills_where_nobody_stood_before() {
 
 fn again(fault: &HostFault) -> FaultAnswer {
     let page_is_right = fault.offset.pgoff() == Pgoff::new(3);
-    if fault.cause != FaultCause::NotMapped || !page_is_right {
+    let may_be = matches!(fault.cause, FaultCause::NotMapped | FaultCause::Inaccessible);
+    if !may_be || !page_is_right {
         // SAFETY: async-signal-safe, and does not return.
         unsafe { libc::_exit(1) };
     }
@@ -436,6 +437,34 @@ fn a_folio_that_moves_under_raw_pointers_is_asked_about_and_they_go_on() {
         return;
     };
     assert_eq!(fate.code(), Some(SURVIVED), "{fate}");
+}
+
+fn never_unless_inaccessible(fault: &HostFault) -> FaultAnswer {
+    match fault.cause {
+        FaultCause::Inaccessible => pass_on(fault),
+        _ => never(fault),
+    }
+}
+
+/// Somebody else may do that, and the callback can tell it from what is private.
+#[test]
+fn a_page_that_somebody_has_protected_is_not_taken_for_a_private_one() {
+    let test = "a_page_that_somebody_has_protected_is_not_taken_for_a_private_one";
+    let Some(fate) = fate(test, || {
+        let handler = decide_by(never_unless_inaccessible);
+        let (_pool, memfd) = object(Visibility::Shared);
+        let view = memfd.map_view().unwrap();
+        let at = view.pointer(Offset::new(0), ByteSize::from_bytes(4096)).unwrap().as_ptr();
+        // SAFETY: a page of a view, to which there are no references.
+        assert_eq!(unsafe { libc::mprotect(at.cast(), 4096, libc::PROT_NONE) }, 0);
+        let touch = view.touch(handler, Offset::new(5), Access::Read).unwrap();
+        let Touch::Fault(fault) = touch else { panic!("{touch:?}") };
+        assert_eq!((fault.cause, fault.reason), (FaultCause::Inaccessible, FaultReason::NotShown));
+        read_raw(&view, 5);
+    }) else {
+        return;
+    };
+    assert_eq!(fate.signal(), Some(libc::SIGSEGV), "{fate}");
 }
 
 static BEFORE: AtomicUsize = AtomicUsize::new(0);

@@ -19,10 +19,12 @@ use std::{ptr, slice, thread};
 
 use common::Capability;
 use gmem::addr::{ByteSize, Offset, Pgoff};
+use gmem::audit;
 use gmem::error::{Errno, Error, ErrorKind, Found};
 use gmem::failpoint::{FailPoint, arm};
+use gmem::geometry::FolioSize;
 use gmem::range::PgoffRange;
-use gmem::{ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, Visibility};
+use gmem::{ArenaBacking, ContentPolicy, FilePlace, FolioPool, GuestMemfd, Visibility};
 use rustix::fs::{
     FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_get_seals, ftruncate, memfd_create,
 };
@@ -150,6 +152,20 @@ fn every_thread_recovers_whatever_signals_it_blocks() {
     });
 }
 
+fn files_are_told_as_well(memfd: &GuestMemfd) {
+    let loader = memfd.register_owner("loader").unwrap();
+    let file = memfd_create("file", MemfdFlags::empty()).unwrap();
+    ftruncate(&file, 3 * PAGE).unwrap();
+    let (place, len) = (FilePlace::Position, ByteSize::from_pages(3));
+    for done in [
+        memfd.read_from_file(&file, place, at(6, 9), len, loader).unwrap(),
+        memfd.write_to_file(&file, place, at(6, 9), len, loader).unwrap(),
+    ] {
+        assert_eq!(done.moved(), ByteSize::default());
+        is_gone(Err::<(), _>(done.stopped().unwrap().clone()), 6);
+    }
+}
+
 /// What needs no failpoint, but a host without a huge page to spare.
 #[test]
 fn a_hole_from_outside_that_nothing_is_left_to_fill_is_an_error_and_no_death() {
@@ -167,6 +183,7 @@ fn a_hole_from_outside_that_nothing_is_left_to_fill_is_an_error_and_no_death() {
     is_gone(cut.memfd.read(at(3, 5), &mut [0; 100]), 3);
     is_gone(cut.memfd.write(at(4, 0), &[0; 4096]), 4);
     is_gone(cut.memfd.load_u64(at(5, 0)), 5);
+    files_are_told_as_well(&cut.memfd);
     drop(thief);
     let mut byte = [9];
     cut.memfd.read(at(3, 5), &mut byte).unwrap();
@@ -220,6 +237,26 @@ fn a_folio_that_cannot_be_scrubbed_goes_to_nobody() {
         let error = next.write(at(0, 0), b"x").unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::MemoryFailure | ErrorKind::Exhausted), "{error}");
     }
+}
+
+/// Nor does somebody who wants a page of it scrub it for ever.
+#[test]
+fn of_a_folio_that_cannot_be_scrubbed_nobody_gets_a_page() {
+    let Cut { pool, memfd, arena, _alone } = Cut::new();
+    let lazy = pool.start_scrubber(ByteSize::default()).unwrap();
+    drop(memfd);
+    drop(lazy);
+    assert_eq!(pool.stat().dirty, ByteSize::from_mib(2));
+    arena.set_len(GONE * PAGE).unwrap();
+    let builder = GuestMemfd::builder(ByteSize::from_bytes(8 * PAGE));
+    let small = builder.folio_size(FolioSize::Base).initial(Visibility::Shared);
+    let small = small.create(&pool).unwrap();
+    let error = small.write(at(0, 0), b"x").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Exhausted, "{error}");
+    assert_eq!(pool.stat().quarantined, ByteSize::from_mib(2));
+    // That, and nothing else.
+    let found = audit::check(&pool, &[&small]).to_string();
+    assert_eq!(found, "2076672 bytes of the pool have no memory behind them");
 }
 
 fn block_all() {

@@ -3,6 +3,8 @@
 // UNSAFETY: one read(2) into a raw pointer, to see what the kernel makes of it.
 #![expect(unsafe_code, reason = "a system call on a raw pointer is what is tested")]
 
+#[path = "common/arenas.rs"]
+mod arenas;
 mod common;
 #[path = "common/setting.rs"]
 mod setting;
@@ -18,6 +20,7 @@ use gmem::{
     ArenaBacking, ContentPolicy, ConvertOptions, FaultCause, FolioPool, GuestMemfd, HostView,
     PartSpec, PinMode, SigbusHandler, Touch, ViewMapping, ViewOptions, ViewPath, Visibility, Zone,
 };
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
 use setting::{NR_HUGEPAGES, SHMEM_ENABLED, Setting};
 
 const PRESERVE: ContentPolicy = ContentPolicy::Preserve;
@@ -306,6 +309,18 @@ fn on_hugetlb_what_cannot_be_mapped_is_told_and_can_be_read() {
         convert(memfd, range(3, 1), Visibility::Shared);
         assert!(is_there(&view, 1) && is_there(&view, 3));
         assert_eq!(view.check_mapped(memfd.pages()), Ok(()));
+        // A pin holds up what is pinned, and a view wants more than that.
+        let device = memfd.register_owner("device").unwrap();
+        let few = memfd.pin(range(1, 1), device, PinMode::Counted).unwrap();
+        assert_eq!(view.check_mapped(range(1, 1)), Ok(()));
+        convert(memfd, range(3, 1), Visibility::Private);
+        assert_eq!(view.check_mapped(range(1, 1)).unwrap_err().kind(), ErrorKind::Unsupported);
+        convert(memfd, range(3, 1), Visibility::Shared);
+        drop(few);
+        let _all = memfd.pin(range(0, 512), device, PinMode::Counted).unwrap();
+        let refused = memfd.convert(range(3, 1), Visibility::Private, PRESERVE).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Busy, "{refused}");
+        assert!(is_there(&view, 1));
     });
 }
 
@@ -359,4 +374,68 @@ fn what_moves_is_seen_where_it_was_and_what_fails_is_not() {
         let _setting = Setting::set(SHMEM_ENABLED, "advise");
         moves(ArenaBacking::MemfdThp);
     }
+}
+
+const HOLE: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
+
+/// Who has been lent an arena's file can punch holes into it. What is gone reads as zeroes, and nothing else is gone.
+#[test]
+fn a_page_that_somebody_has_taken_takes_no_other_with_it() {
+    on_every_path(ArenaBacking::Memfd, |_, _, options| {
+        // A size of its own: that is how the file is found.
+        let size = ByteSize::from_mib(6);
+        let pool = FolioPool::new(ArenaBacking::Memfd, size).unwrap();
+        let memfd = GuestMemfd::builder(size).initial(Visibility::Shared).create(&pool).unwrap();
+        memfd.write(Offset::new(0), &[7; 6 << 20]).unwrap();
+        let [arena] = &arenas::of_size(6 << 20)[..] else { panic!("one pool, one file") };
+        let take = |page: &u64| fallocate(arena, HOLE, page << 12, 4096).unwrap();
+        let all_but = |view: &HostView, taken: &[u64]| {
+            assert_eq!(view.check_mapped(memfd.pages()), Ok(()));
+            for page in 0..memfd.pages().nr_pages() {
+                let byte = if taken.contains(&page) { 0 } else { 7 };
+                assert_eq!(touch(view, page, Access::Read), Touch::Byte(byte), "{page}");
+            }
+            assert_eq!(audit::check(&pool, &[&memfd]).to_string(), "clean");
+        };
+        [5, 6, 511, 600].iter().for_each(take);
+        let view = memfd.map_view_with(options).unwrap();
+        all_but(&view, &[5, 6, 511, 600]);
+        [0, 9, 1535].iter().for_each(take);
+        convert(&memfd, range(1, 1533), Visibility::Private);
+        convert(&memfd, range(1, 1533), Visibility::Shared);
+        for page in [0, 1535] {
+            convert(&memfd, range(page, 1), Visibility::Private);
+        }
+        convert(&memfd, memfd.pages(), Visibility::Shared);
+        all_but(&view, &[0, 5, 6, 9, 511, 600, 1535]);
+    });
+}
+
+/// Where there is no other memory, a huge page that was taken stays out of reach, and it alone.
+#[test]
+fn a_huge_page_that_somebody_has_taken_takes_no_other_with_it() {
+    if !common::require(Capability::Hugetlb) || !common::require(Capability::Uffd) {
+        return;
+    }
+    let _setting = Setting::set(NR_HUGEPAGES, "5");
+    let size = ByteSize::from_mib(10);
+    let pool = FolioPool::new(ArenaBacking::MemfdHugetlb2M, size).unwrap();
+    let memfd = GuestMemfd::builder(size).initial(Visibility::Shared).create(&pool).unwrap();
+    memfd.write(Offset::new(0), &[7; 10 << 20]).unwrap();
+    let view = memfd.map_view().unwrap();
+    let [arena] = &arenas::of_size(10 << 20)[..] else { panic!("one pool, one file") };
+    fallocate(arena, HOLE, 2 << 21, 1 << 21).unwrap();
+    let thief = memfd_create("thief", MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB).unwrap();
+    ftruncate(&thief, 1 << 21).unwrap();
+    fallocate(&thief, FallocateFlags::KEEP_SIZE, 0, 1 << 21).unwrap();
+    let there_and_back = || {
+        convert(&memfd, memfd.pages(), Visibility::Private);
+        convert(&memfd, memfd.pages(), Visibility::Shared);
+        [0, 1, 2, 3, 4].map(|huge| is_there(&view, huge * 512 + 17))
+    };
+    assert_eq!(there_and_back(), [true, true, false, true, true]);
+    assert_eq!(view.check_mapped(memfd.pages()).unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(memfd.stat().mapped, ByteSize::from_mib(8));
+    drop(thief);
+    assert_eq!(there_and_back(), [true; 5]);
 }

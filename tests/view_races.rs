@@ -1,6 +1,7 @@
 //! Raw pointers that keep touching a view while folios come, views go and pages change sides.
 
-// UNSAFETY: system calls on raw pointers, which may fail with EFAULT and must not see private bytes.
+// UNSAFETY: system calls on raw pointers, which may fail with EFAULT and must not see private bytes, and stores
+// that fault.
 #![expect(unsafe_code, reason = "a system call on a raw pointer is what is tested")]
 
 mod common;
@@ -14,7 +15,10 @@ use gmem::audit;
 use gmem::error::Errno;
 use gmem::hyp::pkvm::{Hypervisor, Vm};
 use gmem::range::PgoffRange;
-use gmem::{ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, PinMode, Visibility};
+use gmem::{
+    ArenaBacking, ContentPolicy, FaultAnswer, FolioPool, GuestMemfd, HostFault, PinMode,
+    SigbusHandler, Visibility,
+};
 
 const SIZE: ByteSize = ByteSize::from_mib(2);
 const SECRET: u8 = b'S';
@@ -78,7 +82,8 @@ fn a_guests_first_touch_is_not_seen() {
     }
 }
 
-/// What is written in that moment does not reach the guest either.
+/// What comes to a page that raw pointers are at all the time holds nothing of theirs: they reach the guest's
+/// memory at no moment.
 #[test]
 fn a_guests_first_touch_finds_zeroes() {
     if !common::require(Capability::Uffd) {
@@ -108,6 +113,45 @@ fn a_guests_first_touch_finds_zeroes() {
         vm.create_vcpu().unwrap().load(Ipa::new(64), &mut found).unwrap();
         assert_eq!(found, [0; 64]);
     }
+}
+
+/// The other way round: what a store did reach, it reached for good.
+#[test]
+fn a_store_during_the_first_touch_is_not_lost() {
+    fn again(_: &HostFault) -> FaultAnswer {
+        FaultAnswer::Retry
+    }
+
+    if !common::require(Capability::Uffd) {
+        return;
+    }
+    let handler = SigbusHandler::install().unwrap();
+    // SAFETY: it does nothing at all.
+    unsafe { handler.decide_by(again) };
+    let (pool, memfd) = object(Visibility::Shared);
+    let view = memfd.map_view().unwrap();
+    let at = view.pointer(Offset::new(64), ByteSize::from_bytes(8)).unwrap();
+    let at = at.as_ptr().expose_provenance();
+    for round in 1..=400_u64 {
+        // From here on it faults, and again, until there is a folio.
+        memfd.punch_hole(memfd.pages()).unwrap();
+        let begun = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                begun.store(true, Ordering::Release);
+                let at = std::ptr::with_exposed_provenance_mut::<u64>(at);
+                // SAFETY: aligned, in a view that outlives this, and nobody has a reference to it.
+                unsafe { at.write_volatile(round) };
+            });
+            while !begun.load(Ordering::Acquire) {
+                std::hint::spin_loop();
+            }
+            memfd.allocate(memfd.pages()).unwrap();
+        });
+        assert_eq!(memfd.load_u64(Offset::new(64)).unwrap(), round, "a store is lost");
+        memfd.store_u64(Offset::new(64), 0).unwrap();
+    }
+    assert_eq!(audit::check(&pool, &[&memfd]).to_string(), "clean");
 }
 
 /// A view that goes away shows nothing on its way out.

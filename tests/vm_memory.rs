@@ -1,6 +1,11 @@
 //! The vm-memory adapter, with virtio-queue and others over it as they are.
 
+#[path = "common/arenas.rs"]
+mod arenas;
 mod common;
+#[expect(dead_code, reason = "other tests change the other setting")]
+#[path = "common/setting.rs"]
+mod setting;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,6 +18,8 @@ use gmem::vm_memory::{AddressSpace, Slot, refusal};
 use gmem::{
     ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, HostView, SigbusHandler, Touch, Visibility,
 };
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
+use setting::{NR_HUGEPAGES, Setting};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT, Reader, Writer};
 use vm_memory::{
@@ -36,8 +43,12 @@ fn guest(initial: Visibility) -> Option<Guest> {
 }
 
 fn guest_on(backing: ArenaBacking, initial: Visibility) -> Guest {
-    let pool = FolioPool::new(backing, ByteSize::from_mib(4)).unwrap();
-    let memfd = GuestMemfd::builder(ByteSize::from_mib(4)).initial(initial).create(&pool).unwrap();
+    guest_of(ByteSize::from_mib(4), backing, initial)
+}
+
+fn guest_of(size: ByteSize, backing: ArenaBacking, initial: Visibility) -> Guest {
+    let pool = FolioPool::new(backing, size).unwrap();
+    let memfd = GuestMemfd::builder(size).initial(initial).create(&pool).unwrap();
     let view = Arc::new(memfd.map_view().unwrap());
     let slot = Slot { gfn: Gfn::new(RAM / PAGE), view: view.clone(), pages: memfd.pages() };
     let space = AddressSpace::new("virtio-blk", [slot]).unwrap();
@@ -241,6 +252,39 @@ fn a_slice_of_shared_memory_that_was_punched_can_be_touched() {
     guest.view.read(Offset::new(MIB), &mut read).unwrap();
     assert_eq!(&read, b"not dead");
     assert!(guest.memfd.punch_hole(guest.memfd.pages()).is_err(), "the guard has it pinned");
+}
+
+/// Shared, there, and not in the view, because the host has no memory for what somebody has taken.
+#[test]
+fn a_slice_of_what_the_view_cannot_show_is_refused_until_it_can() {
+    if !require(Capability::Uffd) || !require(Capability::Hugetlb) {
+        return;
+    }
+    let _setting = Setting::set(NR_HUGEPAGES, "3");
+    // A size of its own: that is how the file is found.
+    let size = ByteSize::from_mib(6);
+    let guest = guest_of(size, ArenaBacking::MemfdHugetlb2M, Visibility::Shared);
+    guest.memfd.write(Offset::new(0), &[7; 6 << 20]).unwrap();
+    let [arena] = &arenas::of_size(6 << 20)[..] else { panic!("one pool, one file") };
+    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    fallocate(arena, hole, 0, 2 << 20).unwrap();
+    let thief = memfd_create("thief", MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB).unwrap();
+    ftruncate(&thief, 2 << 20).unwrap();
+    fallocate(&thief, FallocateFlags::KEEP_SIZE, 0, 2 << 20).unwrap();
+    guest.convert(3, 1, Visibility::Private).unwrap();
+    guest.convert(3, 1, Visibility::Shared).unwrap();
+    let memory = guest.space.memory();
+    for _ in 0..2 {
+        let error = memory.get_slice(at(PAGE), 8).unwrap_err();
+        assert_eq!(refusal(&error).map(|it| it.kind()), Some(ErrorKind::NotFound), "{error}");
+        assert_eq!(memory.pinned(), ByteSize::from_bytes(0));
+    }
+    memory.get_slice(at(2 * MIB), 8).unwrap().copy_from(b"not dead");
+    drop(thief);
+    memory.get_slice(at(PAGE), 8).unwrap().copy_from(b"back now");
+    let mut read = [0; 8];
+    guest.memfd.read(Offset::new(PAGE), &mut read).unwrap();
+    assert_eq!(&read, b"back now");
 }
 
 #[test]

@@ -54,11 +54,18 @@ pub(crate) fn rows(bench: Bench) -> Outcome<()> {
     if bench.wants_any(&["first_touch_4k_clean", "first_touch_4k_clean_alone"]) {
         first_touches(bench, "4k", FolioSize::Base, Goal::AtMost(0.5))?;
     }
-    let on_hugetlb = ["first_touch_2m_clean", "first_touch_2m_clean_alone", "migrate_2m"];
-    if bench.wants_any(&on_hugetlb) {
+    if bench.wants_any(&["first_touch_4k_view", "first_touch_4k_view_alone"]) {
+        first_touches_in_view(bench, "4k", FolioSize::Base, Goal::None)?;
+    }
+    let clean = ["first_touch_2m_clean", "first_touch_2m_clean_alone"];
+    let in_view = ["first_touch_2m_view", "first_touch_2m_view_alone"];
+    if bench.wants_any(&clean) || bench.wants_any(&in_view) || bench.wants("migrate_2m") {
         with_setting("rows on hugetlb", NR_HUGEPAGES, NR_HUGEPAGES_WANTED, || {
-            if bench.wants_any(&on_hugetlb[..2]) {
+            if bench.wants_any(&clean) {
                 first_touches(bench, "2m", FolioSize::Huge2M, Goal::AtMost(0.05))?;
+            }
+            if bench.wants_any(&in_view) {
+                first_touches_in_view(bench, "2m", FolioSize::Huge2M, Goal::AtMost(0.1))?;
             }
             migrate(bench, "migrate_2m", ArenaBacking::MemfdHugetlb2M)
         })?;
@@ -73,7 +80,17 @@ pub(crate) fn rows(bench: Bench) -> Outcome<()> {
     rss(bench)
 }
 
-fn first_touches(bench: Bench, name: &str, folio: FolioSize, goal: Goal) -> Outcome<()> {
+/// What first touches are of.
+struct Warm {
+    pool: FolioPool,
+    pages: Pages,
+    /// How large a folio is, and what as many of them as there are calls take.
+    bytes: usize,
+    all: usize,
+    bench: Bench,
+}
+
+fn warm(bench: Bench, folio: FolioSize) -> Outcome<Warm> {
     let (backing, pages, bytes, bench) = match folio {
         FolioSize::Base => (ArenaBacking::Memfd, Pages::Plain, BASE, bench.slower(20)),
         _ => {
@@ -85,10 +102,14 @@ fn first_touches(bench: Bench, name: &str, folio: FolioSize, goal: Goal) -> Outc
     let all = bench.calls_per_run() as usize * bytes;
     let pool = FolioPool::new(backing, ByteSize::from_bytes(all as u64))?;
     // Its pages are in this process's page tables from now on, as they are in a VMM that has run a while.
-    {
-        let warm = shared(&pool, all, folio)?;
-        (0..all).step_by(bytes).for_each(|at| touch(&warm, at));
-    }
+    let warm = shared(&pool, all, folio)?;
+    (0..all).step_by(bytes).for_each(|at| touch(&warm, at));
+    drop(warm);
+    Ok(Warm { pool, pages, bytes, all, bench })
+}
+
+fn first_touches(bench: Bench, name: &str, folio: FolioSize, goal: Goal) -> Outcome<()> {
+    let Warm { pool, pages, bytes, all, bench } = warm(bench, folio)?;
     bench.timed_row(
         &format!("first_touch_{name}_clean"),
         "new_memfd_mapped_and_faulted",
@@ -114,6 +135,65 @@ fn first_touches(bench: Bench, name: &str, folio: FolioSize, goal: Goal) -> Outc
         goal,
         |nr_calls| {
             let memfd = shared(&pool, all, folio).expect("the pool has room");
+            let mut at = 0;
+            time(nr_calls, &mut || {
+                touch(&memfd, at);
+                at += bytes;
+            })
+        },
+        |nr_calls| {
+            let mapped = Mapped::new(pages, all).expect("the host has room");
+            let mut at = 0;
+            time(nr_calls, &mut || {
+                mapped.touch(at);
+                at += bytes;
+            })
+        },
+    );
+    Ok(())
+}
+
+/// The same where a view has the object mapped: what comes is out of the reach of raw pointers until it is
+/// registered.
+fn first_touches_in_view(bench: Bench, name: &str, folio: FolioSize, goal: Goal) -> Outcome<()> {
+    let Warm { pool, pages, bytes, all, bench } = warm(bench, folio)?;
+    if let Err(error) = shared(&pool, bytes, folio)?.map_view() {
+        println!("# first_touch_{name}_view: NOT MEASURED, no view: {error}");
+        return Ok(());
+    }
+    let private = GuestMemfd::builder(ByteSize::from_bytes(bytes as u64)).folio_size(folio);
+    bench.timed_row(
+        &format!("first_touch_{name}_view"),
+        "new_memfd_mapped_and_faulted",
+        Goal::None,
+        |nr_calls| {
+            time_and_keep(nr_calls, &mut || {
+                let memfd = private.clone().create(&pool).expect("the pool has room");
+                let view = memfd.map_view().expect("the host has room");
+                let done =
+                    memfd.convert(memfd.pages(), Visibility::Shared, ContentPolicy::Preserve);
+                done.map(drop).expect("nobody has it");
+                touch(&memfd, 0);
+                view
+            })
+        },
+        |nr_calls| {
+            time_and_keep(nr_calls, &mut || {
+                let mapped = Mapped::new(pages, bytes).expect("the host has room");
+                mapped.touch(0);
+                mapped
+            })
+        },
+    );
+    bench.timed_row(
+        &format!("first_touch_{name}_view_alone"),
+        "fault",
+        goal,
+        |nr_calls| {
+            let memfd = shared(&pool, all, folio).expect("the pool has room");
+            let _view = memfd.map_view().expect("the host has room");
+            // It has all of its folios since it was mapped.
+            memfd.punch_hole(memfd.pages()).expect("nobody has it");
             let mut at = 0;
             time(nr_calls, &mut || {
                 touch(&memfd, at);

@@ -194,7 +194,8 @@ impl Intrusion {
             Touch::Fault(fault)
                 if fault.hva == expected
                     && fault.offset == at
-                    && fault.cause == FaultCause::NotMapped =>
+                    // The other while a folio of the guest's comes there.
+                    && [FaultCause::NotMapped, FaultCause::Inaccessible].contains(&fault.cause) =>
             {
                 Ok(fault.hva)
             }

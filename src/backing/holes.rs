@@ -139,6 +139,14 @@ impl Arena {
         if !self.part_of(frames.start()).is_some_and(is_hugetlb) {
             return Ok(());
         }
+        self.refill(op, frames)
+    }
+
+    /// Has memory for frames that are in use, should somebody have punched holes there from outside.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exhausted`], [`ErrorKind::Os`].
+    pub(crate) fn refill(&self, op: Op, frames: PfnRange) -> Result<(), Error> {
         let (fd, at) = self.file_of(frames).ok_or_else(|| Error::new(op, ErrorKind::OutOfRange))?;
         sparse::commit(op, fd, at, frames.len_bytes())
     }

@@ -51,6 +51,7 @@ pub(crate) struct Arena {
     /// In ascending order.
     parts: Box<[Part]>,
     nr_pages: u64,
+    view_granule: FolioSize,
     credit: holes::Credit,
 }
 
@@ -61,6 +62,12 @@ enum Memory {
 }
 
 impl Arena {
+    fn new(memory: Memory, parts: Box<[Part]>, nr_pages: u64) -> Self {
+        let granules = parts.iter().map(|part| part.backing.view_granule());
+        let view_granule = granules.max().unwrap_or(FolioSize::Base);
+        Self { memory, parts, nr_pages, view_granule, credit: holes::Credit::default() }
+    }
+
     /// One past the last frame number, gaps included.
     pub(crate) fn nr_pages(&self) -> u64 {
         self.nr_pages
@@ -116,9 +123,9 @@ impl Arena {
     }
 
     /// The unit in which host views can change sides: the largest of any part.
+    #[inline]
     pub(crate) fn view_granule(&self) -> FolioSize {
-        let granules = self.parts.iter().map(|part| part.backing.view_granule());
-        granules.max().unwrap_or(FolioSize::Base)
+        self.view_granule
     }
 
     #[inline]

@@ -4,7 +4,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use super::heap::HeapMemory;
-use super::holes::Credit;
 use super::part::{Spacing, address_alignment, place};
 use super::{Arena, ArenaBacking, Memory, Part, PartReport, PartSpec};
 use crate::addr::ByteSize;
@@ -86,7 +85,7 @@ fn on_heap(parts: &[PartSpec]) -> Result<Obtained, Error> {
     let part = |&frames| Part { frames, backing: ArenaBacking::Heap, node: None, file: None };
     let parts: Box<[_]> = frames.iter().map(part).collect();
     let reports = parts.iter().map(|part| report(part, Vec::new())).collect();
-    Ok((Arc::new(Arena { memory, parts, nr_pages, credit: Credit::default() }), reports))
+    Ok((Arc::new(Arena::new(memory, parts, nr_pages)), reports))
 }
 
 fn on_files(specs: &[PartSpec]) -> Result<Obtained, Error> {
@@ -105,7 +104,7 @@ fn on_files(specs: &[PartSpec]) -> Result<Obtained, Error> {
     }
     let memory = Memory::Files(map);
     let parts = parts.into_boxed_slice();
-    Ok((Arc::new(Arena { memory, parts, nr_pages, credit: Credit::default() }), reports))
+    Ok((Arc::new(Arena::new(memory, parts, nr_pages)), reports))
 }
 
 fn first_to_be_had(

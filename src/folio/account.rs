@@ -41,7 +41,8 @@ pub struct AccountStat {
 }
 
 impl FolioPool {
-    /// Opens an account that may be charged so much; `None` for no limit.
+    /// Opens an account that may be charged so much; `None` for no limit. Ends the process if the host has no memory
+    /// for some hundred bytes, as every `Arc` does.
     pub fn open_account(&self, limit: Option<ByteSize>) -> Account {
         let index = self.state().accounts.insert(Charge::new(limit));
         Account(Arc::new(Key { pool: self.clone(), index }))

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use super::owner::Mover;
+use super::owner::{Moved, Mover};
 use super::part::Zone;
 use super::pool::FolioPool;
 use super::record::{Record, Use};
@@ -156,9 +156,12 @@ impl FolioPool {
                 break;
             }
             for Moveable { frames, by } in folios {
-                by.and_then(|(mover, page)| mover.move_away(page, frames.start()))
+                let moved = by
+                    .and_then(|(mover, page)| mover.move_away(page, frames.start()))
                     .map_err(|error| Obstacle { frames, error: error.of(Op::Compact) })?;
-                into.moved = ByteSize::from_bytes(into.moved.get() + frames.len_bytes().get());
+                if moved == Moved::Yes {
+                    into.moved = ByteSize::from_bytes(into.moved.get() + frames.len_bytes().get());
+                }
                 isolated.add(frames);
             }
         }
@@ -232,3 +235,6 @@ impl State {
         part.records.within(block.start, size.nr_pages()).filter_map(folio).collect()
     }
 }
+
+#[cfg(test)]
+mod tests;

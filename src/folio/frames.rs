@@ -4,11 +4,11 @@
 #[cfg(feature = "oracle")]
 pub(crate) mod naive;
 
-use super::bits::Bits;
 use super::buddy::Buddy;
+use super::dirty::{Dirty, pieces};
 use super::ledger::Blocks;
 use crate::error::{Error, ErrorKind, Op};
-use crate::geometry::{FolioSize, HUGE_PAGES, index};
+use crate::geometry::{FolioSize, GIANT_ORDER, HUGE_ORDER, HUGE_PAGES, index};
 use crate::state::{Flaw, seeded};
 use FolioSize::{Base, Huge1G, Huge2M};
 
@@ -37,15 +37,6 @@ pub(super) enum Promise {
     None,
 }
 
-/// Blocks that wait for a scrub. They are free, and stay whole.
-#[derive(Debug)]
-struct Dirty {
-    huge: Bits,
-    giant: Bits,
-    /// Blocks that somebody is scrubbing just now.
-    in_hands: Blocks,
-}
-
 #[derive(Debug)]
 pub(super) struct Frames {
     nr_pages: u64,
@@ -64,15 +55,10 @@ impl Frames {
     pub(super) fn new(nr_pages: u64) -> Result<Self, Error> {
         let mut buddy = Buddy::new(nr_pages)?;
         buddy.free_run(0, nr_pages);
-        let dirty = Dirty {
-            huge: Bits::new(Op::CreatePool, nr_pages >> Huge2M.order())?,
-            giant: Bits::new(Op::CreatePool, nr_pages >> Huge1G.order())?,
-            in_hands: Blocks::default(),
-        };
         Ok(Self {
             nr_pages,
             buddy,
-            dirty,
+            dirty: Dirty::new(nr_pages)?,
             promised: Blocks::default(),
             poisoned: Vec::new(),
             quarantined: 0,
@@ -112,8 +98,7 @@ impl Frames {
     }
 
     pub(super) fn metadata_bytes(&self) -> u64 {
-        let dirty = self.dirty.huge.metadata_bytes() + self.dirty.giant.metadata_bytes();
-        self.buddy.metadata_bytes() + dirty
+        self.buddy.metadata_bytes() + self.dirty.metadata_bytes()
     }
 
     /// Promises folios, or none of them.
@@ -168,9 +153,38 @@ impl Frames {
             if let Some(taken) = self.take_dirty(from, size) {
                 return taken;
             }
-            waits |= self.dirty.in_hands.of(from) > 0;
+            waits |= self.dirty.nr_in_hands(from) > 0;
         }
         if waits { Taken::Wait } else { Taken::Nothing }
+    }
+
+    /// A step towards a free block of 1 GiB, where one is free in pieces of which some are not clean. Clean
+    /// pieces grow together. [`Taken::Nothing`] if there is none, or if promises would not be kept without it.
+    pub(super) fn gather(&mut self) -> Taken {
+        let free = self.free();
+        let nr_pieces = Huge1G.nr_pages() / HUGE_PAGES;
+        let left = free.huge.checked_sub(nr_pieces).map(|huge| Blocks { huge, ..free });
+        if !left.is_some_and(|left| left.keep(&self.promised)) {
+            return Taken::Nothing;
+        }
+        let mut giants = (0..self.nr_pages >> GIANT_ORDER).map(|nr| nr << GIANT_ORDER);
+        let Some(giant) = giants.find(|&giant| self.is_in_pieces(giant)) else {
+            return Taken::Nothing;
+        };
+        match pieces(giant).find(|&huge| self.dirty.waits(huge, Huge2M)) {
+            Some(huge) => {
+                self.take_in_hands(huge, Huge2M);
+                Taken::ScrubFirst(huge)
+            }
+            None => Taken::Wait,
+        }
+    }
+
+    /// Whether a block of 1 GiB is free, but in blocks of 2 MiB that are not all clean.
+    fn is_in_pieces(&self, giant: u64) -> bool {
+        let dirty = |huge| self.dirty.waits(huge, Huge2M) || self.dirty.is_in_hands(huge, Huge2M);
+        let is_free = |huge| dirty(huge) || self.buddy.is_in_free(huge, HUGE_ORDER);
+        pieces(giant).all(is_free) && pieces(giant).any(dirty)
     }
 
     /// Whether promises are kept if a folio is cut out of a block of a class.
@@ -180,6 +194,8 @@ impl Frames {
         self.free().cut(from, size).is_some_and(keeps)
     }
 
+    /// The folio at home, if it is free. One that waits for a scrub comes before what is clean elsewhere, and
+    /// so does one in somebody's hands: see "Homes" in design/folios.md.
     fn take_at(&mut self, home: u64, size: FolioSize) -> Option<Taken> {
         if let Some(order) = self.buddy.order_from(home, size.order()) {
             let from = [Huge1G, Huge2M, Base].into_iter().find(|from| order >= from.order())?;
@@ -189,92 +205,125 @@ impl Frames {
             self.buddy.allocate_in(home, order, size.order());
             return Some(Taken::Clean(home));
         }
-        // What is clean elsewhere is there at once.
-        let fits =
-            !self.has_clean(size) && self.may_cut(size, size) && self.dirty.clear(home, size);
-        fits.then_some(Taken::Dirty(home))
+        let giant = home >> GIANT_ORDER << GIANT_ORDER;
+        if size != Huge1G && self.dirty.waits(giant, Huge1G) && self.may_cut(Huge1G, size) {
+            self.dirty.break_giant(giant);
+        }
+        let from = size.max(Huge2M);
+        let block = home >> from.order() << from.order();
+        if !self.may_cut(from, size) {
+            return None;
+        }
+        if self.dirty.waits(block, from) {
+            return Some(self.take_waiting(block, from, size));
+        }
+        // A scrub of 1 GiB takes too long to wait for.
+        (from == Huge2M && self.dirty.is_in_hands(block, Huge2M)).then_some(Taken::Wait)
     }
 
-    /// Whether a clean folio can be had.
-    fn has_clean(&self, size: FolioSize) -> bool {
-        let fit = [Base, Huge2M, Huge1G].into_iter().filter(|&from| from >= size);
-        fit.into_iter().any(|from| self.buddy.blocks().of(from) > 0 && self.may_cut(from, size))
+    /// Whether a block of 2 MiB is free and clean as a whole.
+    pub(super) fn is_clean(&self, start: u64) -> bool {
+        self.buddy.is_in_free(start, HUGE_ORDER)
     }
 
-    /// Whether a block of 2 MiB is free as a whole, clean or not.
+    /// Whether a block of 2 MiB is free as a whole: clean, waiting for a scrub, or in somebody's hands.
     pub(super) fn is_whole(&self, start: u64) -> bool {
-        let is_dirty =
-            |size: FolioSize| self.dirty.get(start >> size.order() << size.order(), size);
-        self.buddy.is_in_free(start, Huge2M.order()) || is_dirty(Huge2M) || is_dirty(Huge1G)
+        self.is_clean(start) || self.dirty.has(start)
     }
 
     /// Takes a folio of dirty memory, where there is no clean block of this class.
     fn take_dirty(&mut self, from: FolioSize, size: FolioSize) -> Option<Taken> {
         let block = self.dirty.first(from)?;
-        self.dirty.clear(block, from);
-        if from == size {
-            return Some(Taken::Dirty(block));
+        if from == Huge1G && size != Huge1G {
+            self.dirty.break_giant(block);
+            return Some(self.take_waiting(block, Huge2M, size));
         }
-        if from == Huge1G {
-            for huge in (block..block + Huge1G.nr_pages()).step_by(index(HUGE_PAGES)) {
-                self.dirty.set(huge, Huge2M);
-            }
-            self.dirty.clear(block, Huge2M);
-            if size == Huge2M {
-                return Some(Taken::Dirty(block));
-            }
-        }
-        self.dirty.in_hands.huge += 1;
-        Some(Taken::ScrubFirst(block))
+        Some(self.take_waiting(block, from, size))
     }
 
-    /// A dirty block, which is in the caller's hands until it is given to [`scrubbed`](Self::scrubbed) or
-    /// [`not_scrubbed`](Self::not_scrubbed).
+    /// Takes a folio that begins with a block that waits; out of it, if it is smaller.
+    fn take_waiting(&mut self, block: u64, from: FolioSize, size: FolioSize) -> Taken {
+        if from == size {
+            self.dirty.take(block, from);
+            return Taken::Dirty(block);
+        }
+        self.take_in_hands(block, from);
+        Taken::ScrubFirst(block)
+    }
+
+    /// Has the caller scrub a block that waits.
+    fn take_in_hands(&mut self, block: u64, size: FolioSize) {
+        if !seeded(Flaw::ScrubsInPlace) {
+            self.dirty.take(block, size);
+        }
+        self.dirty.put_in_hands(block, size);
+    }
+
+    /// A dirty block, which is in the caller's hands until it is given to [`scrubbed`](Self::scrubbed),
+    /// [`not_scrubbed`](Self::not_scrubbed) or [`cannot_be_scrubbed`](Self::cannot_be_scrubbed).
     pub(super) fn next_dirty(&mut self) -> Option<(u64, FolioSize)> {
         let of = |size| self.dirty.first(size).map(|block| (block, size));
         let (block, size) = of(Huge2M).or_else(|| of(Huge1G))?;
-        if !seeded(Flaw::ScrubsInPlace) {
-            self.dirty.clear(block, size);
-        }
-        *self.dirty.in_hands.of_mut(size) += 1;
+        self.take_in_hands(block, size);
         Some((block, size))
     }
 
     /// Takes back a block that is all zeroes now, but for poisoned frames.
     pub(super) fn scrubbed(&mut self, start: u64, size: FolioSize) {
-        self.leave_hands(size);
+        self.dirty.leave_hands(start, size);
         if seeded(Flaw::ScrubsInPlace) {
-            self.dirty.clear(start, size);
+            self.dirty.take(start, size);
         }
         self.free_around_poison(start, size);
     }
 
-    /// Takes back a block that is still dirty. What is dirty is handed out in whole blocks, which a block of
-    /// 2 MiB with a failed frame cannot be: those are quarantined, and `quarantined` is told.
+    /// Takes back a block that is as dirty as it was, since whoever had it is gone. What is dirty is handed
+    /// out in whole blocks, which a block of 2 MiB with a failed frame cannot be: those are quarantined, and
+    /// `quarantined` is told.
     pub(super) fn not_scrubbed(
+        &mut self,
+        start: u64,
+        size: FolioSize,
+        quarantined: impl FnMut(u64),
+    ) {
+        self.dirty.leave_hands(start, size);
+        if self.poisoned_in(start, size.nr_pages()).is_empty() {
+            self.dirty.put(start, size);
+        } else {
+            self.put_in_blocks(start, size, quarantined);
+        }
+    }
+
+    /// Takes back a block of which some frame cannot be scrubbed. Of 1 GiB nobody knows which: each 2 MiB of it is
+    /// to be tried by itself. Those are quarantined, and `quarantined` is told.
+    pub(super) fn cannot_be_scrubbed(
         &mut self,
         start: u64,
         size: FolioSize,
         mut quarantined: impl FnMut(u64),
     ) {
-        self.leave_hands(size);
-        if self.poisoned_in(start, size.nr_pages()).is_empty() {
-            self.dirty.set(start, size);
-            return;
+        self.dirty.leave_hands(start, size);
+        if seeded(Flaw::ScrubsInPlace) {
+            self.dirty.take(start, size);
         }
+        if size == Huge1G {
+            self.put_in_blocks(start, size, quarantined);
+        } else {
+            self.quarantine(start, size);
+            quarantined(start);
+        }
+    }
+
+    /// Has the blocks of 2 MiB in a block wait, but for those with failed frames.
+    fn put_in_blocks(&mut self, start: u64, size: FolioSize, mut quarantined: impl FnMut(u64)) {
         for huge in (start..start + size.nr_pages()).step_by(index(HUGE_PAGES)) {
             if self.poisoned_in(huge, HUGE_PAGES).is_empty() {
-                self.dirty.set(huge, Huge2M);
+                self.dirty.put(huge, Huge2M);
             } else {
                 self.quarantine(huge, Huge2M);
                 quarantined(huge);
             }
         }
-    }
-
-    fn leave_hands(&mut self, size: FolioSize) {
-        let in_hands = self.dirty.in_hands.of_mut(size);
-        *in_hands = in_hands.saturating_sub(1);
     }
 
     /// Takes a clean folio back; says whether another is promised for it.
@@ -295,7 +344,7 @@ impl Frames {
 
     /// Takes a folio of 2 MiB or more back that is to be scrubbed later; not one with poisoned frames.
     pub(super) fn give_back_dirty(&mut self, start: u64, size: FolioSize, promise: Promise) {
-        self.dirty.set(start, size);
+        self.dirty.put(start, size);
         if promise == Promise::Kept {
             *self.promised.of_mut(size) += 1;
         }
@@ -369,14 +418,14 @@ impl Frames {
         let (size, start) = [Huge2M, Huge1G]
             .map(|size| (size, pfn >> size.order() << size.order()))
             .into_iter()
-            .find(|&(size, start)| self.dirty.clear(start, size))?;
-        *self.dirty.in_hands.of_mut(size) += 1;
+            .find(|&(size, start)| self.dirty.waits(start, size))?;
+        self.take_in_hands(start, size);
         Some((start, size))
     }
 
     /// Whether a frame is free, clean or not.
     pub(super) fn is_free(&self, pfn: u64) -> bool {
-        let dirty = |size: FolioSize| self.dirty.get(pfn >> size.order() << size.order(), size);
+        let dirty = |size: FolioSize| self.dirty.waits(pfn >> size.order() << size.order(), size);
         self.buddy.is_free(pfn) || dirty(Huge2M) || dirty(Huge1G)
     }
 
@@ -437,45 +486,4 @@ fn poisoned_in(poisoned: &[u64], start: u64, nr_pages: u64) -> &[u64] {
     let first = poisoned.partition_point(|&pfn| pfn < start);
     let behind = poisoned.partition_point(|&pfn| pfn < start.saturating_add(nr_pages));
     poisoned.get(first..behind).unwrap_or_default()
-}
-
-impl Dirty {
-    #[inline]
-    fn blocks(&self) -> Blocks {
-        let (giant, huge) = (self.giant.nr_ones(), self.huge.nr_ones());
-        self.in_hands.plus(Blocks { giant, huge, base: 0 })
-    }
-
-    fn map(&mut self, size: FolioSize) -> Option<&mut Bits> {
-        match size {
-            Base => None,
-            Huge2M => Some(&mut self.huge),
-            Huge1G => Some(&mut self.giant),
-        }
-    }
-
-    fn first(&self, size: FolioSize) -> Option<u64> {
-        match size {
-            Base => None,
-            Huge2M => self.huge.first(),
-            Huge1G => self.giant.first(),
-        }
-        .map(|block| block << size.order())
-    }
-
-    fn get(&self, start: u64, size: FolioSize) -> bool {
-        match size {
-            Base => false,
-            Huge2M => self.huge.get(start >> size.order()),
-            Huge1G => self.giant.get(start >> size.order()),
-        }
-    }
-
-    fn set(&mut self, start: u64, size: FolioSize) {
-        self.map(size).map(|map| map.set(start >> size.order()));
-    }
-
-    fn clear(&mut self, start: u64, size: FolioSize) -> bool {
-        self.map(size).is_some_and(|map| map.clear(start >> size.order()))
-    }
 }

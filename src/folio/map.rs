@@ -7,7 +7,9 @@ use super::holes::Holes;
 use super::ledger::Blocks;
 use crate::addr::{Pfn, Pgoff};
 use crate::error::Error;
-use crate::geometry::{FolioSize, GIANT_ORDER, HUGE_ORDER, HUGE_PAGES, MAX_PAGES, index};
+use crate::geometry::{
+    FolioSize, GIANT_ORDER, HUGE_ORDER, HUGE_PAGES, MAX_PAGES, PAGE_BYTES, index,
+};
 use crate::os::words::boxed;
 use crate::range::{PfnRange, PgoffRange};
 use crate::state::{Flaw, seeded};
@@ -86,6 +88,16 @@ impl Shape {
         (page < self.nr_pages).then(|| (giant + huge + (page - self.huge_end), 1, 0))
     }
 
+    /// The first page of the folio at a place.
+    fn first_page(&self, place: u64) -> Pgoff {
+        let Blocks { giant, huge, .. } = self.blocks();
+        Pgoff::new(match (place.checked_sub(giant), place.checked_sub(giant + huge)) {
+            (_, Some(base)) => self.huge_end + base,
+            (Some(huge), None) => self.giant_end + (huge << HUGE_ORDER),
+            (None, None) => place << GIANT_ORDER,
+        })
+    }
+
     /// The folio that holds a page; `None` past the end.
     fn slot(&self, page: Pgoff) -> Option<Slot> {
         let (place, nr_pages, skip) = self.place(page)?;
@@ -105,12 +117,19 @@ impl Shape {
     }
 }
 
+const BITS: usize = u64::BITS as usize;
+/// How many entries take a page of memory.
+const GROUP: usize = PAGE_BYTES / size_of::<u64>();
+
 /// The frame of each folio, and which of its pages are holes. Written under the object's layout lock, read
 /// by anybody.
 #[derive(Debug)]
 pub(crate) struct FolioMap {
     shape: Shape,
     slots: Box<[AtomicU64]>,
+    /// A bit for as many entries as take a page of memory: whether one of them was ever written. The others need
+    /// not be looked at, which would take as many faults.
+    written: Box<[AtomicU64]>,
     /// Made before the first hole is.
     holes: OnceLock<Holes>,
 }
@@ -177,7 +196,8 @@ impl FolioMap {
         // What was not written yet takes no memory, where there is much of it: an object may be larger than
         // whatever it will ever hold.
         let slots = boxed(index(shape.nr_slots()))?;
-        Ok(Self { shape, slots, holes: OnceLock::new() })
+        let written = boxed(slots.len().div_ceil(GROUP * BITS))?;
+        Ok(Self { shape, slots, written, holes: OnceLock::new() })
     }
 
     pub(crate) fn shape(&self) -> Shape {
@@ -192,6 +212,16 @@ impl FolioMap {
     }
 
     fn set_entry(&self, place: usize, to: Entry) {
+        let group = place / GROUP;
+        if let Some(word) = self.written.get(group / BITS) {
+            // Relaxed: whoever writes holds the lock that the last one held, or has the object for himself.
+            let before = word.load(Ordering::Relaxed);
+            let after = before | 1 << (group % BITS);
+            if after != before {
+                // Relaxed: as above.
+                word.store(after, Ordering::Relaxed);
+            }
+        }
         if let Some(entry) = self.slots.get(place) {
             if seeded(Flaw::PublishesFoliosEarly) {
                 // Relaxed: pairs with nothing; the models are to notice.
@@ -228,6 +258,21 @@ impl FolioMap {
     fn frame_beside_holes(&self, entry: Entry, page: Pgoff, skip: u64) -> Option<Pfn> {
         let is_hole = entry.has_holes() && self.holes.get()?.has(page);
         entry.first_frame().filter(|_| !is_hole)?.checked_add(skip)
+    }
+
+    /// All folios that there are, in ascending order. Places without one cost next to nothing: there may be many more
+    /// of those. For who has the object for himself, or the layout locked.
+    pub(crate) fn taken(&self) -> impl Iterator<Item = (Slot, Pfn)> {
+        let groups = self.written.iter().enumerate().flat_map(|(place, word)| {
+            // Relaxed: as in `set_entry`.
+            let bits = word.load(Ordering::Relaxed);
+            (0..BITS).filter(move |bit| bits >> bit & 1 == 1).map(move |bit| place * BITS + bit)
+        });
+        let places = groups.flat_map(|group| group * GROUP..(group + 1) * GROUP);
+        places.filter_map(|place| {
+            let pfn = self.entry(place).first_frame()?;
+            Some((self.shape.slot(self.shape.first_page(place as u64))?, pfn))
+        })
     }
 
     /// Puts a folio into its place, or takes away what is there, holes and all. Nobody else is at any page
@@ -324,8 +369,23 @@ impl FolioMap {
         })
     }
 
+    /// The frames of pages that lie in one folio without holes, as most do that are asked for together; `None`
+    /// for anything else.
+    #[inline]
+    pub(crate) fn in_one_folio(&self, range: PgoffRange) -> Option<PfnRange> {
+        let (place, nr_pages, skip) = self.shape.place(range.start())?;
+        let first = self.entry(index(place)).whole()?.checked_add(skip)?;
+        let fits = range.nr_pages() <= nr_pages - skip;
+        fits.then(|| PfnRange::new(first, range.nr_pages()).ok()).flatten()
+    }
+
     /// Whether all of the range has bytes.
+    #[inline]
     pub(crate) fn is_resident(&self, range: PgoffRange) -> bool {
+        self.in_one_folio(range).is_some() || self.consists_of_frames(range)
+    }
+
+    fn consists_of_frames(&self, range: PgoffRange) -> bool {
         self.parts(range).all(|(_, behind)| behind.is_resident())
     }
 
@@ -357,6 +417,19 @@ impl FolioMap {
             Behind::Frames(frames) => Some((pages, frames)),
             Behind::Nothing | Behind::Holes(_) => None,
         }))
+    }
+
+    /// The same, one after the other.
+    #[inline]
+    pub(crate) fn each_resident(
+        &self,
+        range: PgoffRange,
+        mut seen: impl FnMut(PgoffRange, PfnRange),
+    ) {
+        match self.in_one_folio(range) {
+            Some(frames) => seen(range, frames),
+            None => self.resident(range).for_each(|(pages, frames)| seen(pages, frames)),
+        }
     }
 
     /// The holes of the range, and the frames that they have in their folios.
@@ -434,6 +507,36 @@ mod tests {
         assert_eq!(runs, [(range(10, 1014), 1034), (range(1536, 1), 7)]);
         assert_eq!(map.frame(Pgoff::new(513)), Some(Pfn::new(1537)));
         assert_eq!(map.frame(Pgoff::new(1024)), None);
+    }
+
+    #[test]
+    fn what_is_taken_is_found_wherever_it_is() {
+        let gib = 1 << GIANT_ORDER;
+        for (nr_pages, size) in [
+            (3 * gib + 5 * 512 + 7, FolioSize::Huge1G),
+            (600 * 512 + 7, FolioSize::Huge2M),
+            (40_000, FolioSize::Base),
+        ] {
+            let map = FolioMap::new(Shape::new(nr_pages, size)).unwrap();
+            let found =
+                || -> Vec<_> { map.taken().map(|(slot, pfn)| (slot.pages(), pfn.get())).collect() };
+            assert_eq!(found(), []);
+            let slots: Vec<_> = map.shape().slots(range(0, nr_pages)).collect();
+            let behind = slots.len() - 1;
+            let places = [0, 2, 3, behind / 2, behind - 6, behind];
+            let mut wanted = Vec::new();
+            for (nr, place) in places.into_iter().enumerate() {
+                map.set(&slots[place], Some(Pfn::new(nr as u64)));
+                wanted.push((slots[place].pages(), nr as u64));
+            }
+            assert_eq!(found(), wanted, "{size:?}");
+            map.make_room_for_holes().unwrap();
+            map.punch(&slots[2], slots[2].pages());
+            assert_eq!(found(), wanted, "all of it holes, {size:?}");
+            map.set(&slots[2], None);
+            wanted.remove(1);
+            assert_eq!(found(), wanted, "{size:?}");
+        }
     }
 
     #[test]

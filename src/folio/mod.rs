@@ -5,9 +5,11 @@
 //! | `bits` | bits, of which the first set one is found quickly |
 //! | `buddy` | which frames are free |
 //! | `ledger` | what is promised, and whether more can be |
+//! | `dirty` | what waits for a scrub, and what is being scrubbed |
 //! | `home` | where objects would like to be |
 //! | `frames` | one part's frames, as arithmetic |
 //! | `record` | the folios that are in use, and whose they are |
+//! | `room` | growing what records are in |
 //! | `account` | what a guest may take |
 //! | `part` | a run of frames of one zone, and whose they are |
 //! | `owner` | what an object is promised, and at whose expense |
@@ -26,6 +28,7 @@ mod bits;
 mod buddy;
 mod compact;
 mod dedication;
+mod dirty;
 mod frames;
 #[cfg(feature = "oracle")]
 pub mod frames_only;
@@ -40,6 +43,7 @@ mod part;
 mod pool;
 mod record;
 mod reservation;
+mod room;
 mod scrub;
 mod state;
 
@@ -50,7 +54,7 @@ pub use compact::{Compaction, Obstacle};
 pub(crate) use frames::naive::compare_frames;
 pub(crate) use map::{Behind, FolioMap, Shape, Slot};
 pub use owner::PrivatePlacement;
-pub(crate) use owner::{Mover, Side};
+pub(crate) use owner::{Moved, Mover, Side};
 pub use part::Zone;
 pub(crate) use pool::Claim;
 pub use pool::{FolioPool, PoolBuilder, PoolStat, Unscrubbed};

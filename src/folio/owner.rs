@@ -6,8 +6,9 @@ use std::sync::{Arc, Weak};
 use super::frames::Promise;
 use super::home::Home;
 use super::ledger::Blocks;
-use super::part::{PartState, Zone};
+use super::part::{Got, PartState, Zone};
 use super::record::{Record, Use};
+use super::room::make_room;
 use super::state::State;
 use crate::addr::{ByteSize, Pfn, Pgoff};
 use crate::error::{Error, ErrorKind, Op};
@@ -34,11 +35,18 @@ pub(crate) enum Side {
     Any,
 }
 
+/// Whether a folio was moved, or was not where it was to be moved from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Moved {
+    Yes,
+    No,
+}
+
 /// Somebody who does to his folios what the pool asks for.
 pub(crate) trait Mover: Send + Sync + fmt::Debug {
     /// Moves the folio that holds the pages from `page` on out of the frame that it is in, which must be
     /// `from`, to any other of the same zone.
-    fn move_away(&self, page: Pgoff, from: Pfn) -> Result<(), Error>;
+    fn move_away(&self, page: Pgoff, from: Pfn) -> Result<Moved, Error>;
 
     /// Keeps everybody from the pages from `page` on, whose frames failed, if they are still there.
     fn fence(&self, page: Pgoff, frames: PfnRange) -> Result<(), Error>;
@@ -83,18 +91,9 @@ impl State {
     /// Promises an object its folios, or says why not.
     pub(super) fn reserve(&mut self, demand: &Demand<'_>) -> Result<usize, Error> {
         let op = Op::CreateObject;
-        let floats = demand.private == PrivatePlacement::MoveToNormal
-            && demand.zones.iter().any(|&zone| zone != Zone::Normal);
-        let (mut parts, mut opportune) = (Vec::new(), Vec::new());
-        for (nr, part) in demand.zones.iter().flat_map(|&zone| self.of_zone(zone)) {
-            match floats && part.zone != Zone::Normal {
-                true => opportune.push(nr),
-                false => parts.push((nr, Blocks::default())),
-            }
-        }
-        if floats && !demand.zones.contains(&Zone::Normal) {
-            parts.extend(self.of_zone(Zone::Normal).map(|(nr, _)| (nr, Blocks::default())));
-        }
+        make_room(&mut self.owners, op)?;
+        let (own, opportune) = self.parts_for(demand);
+        let mut parts: Vec<_> = own.into_iter().map(|nr| (nr, Blocks::default())).collect();
         let nr_pages = match demand.promise {
             Promise::None => 0,
             Promise::Kept => {
@@ -109,7 +108,9 @@ impl State {
         let home = parts.iter().find_map(|&(nr, _)| {
             let part = self.parts.get_mut(nr)?;
             let PartState { homes, frames, .. } = part;
-            let home = homes.find(|at| frames.is_whole(at), demand.blocks.pages())?;
+            let nr_pages = demand.blocks.pages();
+            let clean = homes.find(|at| frames.is_clean(at), nr_pages);
+            let home = clean.or_else(|| homes.find(|at| frames.is_whole(at), nr_pages))?;
             Some((nr, home))
         });
         Ok(self.owners.insert(Owner {
@@ -121,6 +122,40 @@ impl State {
             home,
             charged_pages: nr_pages,
         }))
+    }
+
+    /// The parts in which an object is promised folios, in its order, and those beside.
+    fn parts_for(&self, demand: &Demand<'_>) -> (Vec<usize>, Vec<usize>) {
+        let floats = demand.private == PrivatePlacement::MoveToNormal
+            && demand.zones.iter().any(|&zone| zone != Zone::Normal);
+        let (mut own, mut opportune) = (Vec::new(), Vec::new());
+        for (nr, part) in demand.zones.iter().flat_map(|&zone| self.of_zone(zone)) {
+            match floats && part.zone != Zone::Normal {
+                true => opportune.push(nr),
+                false => own.push(nr),
+            }
+        }
+        if floats && !demand.zones.contains(&Zone::Normal) {
+            own.extend(self.of_zone(Zone::Normal).map(|(nr, _)| nr));
+        }
+        (own, opportune)
+    }
+
+    /// A step towards a free block of 1 GiB, for a promise that could not be made. `None` if there is none to be
+    /// had, or if there is not so much memory in all.
+    pub(super) fn gather(&mut self, demand: &Demand<'_>) -> Option<Got> {
+        let (parts, _) = self.parts_for(demand);
+        let can = self.promisable(&parts, FolioSize::Base);
+        if demand.promise == Promise::None || can < demand.blocks.pages() {
+            return None;
+        }
+        parts.into_iter().find_map(|nr| self.parts.get_mut(nr)?.gather())
+    }
+
+    /// How many folios of a size parts can still promise.
+    fn promisable(&self, parts: &[usize], size: FolioSize) -> u64 {
+        let parts = parts.iter().filter_map(|&nr| self.parts.get(nr));
+        parts.map(|it| it.frames.free().promisable(&it.frames.promised(), size)).sum()
     }
 
     fn of_zone(&self, zone: Zone) -> impl Iterator<Item = (usize, &PartState)> {
@@ -161,11 +196,7 @@ impl State {
 
     /// The error that says how much is missing.
     fn cannot_promise(&self, parts: &[usize], wanted: Blocks) -> Error {
-        let can = |size| -> u64 {
-            let parts = parts.iter().filter_map(|&nr| self.parts.get(nr));
-            parts.map(|a| a.frames.free().promisable(&a.frames.promised(), size)).sum()
-        };
-        let [giant, huge, base] = SIZES.map(can);
+        let [giant, huge, base] = SIZES.map(|size| self.promisable(parts, size));
         let missing = wanted.pages().saturating_sub(base);
         Error::new(Op::CreateObject, ErrorKind::Exhausted).because(format!(
             "wanted are {} folios of 1 GiB, {} of 2 MiB and {} of 4 KiB; of one size alone the pool can still \

@@ -130,14 +130,25 @@ impl PartState {
         Some(if bytes == Bytes::Zero { Got::Clean(pfn) } else { Got::Dirty(pfn) })
     }
 
-    /// Takes a block back, out of the hands of somebody who could not scrub it.
+    /// A step towards a free block of 1 GiB that nobody was promised; `None` if there is none to be had.
+    pub(super) fn gather(&mut self) -> Option<Got> {
+        match self.frames.gather() {
+            Taken::ScrubFirst(start) => Some(Got::ScrubFirst(self.pfn(start))),
+            Taken::Wait => Some(Got::Wait),
+            Taken::Clean(_) | Taken::Dirty(_) | Taken::Nothing => None,
+        }
+    }
+
+    /// Takes a block back that is as dirty as it was, out of the hands of somebody who is gone.
     pub(super) fn not_scrubbed(&mut self, start: u64, size: FolioSize) {
         let Self { frames, records, .. } = self;
-        frames.not_scrubbed(start, size, |start| {
-            let record = Record { start, size: FolioSize::Huge2M, state: Use::Quarantined };
-            // Without memory to write it down it is out of use all the same.
-            let _ = records.insert(record);
-        });
+        frames.not_scrubbed(start, size, |start| records.lose(start));
+    }
+
+    /// Takes a block back of which some frame cannot be scrubbed.
+    pub(super) fn cannot_be_scrubbed(&mut self, start: u64, size: FolioSize) {
+        let Self { frames, records, .. } = self;
+        frames.cannot_be_scrubbed(start, size, |start| records.lose(start));
     }
 
     pub(super) fn covers(&self, pfn: Pfn) -> bool {

@@ -28,6 +28,9 @@ pub struct PoolStat {
     pub free: ByteSize,
     /// Holding nothing, and promised to objects.
     pub reserved: ByteSize,
+    /// How much of what was promised is not there any more, because memory failed: so much fails when it is
+    /// taken, whoever comes last. Zero again as soon as as much is given back, or other promises end.
+    pub over_promised: ByteSize,
     /// Holding folios of objects.
     pub used: ByteSize,
     /// Kept out of use, because its state is unknown since a failure.
@@ -222,7 +225,7 @@ impl FolioPool {
         huge: impl Fn(&Arena) -> ByteSize,
     ) -> PoolStat {
         let pages = ByteSize::from_pages;
-        let mut sum = [0; 8];
+        let mut sum = [0; 9];
         let mut largest = 0;
         for part in self.state().parts.iter().filter(|part| counts(part)) {
             let frames = &part.frames;
@@ -234,6 +237,7 @@ impl FolioPool {
                 frames.nr_pages(),
                 free - promised,
                 promised,
+                frames.free().missing(&frames.promised()),
                 used,
                 frames.nr_quarantined(),
                 bad,
@@ -244,11 +248,13 @@ impl FolioPool {
             let order = frames.buddy().largest_order();
             largest = largest.max(order.map_or(0, |order| 1 << order));
         }
-        let [capacity, free, reserved, used, quarantined, poisoned, dirty, metadata] = sum;
+        let [capacity, free, reserved, over_promised, used, quarantined, poisoned, dirty, metadata] =
+            sum;
         PoolStat {
             capacity: pages(capacity),
             free: pages(free),
             reserved: pages(reserved),
+            over_promised: pages(over_promised),
             used: pages(used),
             quarantined: pages(quarantined),
             poisoned: pages(poisoned),
@@ -286,7 +292,8 @@ impl FolioPool {
     /// `BUS_MCEERR_AO` or `BUS_MCEERR_AR`. A frame in use stays in its folio until that comes back, and the page
     /// in it is quarantined, as by [`GuestMemfd::report_memory_failure`](crate::GuestMemfd::report_memory_failure);
     /// the rest of the folio is used again then. Of hugetlb the kernel gives up the whole page, and so do we.
-    /// What was promised and cannot be kept any more fails when it is taken: first come, first served.
+    /// What nobody was promised fails first. What was promised and cannot be kept any more is counted as
+    /// [over-promised](PoolStat::over_promised) from now on, and fails when it is taken: first come, first served.
     ///
     /// # Errors
     /// [`ErrorKind::OutOfRange`] for a frame that the pool does not have; [`ErrorKind::Exhausted`] without host

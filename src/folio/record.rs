@@ -2,6 +2,7 @@
 
 use slab::Slab;
 
+use super::room::make_room;
 use crate::error::{Error, ErrorKind, Op};
 use crate::geometry::{FolioSize, HUGE_ORDER, HUGE_PAGES, index};
 
@@ -63,6 +64,7 @@ impl Records {
     /// [`ErrorKind::Exhausted`] without host memory for it.
     pub(super) fn insert(&mut self, record: Record) -> Result<(), Error> {
         let (place, page) = split(record.start);
+        make_room(&mut self.slab, Op::Allocate)?;
         let key = self.slab.vacant_key();
         let short = u32::try_from(key).ok().filter(|&key| key < u32::MAX);
         let (Some(short), Some(place)) = (short, self.places.get_mut(place)) else {
@@ -85,6 +87,13 @@ impl Records {
         }
         self.slab.insert(record);
         Ok(())
+    }
+
+    /// Writes 2 MiB down as quarantined that were free.
+    pub(super) fn lose(&mut self, start: u64) {
+        let record = Record { start, size: FolioSize::Huge2M, state: Use::Quarantined };
+        // Without memory to write it down it is out of use all the same.
+        let _ = self.insert(record);
     }
 
     /// Forgets the folio that begins at a frame.

@@ -63,15 +63,34 @@ impl FolioPool {
                 .because("the account is with another pool"));
         }
         self.dedication().occupy()?;
-        let mut outcome = self.state().reserve(&demand);
-        // What waits for a scrub is free, but in the pieces in which it came back.
-        let is_short = matches!(&outcome, Err(error) if error.kind() == ErrorKind::Exhausted);
-        if is_short && self.scrub_all() > 0 {
-            outcome = self.state().reserve(&demand);
-        }
+        // Folios of 1 GiB may be there in pieces: what came back in pieces is scrubbed in pieces.
+        let mut steps = wanted.blocks.giant.saturating_mul(MOST_STEPS);
+        let outcome = loop {
+            let mut state = self.state();
+            let outcome = state.reserve(&demand);
+            let is_short = matches!(&outcome, Err(error) if error.kind() == ErrorKind::Exhausted);
+            let left = steps.checked_sub(1).filter(|_| is_short);
+            match left.and_then(|_| state.gather(&demand)) {
+                Some(Got::ScrubFirst(pfn)) => {
+                    drop(state);
+                    self.scrub_in_hands(pfn, FolioSize::Huge2M);
+                }
+                Some(_) => drop(self.wait_for_scrub(state)),
+                None => break outcome,
+            }
+            steps = left.unwrap_or_default();
+        };
         let key = outcome.inspect_err(|_| self.dedication().vacate())?;
         Ok(Reservation { pool: self.clone(), key, _account: wanted.account })
     }
+}
+
+/// So many pieces are scrubbed for a folio of 1 GiB, which has half as many, before somebody gives up.
+const MOST_STEPS: u64 = 2 * FolioSize::Huge1G.nr_pages() / FolioSize::Huge2M.nr_pages();
+
+fn no_end() -> Error {
+    Error::new(Op::Allocate, ErrorKind::Exhausted)
+        .because("others take the pieces of every folio of 1 GiB as fast as they are scrubbed")
 }
 
 impl Reservation {
@@ -118,19 +137,10 @@ impl Reservation {
         size: FolioSize,
         mut take: impl FnMut(&mut State) -> Result<Got, Error>,
     ) -> Result<Pfn, Error> {
-        let mut is_last = size != FolioSize::Huge1G;
+        let mut steps = MOST_STEPS;
         loop {
             let mut state = self.pool.state();
-            let got = match take(&mut state) {
-                // It may be there in dirty pieces.
-                Err(error) if !is_last && error.kind() == ErrorKind::Exhausted => {
-                    drop(state);
-                    is_last = true;
-                    self.pool.scrub_all();
-                    continue;
-                }
-                got => got?,
-            };
+            let got = take(&mut state)?;
             match got {
                 Got::Clean(pfn) => {
                     let is_short = state.is_short_of_clean();
@@ -147,6 +157,11 @@ impl Reservation {
                 Got::ScrubFirst(pfn) => {
                     drop(state);
                     self.pool.scrub_in_hands(pfn, FolioSize::Huge2M);
+                    // Who wants a piece was served meanwhile, or it is out of use: this ends. Who wants all the
+                    // pieces of 1 GiB can be kept from that for ever.
+                    if size == FolioSize::Huge1G {
+                        steps = steps.checked_sub(1).ok_or_else(no_end)?;
+                    }
                 }
                 Got::Wait => drop(self.pool.wait_for_scrub(state)),
             }

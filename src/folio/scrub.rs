@@ -16,7 +16,7 @@ use crate::range::PfnRange;
 use crate::state::{Flaw, seeded};
 use crate::sync::{MutexGuard, is_over};
 
-/// A dirty block that nobody else reaches; dirty again unless it was scrubbed before this is dropped.
+/// A dirty block that nobody else reaches; dirty again if nobody has come to a result before this is dropped.
 struct InHands<'a> {
     pool: &'a FolioPool,
     pfn: Pfn,
@@ -27,6 +27,8 @@ struct InHands<'a> {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Outcome {
     Scrubbed,
+    /// Memory of it is gone, for all that is known.
+    Failed,
     Dirty,
 }
 
@@ -42,14 +44,16 @@ impl Drop for InHands<'_> {
         match self.outcome {
             Outcome::Dirty if seeded(Flaw::KeepsWhatWasNotScrubbed) => {}
             Outcome::Scrubbed => state.scrubbed(self.pfn, self.size),
+            Outcome::Failed => state.cannot_be_scrubbed(self.pfn, self.size),
             Outcome::Dirty => state.not_scrubbed(self.pfn, self.size),
         }
         drop(state);
         if !seeded(Flaw::WakesBeforeItIsBack) {
             self.pool.returned().wake_all();
         }
-        if self.outcome == Outcome::Dirty {
-            // Whoever had it in hands may be no scrubber, or one that is about to end.
+        if self.outcome != Outcome::Scrubbed {
+            // It may be there again, as it was or in pieces, and who had it in hands be no scrubber, or one that is
+            // about to end.
             self.pool.wake_scrubbers();
         }
     }
@@ -82,31 +86,27 @@ impl FolioPool {
         next.map(|(pfn, size)| drop(InHands { pool: self, pfn, size, outcome })).is_some()
     }
 
-    /// Scrubs a block that the caller has taken out of the state, and gives it back there.
-    pub(super) fn scrub_in_hands(&self, pfn: Pfn, size: FolioSize) -> Option<ByteSize> {
+    /// Scrubs a block that the caller has taken out of the state, and gives it back there, clean or quarantined;
+    /// one of 1 GiB that cannot be scrubbed in pieces that wait. Says how many bytes are clean now.
+    pub(super) fn scrub_in_hands(&self, pfn: Pfn, size: FolioSize) -> u64 {
         let mut block = InHands { pool: self, pfn, size, outcome: Outcome::Dirty };
         panics(FailPoint::ScrubPanic);
-        self.scrub_frames(pfn, size).ok()?;
-        block.outcome = Outcome::Scrubbed;
-        Some(size.bytes())
+        match self.scrub_frames(pfn, size) {
+            Ok(()) => block.outcome = Outcome::Scrubbed,
+            Err(_) => block.outcome = Outcome::Failed,
+        }
+        if block.outcome == Outcome::Scrubbed { size.bytes().get() } else { 0 }
     }
 
-    /// Scrubs all that waits for it; says how many bytes that was. There is no need to, but that the next one
-    /// who takes a folio finds it clean.
+    /// Scrubs all that waits for it; says how many bytes are clean now. There is no need to, but that the next
+    /// one who takes a folio finds it clean. What cannot be scrubbed is [quarantined](super::PoolStat::quarantined).
     pub fn scrub(&self) -> ByteSize {
         ByteSize::from_bytes(self.scrub_all())
     }
 
     pub(super) fn scrub_all(&self) -> u64 {
-        let mut bytes = 0;
-        loop {
-            let next = self.state().next_dirty();
-            let Some((pfn, size)) = next else { return bytes };
-            match self.scrub_in_hands(pfn, size) {
-                Some(done) => bytes += done.get(),
-                None => return bytes,
-            }
-        }
+        let next = || self.state().next_dirty();
+        std::iter::from_fn(next).map(|(pfn, size)| self.scrub_in_hands(pfn, size)).sum()
     }
 
     /// Sleeps until somebody has given back what he scrubbed.
@@ -122,8 +122,11 @@ impl FolioPool {
     }
 
     /// Starts a thread that cleans folios of 2 MiB and more when they come back, as long as less than
-    /// `keep_clean` bytes of such folios are clean; the others wait until they are needed. It ends at a scrub
-    /// that fails, which only memory that is gone can cause: see [`Scrubber::is_alive`].
+    /// `keep_clean` bytes of such folios are clean; the others wait until they are needed. What it cannot scrub,
+    /// since the memory is gone, it [quarantines](super::PoolStat::quarantined), and goes on.
+    ///
+    /// An object that touches again what it has punched gets the same frames, so that it stays one run, and scrubs
+    /// them itself if they wait still. If that is to be rare, let more be kept clean than is free.
     ///
     /// # Errors
     /// [`ErrorKind::Os`] if the host gives no thread.
@@ -169,7 +172,7 @@ pub struct Scrubber {
 }
 
 impl Scrubber {
-    /// Whether the thread is at work still; it is unless it died.
+    /// Whether the thread is at work still; it is unless it died in a panic.
     pub fn is_alive(&self) -> bool {
         self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
     }
@@ -194,9 +197,7 @@ pub(super) struct Running {
 impl Running {
     pub(super) fn clean(&mut self) {
         while let Some((pfn, size)) = self.next() {
-            if self.pool.scrub_in_hands(pfn, size).is_none() {
-                return;
-            }
+            self.pool.scrub_in_hands(pfn, size);
         }
     }
 

@@ -136,6 +136,16 @@ impl State {
             let pfn = part.pfn(start);
             return Ok(if bytes == Bytes::Zero { Got::Clean(pfn) } else { Got::Dirty(pfn) });
         }
+        // What was promised is there in one piece.
+        if size == FolioSize::Huge1G && !waits && owner.promise == Promise::None {
+            let may = |part: &PartState| side == Side::SharedOnly || part.zone == Zone::Normal;
+            let mut parts = owner.left.iter().map(|&(nr, _)| nr);
+            let gathered =
+                parts.find_map(|nr| self.parts.get_mut(nr).filter(|part| may(part))?.gather());
+            if let Some(got) = gathered {
+                return Ok(got);
+            }
+        }
         match waits {
             true => Ok(Got::Wait),
             false if outside => Err(Error::new(Op::Allocate, ErrorKind::Unsupported)
@@ -210,9 +220,12 @@ impl State {
                 None => {}
             }
         }
-        match waits {
-            true => Ok(Got::Wait),
-            false => Err(Error::new(Op::Migrate, ErrorKind::Exhausted)
+        let gathers = size == FolioSize::Huge1G && !waits;
+        let mut parts = self.parts.iter_mut().filter(|part| gathers && part.zone == zone);
+        match parts.find_map(PartState::gather) {
+            Some(got) => Ok(got),
+            None if waits => Ok(Got::Wait),
+            None => Err(Error::new(Op::Migrate, ErrorKind::Exhausted)
                 .because(format!("nothing in zone {zone} that nobody was promised"))),
         }
     }
@@ -364,6 +377,13 @@ impl State {
     pub(super) fn not_scrubbed(&mut self, pfn: Pfn, size: FolioSize) {
         if let Some((_, part)) = part_of(&mut self.parts, pfn) {
             part.not_scrubbed(pfn.get() - part.start, size);
+        }
+    }
+
+    /// Takes a block back of which some frame cannot be scrubbed.
+    pub(super) fn cannot_be_scrubbed(&mut self, pfn: Pfn, size: FolioSize) {
+        if let Some((_, part)) = part_of(&mut self.parts, pfn) {
+            part.cannot_be_scrubbed(pfn.get() - part.start, size);
         }
     }
 

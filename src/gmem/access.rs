@@ -234,7 +234,7 @@ impl Inner {
 
 /// Adds the page to the error of an access to memory that is gone.
 #[cold]
-fn failed_at(error: Error, at: Offset) -> Error {
+pub(super) fn failed_at(error: Error, at: Offset) -> Error {
     match error.kind() {
         ErrorKind::MemoryFailure => error.at(at.pgoff().offset(), Found::Failed),
         _ => error,

@@ -1,6 +1,6 @@
 //! Collapse: the kernel is asked to make huge pages of folios where it has none.
 
-use super::layout::Layout;
+use super::layout::{HidesIfPanicking, Layout};
 use super::object::{GuestMemfd, Inner};
 use crate::addr::{ByteSize, Pfn};
 use crate::error::{Error, Op};
@@ -56,6 +56,8 @@ impl Inner {
     fn collapse_folio(&self, layout: &Layout, slot: &Slot, pfn: Pfn) -> Result<(), Error> {
         let (op, pages) = (Op::Collapse, slot.pages());
         with_reader(|reader| {
+            // Before the freeze, so that it outlives that and finds out what is quarantined.
+            let _hidden = HidesIfPanicking { object: self, layout };
             let frozen = self
                 .tree
                 .freeze(reader, &[pages], Wanted::All, &Wait::never())

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::num::NonZeroU32;
 use std::ops::Deref;
+use std::sync::{RwLockReadGuard, RwLockWriteGuard};
 
 use super::layout::{HidesIfPanicking, Layout};
 use super::object::{GuestMemfd, Inner, Sides};
@@ -133,22 +134,29 @@ impl GuestMemfd {
         let ranges = ascending(op, ranges)?;
         loop {
             if to == Visibility::Private {
-                object.place_private(op, &ranges, &options.wait)?;
+                let placed = object.place_private(op, &ranges, &options.wait);
+                placed.inspect_err(|_| object.fence_rest_of_failed())?;
             }
             match with_reader(|reader| object.convert(reader, op, &ranges, to, options)) {
                 // Whoever has punched and touched it in between has made progress.
                 Err(error) if to == Visibility::Private && object.is_displaced(&error) => {}
-                outcome => return outcome,
+                outcome => return outcome.inspect_err(|_| object.fence_rest_of_failed()),
             }
         }
     }
 }
 
 /// The ranges as runs that neither overlap nor touch, in ascending order.
+#[inline]
 fn ascending(op: Op, ranges: &[PgoffRange]) -> Result<Cow<'_, [PgoffRange]>, Error> {
-    if ranges.windows(2).all(|pair| matches!(pair, [one, next] if one.end() < next.start())) {
-        return Ok(Cow::Borrowed(ranges));
+    let are_apart = |pair: &[PgoffRange]| matches!(pair, [one, next] if one.end() < next.start());
+    match ranges.len() < 2 || ranges.windows(2).all(are_apart) {
+        true => Ok(Cow::Borrowed(ranges)),
+        false => Ok(Cow::Owned(sorted(op, ranges)?)),
     }
+}
+
+fn sorted(op: Op, ranges: &[PgoffRange]) -> Result<Vec<PgoffRange>, Error> {
     let mut sorted: Vec<PgoffRange> = Vec::new();
     if fails(FailPoint::Memory) || sorted.try_reserve_exact(ranges.len()).is_err() {
         return Err(Error::new(op, ErrorKind::Exhausted));
@@ -162,7 +170,7 @@ fn ascending(op: Op, ranges: &[PgoffRange]) -> Result<Cow<'_, [PgoffRange]>, Err
         }
         None => false,
     });
-    Ok(Cow::Owned(sorted))
+    Ok(sorted)
 }
 
 impl Inner {
@@ -189,15 +197,7 @@ impl Inner {
             return Ok(Conversion::default());
         }
         let changed_pages = frozen.runs().iter().map(PgoffRange::nr_pages).sum();
-        // Where views only know huge pages, a neighbour's visibility matters as well: one at a time.
-        let outcome = match self.reservation.pool().view_granule() {
-            FolioSize::Huge2M | FolioSize::Huge1G => {
-                self.convert_frozen(reader, op, frozen, to, options, || self.layout.write())
-            }
-            FolioSize::Base => {
-                self.convert_frozen(reader, op, frozen, to, options, || self.layout.read())
-            }
-        };
+        let outcome = self.convert_frozen(reader, op, frozen, to, options.content);
         let over = |error: Error| match ranges {
             [range] => error.on(*range),
             _ => error,
@@ -239,40 +239,46 @@ impl Inner {
     }
 
     /// Does with the frozen pages what a conversion does. Whatever fails, they are thawed.
-    fn convert_frozen<L: Deref<Target = Layout>>(
+    fn convert_frozen(
         &self,
         reader: &Reader,
         op: Op,
         frozen: Frozen<'_>,
         to: Visibility,
-        options: &ConvertOptions,
-        lock: impl Fn() -> L,
+        content: ContentPolicy,
     ) -> Result<(), Error> {
-        let layout = match self.locked_for(op, frozen.runs(), to, lock) {
+        let layout = match self.locked_for(op, frozen.runs(), to) {
             Ok(layout) => layout,
             Err(error) => {
                 frozen.thaw();
                 return Err(error);
             }
         };
+        if let Err(error) = self.check_not_failed(op, &layout, frozen.runs()) {
+            frozen.thaw();
+            return Err(error);
+        }
         let _hidden = HidesIfPanicking { object: self, layout: &layout };
         match to {
-            Visibility::Private => self.make_private(reader, op, &layout, frozen, options.content),
-            Visibility::Shared => self.make_shared(reader, op, &layout, frozen, options.content),
+            Visibility::Private => self.make_private(reader, op, &layout, frozen, content),
+            Visibility::Shared => self.make_shared(reader, op, &layout, frozen, content),
         }
     }
 
     /// Locks the layout. If pages are to be shared and a view is there to show them, they have folios
     /// by then: this is the last moment at which finding one may fail.
-    fn locked_for<L: Deref<Target = Layout>>(
+    fn locked_for(
         &self,
         op: Op,
         pages: &[PgoffRange],
         to: Visibility,
-        lock: impl Fn() -> L,
-    ) -> Result<L, Error> {
+    ) -> Result<Locked<'_>, Error> {
         loop {
-            let layout = lock();
+            let layout = match self.arena.view_granule() {
+                FolioSize::Base => Locked::ForReading(self.layout.read()),
+                // Where views only know huge pages, a neighbour's visibility matters as well: one at a time.
+                FolioSize::Huge2M | FolioSize::Huge1G => Locked::ForWriting(self.layout.write()),
+            };
             if to == Visibility::Private || layout.views.is_empty() {
                 return Ok(layout);
             }
@@ -337,7 +343,7 @@ impl Inner {
             Ok(Settled::Yes) => self.grant_as(layout, Visibility::Private, frozen.runs()),
             Ok(Settled::No) => {}
             Err(_) => {
-                frozen.runs().iter().for_each(|&run| self.show(layout, run, &[]));
+                self.show(layout, frozen.runs(), &[]);
                 self.grant_again(layout, frozen.runs());
             }
         }
@@ -367,9 +373,7 @@ impl Inner {
             Ok(Settled::Yes) => {
                 // Before the words are published: afterwards another conversion could hide the pages,
                 // and they would be shown after that.
-                for &run in frozen.runs() {
-                    self.show(layout, run, frozen.runs());
-                }
+                self.show(layout, frozen.runs(), frozen.runs());
                 self.grant_as(layout, Visibility::Shared, frozen.runs());
                 // Without the barrier blocks stay split, and that is all.
                 if frozen.could_merge() {
@@ -419,6 +423,23 @@ impl Inner {
             }
         };
         if done.is_ok() { Settled::Yes } else { Settled::No }
+    }
+}
+
+/// The layout, locked as a conversion needs it.
+enum Locked<'a> {
+    ForReading(RwLockReadGuard<'a, Layout>),
+    ForWriting(RwLockWriteGuard<'a, Layout>),
+}
+
+impl Deref for Locked<'_> {
+    type Target = Layout;
+
+    fn deref(&self) -> &Layout {
+        match self {
+            Self::ForReading(layout) => layout,
+            Self::ForWriting(layout) => layout,
+        }
     }
 }
 

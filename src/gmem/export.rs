@@ -2,6 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 
+use super::layout::Exported;
 use super::object::{GuestMemfd, Inner};
 use super::pin::{OwnerTag, PinGuard, PinMode};
 use crate::addr::ByteSize;
@@ -69,7 +70,7 @@ impl GuestMemfd {
         let runs = object.file_runs(range)?;
         // From here on the file is out.
         object.reservation.spend().map_err(|error| error.on(range))?;
-        let key = object.layout.write().exports.insert(range);
+        let key = object.layout.write().exports.insert(Exported { pages: range, owner });
         Ok(Export { pin, runs, key })
     }
 }

@@ -2,11 +2,12 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 
+use super::access::failed_at;
 use super::host_view::HostView;
 use super::object::{GuestMemfd, Inner};
 use super::pin::{OwnerTag, PinMode};
-use crate::addr::{ByteSize, Offset};
-use crate::error::{Error, ErrorKind, Op};
+use crate::addr::{ByteSize, Offset, Pgoff};
+use crate::error::{Errno, Error, ErrorKind, Op};
 use crate::failpoint::{FailPoint, fails};
 use crate::folio::Behind;
 use crate::geometry::index;
@@ -84,7 +85,7 @@ impl GuestMemfd {
     /// # Errors
     /// [`ErrorKind::OutOfRange`], [`ErrorKind::Overflow`], and those of [`pin`](Self::pin) and
     /// [`allocate`](Self::allocate); nothing has been read then. What the file answers after that is in
-    /// [`Transfer::stopped`].
+    /// [`Transfer::stopped`], and [`ErrorKind::MemoryFailure`], with the page, if the memory is not there any more.
     pub fn read_from_file(
         &self,
         file: impl AsFd,
@@ -205,8 +206,24 @@ impl Inner {
             }
         };
         moved.map_err(|errno| {
-            Error::new(op, ErrorKind::Os).errno_is(errno).because(direction.call())
+            // EFAULT says private, and that is what none of it is.
+            let lost = (errno == Errno::EFAULT).then(|| self.first_lost(op, at, len)).flatten();
+            lost.unwrap_or_else(|| {
+                Error::new(op, ErrorKind::Os).errno_is(errno).because(direction.call())
+            })
         })
+    }
+
+    /// Why the first page of the bytes whose memory is gone cannot be read.
+    #[cold]
+    fn first_lost(&self, op: Op, at: Offset, len: usize) -> Option<Error> {
+        let pages = self.pages_of(op, at, len).ok()??;
+        let failed = |page: Pgoff| {
+            let place = self.frames.frame(page)?.pa();
+            let error = self.arena.read(place, &mut [0]).err()?;
+            Some(failed_at(error.of(op), page.offset()))
+        };
+        pages.iter().find_map(failed)
     }
 
     /// Goes through the bytes piece by piece: what is behind each (the frames, how many bytes to skip in them, and

@@ -1,11 +1,12 @@
 //! The door for hypervisors: where a guest sees the object, and what happens when it touches a page
 //! that its stage 2 does not have yet.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::any::Any;
+use std::panic::resume_unwind;
 use std::sync::Weak;
 
 use super::layout::{Binding, Layout};
-use super::object::GuestMemfd;
+use super::object::{GuestMemfd, Inner};
 use crate::addr::{Gfn, Pgoff};
 use crate::error::{Errno, Error, ErrorKind, Found, Op};
 use crate::range::{GfnRange, PgoffRange};
@@ -16,9 +17,20 @@ use crate::state::{Phase, Visibility};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BindingId(usize);
 
+/// A binding has ended.
+#[must_use = "somebody may have panicked on the way"]
+pub(crate) struct Unbound(Result<(), Box<dyn Any + Send>>);
+
+impl Unbound {
+    /// Goes on with the panic, if there was one.
+    pub(crate) fn settle(self) {
+        self.0.unwrap_or_else(|panic| resume_unwind(panic));
+    }
+}
+
 impl GuestMemfd {
     /// Makes the pages visible to a guest at `gfn`. A page is bound once at most, and all bindings
-    /// of an object are one machine's, as with the kernel's guest_memfd.
+    /// of an object are one machine's, as with the kernel's guest_memfd. If a subscriber panics they are not bound.
     pub(crate) fn bind(
         &self,
         vm: Weak<dyn Stage2>,
@@ -29,7 +41,7 @@ impl GuestMemfd {
         self.0.check_range(op, pages)?;
         GfnRange::new(gfn, pages.nr_pages()).map_err(|error| error.of(op).on(pages))?;
         let object = &*self.0;
-        let mut layout = object.layout.write();
+        let layout = &mut *object.layout.write();
         let exists = |why| Err(Error::new(op, ErrorKind::Exists).on(pages).because(why));
         let taken = layout.bindings.iter().any(|(_, b)| b.pages.intersection(&pages).is_some());
         if taken {
@@ -42,42 +54,39 @@ impl GuestMemfd {
                 .map_err(|error| error.errno_is(Errno::EINVAL));
         }
         // Subscribers are to find the pages at other places.
-        object.take_back(op, &layout, &[pages]).map_err(|error| error.on(pages))?;
+        object.take_back_thawed(op, layout, &[pages]).map_err(|error| error.on(pages))?;
         layout.vm = Some(vm);
-        let id = layout.bindings.insert(Binding { pages, gfn });
-        object.grant_again(&layout, &[pages]);
-        Ok(BindingId(id))
+        let id = BindingId(layout.bindings.insert(Binding { pages, gfn }));
+        if let Err(panic) = object.grant_to_each(layout, &[pages]) {
+            // Nobody would know of the binding. Should another one panic as well, the first is told.
+            let _ = object.end_binding(layout, id);
+            resume_unwind(panic);
+        }
+        Ok(id)
     }
 
-    /// Ends a binding. The hypervisor has given the memory back before.
+    /// Ends a binding, which nobody can refuse: a subscriber that does not let go is cut off, or lost. The
+    /// hypervisor has given the memory back before.
     pub(crate) fn unbind(&self, id: BindingId) {
-        let mut layout = self.0.layout.write();
-        let pages = layout.bindings.get(id.0).map(|binding| binding.pages);
-        // A subscriber that refuses goes on with the places that it knows, which does no harm: the pages are
-        // as much its to see as before. Neither does one that panics, as long as it does not end a drop.
-        let retold = pages.filter(|_| !layout.subscribers.is_empty()).filter(|&pages| {
-            let take_back = || self.0.take_back(Op::BindSlot, &layout, &[pages]).is_ok();
-            catch_unwind(AssertUnwindSafe(take_back)).unwrap_or(false)
-        });
-        remove(&mut layout, id);
-        if let Some(pages) = retold {
-            let grant = || self.0.grant_again(&layout, &[pages]);
-            let _ = catch_unwind(AssertUnwindSafe(grant));
-        }
+        let layout = &mut *self.0.layout.write();
+        // A subscriber that panics when it is given the pages goes without: this may be the end of a drop.
+        let _ = self.0.end_binding(layout, id);
     }
 
     /// Ends a binding while the guest runs, if the hypervisor takes the pages back from it.
     ///
-    /// No fault of the guest is resolved meanwhile, and none finds the binding afterwards.
-    pub(crate) fn unbind_live(&self, id: BindingId) -> Result<(), Error> {
+    /// No fault of the guest is resolved meanwhile, and none finds the binding afterwards. If a subscriber panics
+    /// when it is given the pages at no place, the caller has that panic to go on with when it has settled its own
+    /// things; with any other panic the binding stands.
+    pub(crate) fn unbind_live(&self, id: BindingId) -> Result<Unbound, Error> {
         let (op, object) = (Op::UnbindSlot, &*self.0);
         let layout = &mut *object.layout.write();
         let Some(pages) = layout.bindings.get(id.0).map(|binding| binding.pages) else {
-            return Ok(());
+            return Ok(Unbound(Ok(())));
         };
         let guest = object.guest_runs(op, layout, &[pages])?;
         // Subscribers are to find the pages at no place any more.
-        object.take_back(op, layout, &[pages]).map_err(|error| error.on(pages))?;
+        object.take_back_thawed(op, layout, &[pages]).map_err(|error| error.on(pages))?;
         let outcome = match layout.hypervisor() {
             Some(hypervisor) => {
                 let reclaimed = hypervisor.reclaim(&guest);
@@ -85,12 +94,18 @@ impl GuestMemfd {
             }
             None => Ok(()),
         };
-        if outcome.is_ok() {
-            remove(layout, id);
+        let refused =
+            |errno| Error::new(op, ErrorKind::HypervisorRefused).errno_is(errno).on(pages);
+        match outcome {
+            Ok(()) => {
+                remove(layout, id);
+                Ok(Unbound(object.grant_to_each(layout, &[pages])))
+            }
+            Err(errno) => {
+                object.grant_to_each(layout, &[pages]).unwrap_or_else(|panic| resume_unwind(panic));
+                Err(refused(errno))
+            }
         }
-        object.grant_again(layout, &[pages]);
-        outcome
-            .map_err(|errno| Error::new(op, ErrorKind::HypervisorRefused).errno_is(errno).on(pages))
     }
 
     /// Resolves a guest's fault on a bound page: gives it a folio, and gives it to the guest if it is
@@ -120,6 +135,21 @@ impl GuestMemfd {
             })?;
         }
         Ok(Visibility::Private)
+    }
+}
+
+impl Inner {
+    /// Takes the places of a binding from each subscriber before they are nobody's: afterwards it would be asked for the
+    /// pages, but never for these.
+    fn end_binding(&self, layout: &mut Layout, id: BindingId) -> Result<(), Box<dyn Any + Send>> {
+        let Some(pages) = layout.bindings.get(id.0).map(|binding| binding.pages) else {
+            return Ok(());
+        };
+        for (_, hand_out) in &layout.subscribers {
+            self.part_from(layout, hand_out, pages);
+        }
+        remove(layout, id);
+        self.grant_to_each(layout, &[pages])
     }
 }
 

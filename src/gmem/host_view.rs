@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::layout::granules;
 use super::object::{GuestMemfd, Inner};
-use super::view_map::{NotInstalled, ViewMap};
+use super::view_map::ViewMap;
 use super::view_options::{ViewOptions, ViewPath};
 use crate::addr::{Access, ByteSize, Hva, Offset, Pgoff};
 use crate::error::{Error, ErrorKind, Found, Op};
@@ -21,7 +21,7 @@ use crate::state::{Phase, Visibility};
 /// Raw pointers into it are the caller's affair: they are valid addresses as long as the view lives,
 /// and a touch of private or absent memory is a `SIGBUS` (`BUS_ADRERR`, exact address), which kills
 /// the process unless somebody handles it ([`SigbusHandler::decide_by`]); in the moment in which a folio
-/// [moves](GuestMemfd::migrate) it is a `SIGSEGV` (`SEGV_ACCERR`), which goes the same way. System calls on such
+/// comes there, new or [moved](GuestMemfd::migrate), it is a `SIGSEGV` (`SEGV_ACCERR`), which goes the same way. System calls on such
 /// memory get `EFAULT`. Children of a fork do not inherit the mapping.
 #[derive(Debug)]
 pub struct HostView {
@@ -68,8 +68,8 @@ impl GuestMemfd {
         let map = Arc::new(map);
         object.populate_shared(Op::MapView, &mut layout, object.pages)?;
         for (pages, frames) in object.frames.folios(object.pages) {
-            // Nobody knows its address yet, and if it fails it goes again.
-            map.install(object, pages, frames.start()).map_err(NotInstalled::into_error)?;
+            // If it fails, the view goes again.
+            map.install(object, pages, frames.start())?;
         }
         let key = layout.views.insert(Arc::clone(&map));
         object.show_shared(&layout, object.pages);
@@ -166,7 +166,9 @@ impl HostView {
         self.memfd.pool().view_granule()
     }
 
-    /// Whether raw pointers can touch all of the range, at this moment. A pin makes the moment last.
+    /// Whether raw pointers can touch all of the range, at this moment. A pin makes the moment last: one of all the
+    /// [granules](Self::granule) that the range is in. Of a page alone that is not enough on hugetlb, where a neighbour that
+    /// turns private takes it out of the view.
     ///
     /// # Errors
     /// [`ErrorKind::OutOfRange`]; [`ErrorKind::NotShared`] with the first private page;
@@ -245,7 +247,7 @@ impl HostView {
     }
 
     /// A raw pointer to `len` bytes of the object; `None` if they are not all inside. Whether they
-    /// can be touched is for the caller to know: see [`GuestMemfd::pin`].
+    /// can be touched is for the caller to know: see [`GuestMemfd::pin`] and [`check_mapped`](Self::check_mapped).
     pub fn pointer(&self, at: Offset, len: ByteSize) -> Option<std::ptr::NonNull<u8>> {
         let end = at.checked_add(len)?;
         if end.get() > self.size().get() {
@@ -255,10 +257,21 @@ impl HostView {
         std::ptr::NonNull::new(base.wrapping_add(usize::try_from(at.get()).ok()?))
     }
 
-    /// Whether all of the pages are mapped now. If they are pinned they stay so.
+    /// Whether all of the pages are mapped now. If they are pinned, and whole granules, they stay so.
     #[cfg_attr(not(feature = "vm-memory"), expect(dead_code, reason = "for the adapter"))]
     pub(crate) fn shows(&self, pages: PgoffRange) -> bool {
         self.map.first_hidden(pages).is_none()
+    }
+
+    /// Maps pages that are pinned and not [mapped](Self::shows): the kernel may have had no room, or no memory for what
+    /// somebody has taken, when they turned shared.
+    #[cfg_attr(not(feature = "vm-memory"), expect(dead_code, reason = "for the adapter"))]
+    pub(crate) fn show_again(&self, pages: PgoffRange) -> Result<(), Error> {
+        if !self.shows(pages) {
+            let object = &*self.memfd.0;
+            object.show_shared(&object.layout.write(), pages);
+        }
+        self.check_mapped(pages)
     }
 
     /// Copies bytes out of shared memory; as [`GuestMemfd::read`].

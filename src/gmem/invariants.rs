@@ -2,8 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use super::object::GuestMemfd;
+use super::layout::Layout;
+use super::object::{GuestMemfd, Inner};
+use super::pin::OwnerTag;
+use super::shown::{next_run, part};
 use crate::addr::{Pfn, Pgoff};
+use crate::os::maps::Maps;
 use crate::range::{PfnRange, PgoffRange};
 use crate::state::{Phase, Visibility, Word};
 
@@ -25,8 +29,9 @@ impl GuestMemfd {
             let folios = PgoffRange::single(page).map(|page| object.frames.folios(page));
             folios.is_ok_and(|mut folios| folios.any(|(_, frames)| !is_sound(frames)))
         };
+        let pins = object.ledger.held();
         let mut held: BTreeMap<Pgoff, u32> = BTreeMap::new();
-        for page in object.ledger.held().iter().flat_map(|range| range.iter()) {
+        for page in pins.iter().flat_map(|(range, _)| range.iter()) {
             *held.entry(page).or_default() += 1;
         }
         for &(page, word) in &words {
@@ -35,13 +40,15 @@ impl GuestMemfd {
             if counted != written {
                 say(page, format!("{counted} pins counted, {written} written down"));
             }
-            if counted > 0 && !word.is_open() {
+            // Who had it when it failed may have it still.
+            if counted > 0 && !word.is_open() && !has_failed(page) {
                 say(page, format!("pinned though it is {word:?}"));
             }
             if word.phase() != Phase::Settled && !has_failed(page) {
                 say(page, format!("not settled: {word:?}"));
             }
         }
+        unpinned_exports(object, &layout, pins, &mut say);
         if let Some(page) = object.frames.contradiction() {
             say(
                 page,
@@ -75,14 +82,23 @@ impl GuestMemfd {
                 if *is_shown && word.visibility() == Visibility::Private {
                     say(page, String::from("private and mapped in a view"));
                 }
+                // Until the next look at it who has it pinned has it there.
+                let is_left = || layout.failed.iter().any(|failed| failed.has(page));
+                if *is_shown && word.phase() == Phase::Quarantined && !is_left() {
+                    say(page, String::from("quarantined and mapped in a view"));
+                }
                 let may_be_untouched = *is_shown && view.is_faulted_in(&shown, page);
-                if *is_shown != present && !may_be_untouched {
+                // The kernel has taken it out by itself, if it knows.
+                if *is_shown != present && !may_be_untouched && !has_failed(page) {
                     say(page, format!("mapped in a view: we say {is_shown}, the kernel {present}"));
                 }
                 if *is_shown && object.frames.frame(page).is_none() {
                     say(page, String::from("mapped in a view with nothing behind"));
                 }
             }
+        }
+        if !layout.views.is_empty() {
+            misplaced(object, &layout, &mut say);
         }
     }
 
@@ -115,5 +131,119 @@ impl GuestMemfd {
             }
         }
         bytes
+    }
+}
+
+/// What another process has mapped has a pin of its own, or it could be converted. A pin that was taken for
+/// another reason may end before.
+fn unpinned_exports(
+    object: &Inner,
+    layout: &Layout,
+    mut pins: Vec<(PgoffRange, OwnerTag)>,
+    say: &mut impl FnMut(Pgoff, String),
+) {
+    for (_, export) in &layout.exports {
+        match pins.iter().position(|&pin| pin == (export.pages, export.owner)) {
+            Some(place) => drop(pins.swap_remove(place)),
+            None => {
+                let name = object.ledger.name_of(export.owner);
+                let name = name.as_deref().unwrap_or("nobody we know");
+                say(export.pages.start(), format!("exported by {name}, without a pin"));
+            }
+        }
+    }
+}
+
+/// Who touches a page of a view finds the frame that the object has there.
+fn misplaced(object: &Inner, layout: &Layout, say: &mut impl FnMut(Pgoff, String)) {
+    let maps = match Maps::read() {
+        Ok(maps) => maps,
+        Err(error) => return say(Pgoff::new(0), format!("no look at the mappings: {error}")),
+    };
+    for (_, view) in &layout.views {
+        let shown = view.shown();
+        for (pages, frames) in object.frames.resident(object.pages) {
+            let mut from = pages.start();
+            while let Some(run) = next_run(&shown.pages, from, pages.end(), true) {
+                from = run.end();
+                let Some(frames) = part(pages, frames, run) else { continue };
+                match view.misplaced(&maps, run, frames) {
+                    Ok(None) => {}
+                    Ok(Some(page)) => {
+                        say(page, String::from("a view maps something else there"));
+                    }
+                    Err(error) => say(run.start(), format!("no look at its file: {error}")),
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::layout::Exported;
+    use super::*;
+    use crate::addr::ByteSize;
+    use crate::backing::{ArenaBacking, PartSpec};
+    use crate::folio::{FolioPool, Zone};
+    use crate::gmem::PinMode;
+    use crate::state::{Wait, Wanted, with_reader};
+
+    #[test]
+    fn a_quarantined_page_that_a_view_shows_is_found() {
+        let part = PartSpec::new([ArenaBacking::Memfd], ByteSize::from_mib(2));
+        let pool = FolioPool::builder().part(part, Zone::Normal).create().unwrap();
+        let builder = GuestMemfd::builder(ByteSize::from_mib(2)).initial(Visibility::Shared);
+        let memfd = builder.create(&pool).unwrap();
+        let _view = memfd.map_view().unwrap();
+        memfd.allocate(memfd.pages()).unwrap();
+        let found = || {
+            let mut findings = Vec::new();
+            memfd.check_invariants(&mut findings);
+            findings.retain(|found| found.contains("view"));
+            findings.join("; ")
+        };
+        assert_eq!(found(), "");
+        let page = PgoffRange::new(Pgoff::new(7), 1).unwrap();
+        with_reader(|reader| {
+            let frozen = memfd.0.tree.freeze(reader, &[page], Wanted::All, &Wait::never());
+            drop(frozen.unwrap());
+        });
+        assert_eq!(found(), "guest page 0x7: quarantined and mapped in a view");
+        memfd.0.hide(&memfd.0.layout.read(), &[page]).unwrap();
+        assert_eq!(found(), "");
+    }
+
+    #[test]
+    fn an_export_without_a_pin_is_found() {
+        let part = PartSpec::new([ArenaBacking::Memfd], ByteSize::from_mib(2));
+        let pool = FolioPool::builder().part(part, Zone::Normal).dedicated().create().unwrap();
+        let builder = GuestMemfd::builder(ByteSize::from_mib(2)).initial(Visibility::Shared);
+        let memfd = builder.create(&pool).unwrap();
+        let [peer, disk] = ["peer", "disk"].map(|name| memfd.register_owner(name).unwrap());
+        let range = |start, nr_pages| PgoffRange::new(Pgoff::new(start), nr_pages).unwrap();
+        let found = || {
+            let mut findings = Vec::new();
+            memfd.check_invariants(&mut findings);
+            findings.join("; ")
+        };
+        let exports = [(0, 4), (0, 4), (9, 1), (2, 4)]
+            .map(|(start, nr_pages)| memfd.export(range(start, nr_pages), peer).unwrap());
+        assert_eq!(found(), "");
+
+        let forged = |pages, owner| {
+            let key = memfd.0.layout.write().exports.insert(Exported { pages, owner });
+            let found = found();
+            memfd.0.layout.write().exports.remove(key);
+            found
+        };
+        let wrong = "guest page 0x0: exported by peer, without a pin";
+        assert_eq!(forged(range(0, 4), peer), wrong, "the others' pins are theirs");
+        assert_eq!(forged(range(0, 1), peer), wrong);
+        assert_eq!(forged(range(9, 1), disk), "guest page 0x9: exported by disk, without a pin");
+        let pin = memfd.pin(range(9, 1), disk, PinMode::Counted).unwrap();
+        assert_eq!(forged(range(9, 1), disk), "");
+        drop((pin, exports));
+        assert_eq!(found(), "");
     }
 }

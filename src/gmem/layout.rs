@@ -5,13 +5,16 @@
 //! words, this one, then the hypervisor's, then the pool's; who has this one takes words only if it need
 //! not wait for them.
 
+use std::panic::resume_unwind;
 use std::sync::{Arc, Weak};
 
 use slab::Slab;
 
 use super::object::{Inner, runs};
+use super::pin::OwnerTag;
+use super::poison::Failed;
 use super::subscriber::HandOut;
-use super::view_map::{NotInstalled, ViewMap};
+use super::view_map::ViewMap;
 use crate::addr::{Gfn, Pfn, Pgoff};
 use crate::error::{Error, ErrorKind, Op};
 use crate::failpoint::{FailPoint, fails};
@@ -19,7 +22,7 @@ use crate::folio::Slot;
 use crate::geometry::{FolioSize, index};
 use crate::range::{PfnRange, PgoffRange};
 use crate::stage2::{GuestRun, Stage2};
-use crate::state::{Phase, Visibility};
+use crate::state::{Phase, Visibility, Word};
 
 /// A part of the object that a guest sees.
 #[derive(Debug)]
@@ -28,13 +31,22 @@ pub(super) struct Binding {
     pub(super) gfn: Gfn,
 }
 
+/// Pages that another process has mapped, and under whose name they are pinned.
+#[derive(Debug)]
+pub(super) struct Exported {
+    pub(super) pages: PgoffRange,
+    pub(super) owner: OwnerTag,
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Layout {
     pub(super) views: Slab<Arc<ViewMap>>,
     pub(super) bindings: Slab<Binding>,
     pub(super) subscribers: Slab<HandOut>,
     /// What other processes have mapped. All of it is pinned.
-    pub(super) exports: Slab<PgoffRange>,
+    pub(super) exports: Slab<Exported>,
+    /// Memory that failed, and is not out of everybody's reach yet.
+    pub(super) failed: Vec<Failed>,
     /// The one virtual machine that the bindings are of. Not kept alive: it keeps the object alive.
     pub(super) vm: Option<Weak<dyn Stage2>>,
 }
@@ -55,7 +67,7 @@ impl Layout {
             }
         }
         let of_views = mapped.as_ref().map_or(0, |mapped| mapped.count_ones() as u64);
-        let mut exports: Vec<_> = self.exports.iter().map(|(_, &range)| range).collect();
+        let mut exports: Vec<_> = self.exports.iter().map(|(_, it)| it.pages).collect();
         exports.sort_unstable_by_key(PgoffRange::start);
         let mut counted = Pgoff::new(0);
         let mut of_others = 0;
@@ -79,13 +91,22 @@ pub(super) struct HidesIfPanicking<'a> {
 }
 
 impl Drop for HidesIfPanicking<'_> {
+    #[inline]
     fn drop(&mut self) {
         if std::thread::panicking() {
-            for (pages, word) in self.object.spans(self.object.pages) {
-                if word.phase() == Phase::Quarantined {
-                    // Should this fail too, nothing is left to be tried.
-                    let _ = self.object.hide(self.layout, &[pages]);
-                }
+            self.hide();
+        }
+    }
+}
+
+impl HidesIfPanicking<'_> {
+    #[cold]
+    fn hide(&self) {
+        for (pages, word) in self.object.spans(self.object.pages) {
+            // Who had it pinned when it failed has it in the views still.
+            if word.phase() == Phase::Quarantined && !word.is_held() {
+                // Should this fail too, nothing is left to be tried.
+                let _ = self.object.hide(self.layout, &[pages]);
             }
         }
     }
@@ -94,7 +115,20 @@ impl Drop for HidesIfPanicking<'_> {
 impl Inner {
     /// The runs of guest memory behind the given pages: those that a binding covers and a folio
     /// backs.
+    #[inline]
     pub(super) fn guest_runs(
+        &self,
+        op: Op,
+        layout: &Layout,
+        pages: &[PgoffRange],
+    ) -> Result<Vec<GuestRun>, Error> {
+        match layout.bindings.is_empty() {
+            true => Ok(Vec::new()),
+            false => self.bound_runs(op, layout, pages),
+        }
+    }
+
+    fn bound_runs(
         &self,
         op: Op,
         layout: &Layout,
@@ -127,14 +161,9 @@ impl Inner {
         range: PgoffRange,
     ) -> Result<(), Error> {
         let mut taken: Vec<(Slot, Pfn)> = Vec::new();
-        let is_viewed = !layout.views.is_empty();
+        // Views that have it already hide it, and answer with SIGBUS as before.
         let undo = |taken: Vec<(Slot, Pfn)>| {
-            for (slot, pfn) in taken {
-                match is_viewed {
-                    true => self.reservation.give_back(pfn, slot.size()),
-                    false => self.reservation.give_back_clean(pfn),
-                }
-            }
+            taken.into_iter().for_each(|(_, pfn)| self.reservation.give_back_clean(pfn));
         };
         let absent = |slot: &Slot| self.frames.get(slot).is_none();
         for slot in self.frames.shape().slots(range).filter(absent) {
@@ -158,14 +187,18 @@ impl Inner {
             self.frames.set(slot, Some(*pfn));
             self.show_shared(layout, slot.pages());
         }
-        // When all are the object's: a subscriber may panic.
-        taken.iter().for_each(|(slot, _)| self.grant_again(layout, &[slot.pages()]));
+        // When all are the object's: a subscriber may panic. What the others are to have they have then.
+        let mut told = Ok(());
+        for (slot, _) in &taken {
+            told = told.and(self.grant_to_each(layout, &[slot.pages()]));
+        }
         for (holes, _) in self.frames.holes(range) {
             // Before it can be reached: the map first, then the views.
             self.frames.fill(holes);
             self.show_shared(layout, holes);
-            self.grant_again(layout, &[holes]);
+            told = told.and(self.grant_to_each(layout, &[holes]));
         }
+        told.unwrap_or_else(|panic| resume_unwind(panic));
         Ok(())
     }
 
@@ -180,26 +213,10 @@ impl Inner {
             self.reservation.give_back_clean(pfn);
             return Err(error);
         }
+        // Out of the reach of raw pointers from the first moment on, so it is as clean as it was taken.
         let mut views = layout.views.iter();
-        let outcome = views
-            .try_for_each(|(_, view)| view.install(self, slot.pages(), pfn))
-            .and_then(|()| match layout.views.is_empty() {
-                true => Ok(()),
-                // A raw pointer may have written to it while it was being installed.
-                false => self.arena.zero(frames).map_err(NotInstalled::Left),
-            });
-        match outcome {
-            Ok(()) => Ok(pfn),
-            // Views that have it already hide it, and answer with SIGBUS as before.
-            Err(NotInstalled::Undone(error)) => {
-                self.reservation.give_back(pfn, slot.size());
-                Err(error)
-            }
-            Err(NotInstalled::Left(error)) => {
-                self.reservation.quarantine(pfn);
-                Err(error)
-            }
-        }
+        let installed = views.try_for_each(|(_, view)| view.install(self, slot.pages(), pfn));
+        installed.map(|()| pfn).inspect_err(|_| self.reservation.give_back_clean(pfn))
     }
 
     /// Maps into the views what the range has of shared pages with folios, with the layout locked for
@@ -214,56 +231,56 @@ impl Inner {
         });
         for (pages, shared) in runs(shared) {
             if shared {
-                self.show(layout, pages, &[]);
+                self.show(layout, &[pages], &[]);
             }
         }
     }
 
-    /// Maps the pages into the views, as far as they have folios, whatever their words say.
+    /// Maps the ranges into the views, as far as they have folios, whatever their words say.
     ///
     /// Where views only take whole huge folios, one is mapped if it has no hole and the rest of it is shared,
     /// or is among `becoming_shared`, which the caller holds. The layout is then locked for writing.
     #[inline]
-    pub(super) fn show(&self, layout: &Layout, pages: PgoffRange, becoming_shared: &[PgoffRange]) {
-        if layout.views.is_empty() {
-            return;
-        }
-        match self.reservation.pool().view_granule() {
-            FolioSize::Base => {
-                for (pages, frames) in self.frames.resident(pages) {
-                    layout.views.iter().for_each(|(_, view)| view.show(self, pages, frames));
-                }
-            }
-            granule => {
-                let becomes = |pages: PgoffRange| {
-                    becoming_shared.iter().any(|becoming| becoming.covers(&pages))
-                };
-                let is_shared = |pages: &PgoffRange| {
-                    self.spans(*pages).all(|(pages, word)| {
-                        let shared = word.visibility() == Visibility::Shared;
-                        shared && word.phase() != Phase::Quarantined || becomes(pages)
-                    })
-                };
-                let resident = |pages: &PgoffRange| self.is_resident(*pages);
-                for pages in granules(pages, granule).filter(resident).filter(is_shared) {
-                    for (pages, frames) in self.frames.resident(pages) {
-                        layout.views.iter().for_each(|(_, view)| view.show(self, pages, frames));
-                    }
-                }
+    pub(super) fn show(
+        &self,
+        layout: &Layout,
+        ranges: &[PgoffRange],
+        becoming_shared: &[PgoffRange],
+    ) {
+        let granule = self.arena.view_granule();
+        for (_, view) in &layout.views {
+            match granule {
+                FolioSize::Base => view.show(self, ranges),
+                granule => ranges
+                    .iter()
+                    .flat_map(|&range| granules(range, granule))
+                    .filter(|&pages| self.is_whole(pages, becoming_shared))
+                    .for_each(|pages| view.show(self, &[pages])),
             }
         }
     }
 
+    /// Whether all of the pages are there, and shared or becoming so.
+    fn is_whole(&self, pages: PgoffRange, becoming_shared: &[PgoffRange]) -> bool {
+        let becomes =
+            |pages: PgoffRange| becoming_shared.iter().any(|becoming| becoming.covers(&pages));
+        let is_shared = |word: Word| {
+            word.visibility() == Visibility::Shared && word.phase() != Phase::Quarantined
+        };
+        self.is_resident(pages)
+            && (becomes(pages)
+                || self.spans(pages).all(|(pages, word)| is_shared(word) || becomes(pages)))
+    }
+
     /// Shows again what went out of the views together with a page.
     pub(super) fn show_beside(&self, layout: &Layout, page: PgoffRange) {
-        granules(page, self.reservation.pool().view_granule())
-            .for_each(|pages| self.show_shared(layout, pages));
+        granules(page, self.arena.view_granule()).for_each(|pages| self.show_shared(layout, pages));
     }
 
     /// Takes the pages out of every view, and with them whatever a view cannot tell from them.
     #[inline]
     pub(super) fn hide(&self, layout: &Layout, ranges: &[PgoffRange]) -> Result<(), Error> {
-        let granule = self.reservation.pool().view_granule();
+        let granule = self.arena.view_granule();
         for (_, view) in &layout.views {
             if ranges.iter().any(|_| fails(FailPoint::View)) {
                 return Err(Error::new(Op::MapView, ErrorKind::Os).because("made to fail"));

@@ -5,7 +5,7 @@ use super::object::{GuestMemfd, Inner, PlacedPrivate};
 use crate::addr::{ByteSize, Pfn, Pgoff};
 use crate::error::{Errno, Error, ErrorKind, Op};
 use crate::failpoint::{FailPoint, fails};
-use crate::folio::{Mover, PrivatePlacement, Side, Slot, Zone};
+use crate::folio::{Moved, Mover, PrivatePlacement, Side, Slot, Zone};
 use crate::range::{PfnRange, PgoffRange};
 use crate::stage2::{GuestMove, GuestRun};
 use crate::state::{Frozen, Reader, Visibility, Wait, Wanted, Word, with_reader};
@@ -54,14 +54,14 @@ impl GuestMemfd {
 }
 
 impl Mover for Inner {
-    fn move_away(&self, page: Pgoff, from: Pfn) -> Result<(), Error> {
+    fn move_away(&self, page: Pgoff, from: Pfn) -> Result<Moved, Error> {
         let range = PgoffRange::single(page)?;
         self.check_range(Op::Migrate, range)?;
         let zone = self.reservation.zone_of(from).unwrap_or_default();
-        for slot in self.frames.shape().slots(range) {
-            self.migrate_folio(&slot, Only::At(from), zone, &Wait::never())?;
-        }
-        Ok(())
+        let slot = self.frames.shape().slots(range).next();
+        slot.map_or(Ok(Moved::No), |slot| {
+            self.migrate_folio(&slot, Only::At(from), zone, &Wait::never())
+        })
     }
 
     fn fence(&self, page: Pgoff, frames: PfnRange) -> Result<(), Error> {
@@ -74,11 +74,6 @@ impl Mover for Inner {
 enum Only {
     At(Pfn),
     Outside(Zone),
-}
-
-enum Moved {
-    Yes,
-    No,
 }
 
 /// A folio that is to take the place of another. Quarantined should somebody panic before it is known
@@ -248,11 +243,11 @@ impl Inner {
         // All views first: what may fail with them does so before the hypervisor has moved anything.
         let mut nr_touched = 0;
         let mut views = layout.views.iter().map(|(_, view)| view);
-        let exchanged = views.try_for_each(|view| {
+        let installed = views.try_for_each(|view| {
             nr_touched += 1;
-            view.exchange(self, pages, pfn)
+            view.install(self, pages, pfn)
         });
-        let outcome = exchanged.and_then(|()| self.move_contents(layout, guest, slot, (old, pfn)));
+        let outcome = installed.and_then(|()| self.move_contents(layout, guest, slot, (old, pfn)));
         guard.unknown = None;
         match outcome {
             Ok(()) => {
@@ -262,7 +257,7 @@ impl Inner {
             Err(_) => {
                 let mut stays = false;
                 for (_, view) in layout.views.iter().take(nr_touched) {
-                    if view.exchange(self, pages, old).is_err() {
+                    if view.install(self, pages, old).is_err() {
                         // It may map the new one for as long as it lives.
                         view.goes_astray(pages);
                         stays = true;

@@ -17,6 +17,7 @@
 //! | `view_options` | how a view is to be made |
 //! | `shown` | which pages and blocks of a view are shown |
 //! | `view_map` | what of a view can be touched, and how it is made so |
+//! | `view_edge` | the same where it cannot be done for a run at once |
 //! | `subscriber` | those who are told which pages they may let others at |
 //! | `handout` | what they are given: runs of pages with their frames |
 //! | `revoke` | taking pages back from them, and giving them |
@@ -43,6 +44,7 @@ mod punch;
 mod revoke;
 mod shown;
 mod subscriber;
+mod view_edge;
 mod view_map;
 mod view_options;
 
@@ -50,7 +52,7 @@ pub use collapse::Collapse;
 pub use convert::{ContentPolicy, Conversion, ConvertOptions};
 pub use export::{Export, ExportedRegion};
 pub use file_io::{FilePlace, Transfer};
-pub(crate) use guest_fault::BindingId;
+pub(crate) use guest_fault::{BindingId, Unbound};
 pub use handout::HandOutRun;
 pub(crate) use handout::leaves;
 pub use host_view::{HostView, Touch};

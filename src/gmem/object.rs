@@ -522,8 +522,7 @@ impl Drop for Inner {
     fn drop(&mut self) {
         let layout = self.layout.read();
         let is_lost = |side| layout.subscribers.iter().any(|(_, it)| it.is_lost(side));
-        for slot in self.frames.shape().slots(self.pages) {
-            let Some(pfn) = self.frames.get(&slot) else { continue };
+        for (slot, pfn) in self.frames.taken() {
             // A pin whose guard was forgotten may be a device that is still at work there.
             // So may be one whose subscriber has never let go.
             let unknown = |word: Word| {

@@ -108,11 +108,17 @@ impl Ledger {
         owners.iter().filter_map(|&owner| names.get(owner as usize).cloned()).collect()
     }
 
-    /// The range of every pin that is written down: for the audit.
-    pub(super) fn held(&self) -> Vec<PgoffRange> {
+    /// The range of every pin that is written down, and under whose name: for the audit.
+    pub(super) fn held(&self) -> Vec<(PgoffRange, OwnerTag)> {
         let mut held = Vec::new();
-        each_holder(self.id, |range, _| held.push(range));
+        let tag = |id| OwnerTag { object: self.id, owner: Hold::owner(id) };
+        each_holder(self.id, |range, id| held.push((range, tag(id))));
         held
+    }
+
+    /// What the owner of a tag is called.
+    pub(super) fn name_of(&self, tag: OwnerTag) -> Option<Arc<str>> {
+        self.names().get(tag.owner as usize).cloned()
     }
 }
 

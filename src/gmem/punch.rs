@@ -86,6 +86,7 @@ impl GuestMemfd {
         let object = &*self.0;
         let Some(range) = object.pages.intersection(&range) else { return Ok(Punched::default()) };
         let layout = &mut *object.layout.write();
+        object.fence_rest(layout);
         object.make_room_for_holes(range).map_err(|error| error.of(op).on(range))?;
         with_reader(|reader| {
             // Before the freeze, so that it outlives that and finds out what is quarantined.

@@ -2,7 +2,6 @@
 //! design/handout.md has the protocol.
 
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc as StdArc;
 use std::time::Duration;
 
@@ -28,6 +27,9 @@ pub trait Subscriber: Send + Sync + fmt::Debug {
     ///
     /// If it comes later than [agreed](SubscribeOptions::answer_within), and the conversion is refused for it,
     /// the runs are granted again, in a call that follows this one.
+    ///
+    /// No time limit bounds the call itself, nor any other one here: what may block is handed on to another
+    /// thread, with the [`Ack`].
     fn revoke(&self, runs: &[HandOutRun], ack: Ack);
 
     /// Gives runs: they are on this side now, or they are again, because a conversion that had revoked them
@@ -36,7 +38,9 @@ pub trait Subscriber: Send + Sync + fmt::Debug {
 
     /// Cuts off all access at once, whatever has been granted: by detaching the domain, for one, or by
     /// turning the devices' bus mastering off. May be called more than once. When this returns `Ok`, nobody reaches anything through
-    /// here any more.
+    /// here any more, and what was granted before and is not carried out yet comes to nothing.
+    ///
+    /// No grant of this subscription is under way meanwhile, and none follows. Revokes may be.
     ///
     /// # Errors
     /// Whatever stands in the way; `EOPNOTSUPP` unless there is a way to do this.
@@ -48,7 +52,7 @@ pub trait Subscriber: Send + Sync + fmt::Debug {
 /// What becomes of a conversion if a subscriber does not answer in time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum OnSilence {
-    /// It is refused.
+    /// It is refused. What cannot be, as the end of a guest, cuts the subscriber off all the same.
     #[default]
     RefuseConversion,
     /// The subscriber is [cut off](Subscriber::fence), and the conversion goes on. If that fails, it is refused.
@@ -90,7 +94,8 @@ impl SubscribeOptions {
         self
     }
 
-    /// How long a conversion waits for its answer. Meanwhile nothing else changes what pages there are: a
+    /// How long a conversion waits for its answer, from when [`revoke`](Subscriber::revoke) is called; for that to
+    /// return it waits without limit. Meanwhile nothing else changes what pages there are: a
     /// guest that touches memory for the first time waits as well.
     #[must_use]
     pub fn answer_within(mut self, time: Duration) -> Self {
@@ -151,6 +156,9 @@ impl GuestMemfd {
 
     /// [`subscribe`](Self::subscribe), but for other pages or on other terms.
     ///
+    /// A newcomer that panics when it is given its pages is asked to let go of them, as if its subscription had
+    /// been dropped.
+    ///
     /// # Errors
     /// As [`subscribe`](Self::subscribe).
     pub fn subscribe_with(
@@ -161,17 +169,25 @@ impl GuestMemfd {
         let object = &*self.0;
         let line = Arc::new(Line::new());
         let hand_out = HandOut { subscriber, options, line: Arc::clone(&line) };
+        // Before the lock, so that it is dropped after that if the newcomer panics: what it was given by then
+        // is taken back.
+        let subscription;
         // No conversion tells anybody anything meanwhile. One that waits for the lock has changed no
         // page's side yet, and tells the newcomer too.
         let mut layout = object.layout.write();
-        object.grant_all(&layout, &hand_out);
         let key = layout.subscribers.insert(hand_out);
-        Ok(Subscription { memfd: self.clone(), line, key })
+        subscription = Subscription { memfd: self.clone(), line, key };
+        if let Some(hand_out) = layout.subscribers.get(key) {
+            object.grant_all(&layout, hand_out);
+        }
+        drop(layout);
+        Ok(subscription)
     }
 }
 
 impl Subscription {
-    /// How things stand: [`Standing::Told`], or [`Standing::FencedOff`] since it did not answer.
+    /// How things stand: [`Standing::Told`], or [`Standing::FencedOff`] since it did not answer, or
+    /// [`Standing::Lost`] since it kept the places of a guest that went, and could not be cut off.
     pub fn standing(&self) -> Standing {
         self.line.standing()
     }
@@ -183,17 +199,13 @@ impl Drop for Subscription {
         // A conversion that waits for an answer has the lock, and the answer may never come any more.
         self.line.leave();
         let mut layout = object.layout.write();
-        self.line.stay();
         let Some(hand_out) = layout.subscribers.get(self.key) else { return };
-        // Somebody who panics has not let go.
-        let asked = catch_unwind(AssertUnwindSafe(|| object.take_all_back(&layout, hand_out)));
-        let is_gone = matches!(asked, Ok(true)) || {
-            let cut = catch_unwind(AssertUnwindSafe(|| hand_out.subscriber.fence()));
-            matches!(cut, Ok(Ok(())))
+        let gone = match object.part_from(&layout, hand_out, object.pages) {
+            true => layout.subscribers.try_remove(self.key),
+            false => None,
         };
-        match is_gone {
-            true => drop(layout.subscribers.try_remove(self.key)),
-            false => self.line.lose(),
-        }
+        // It may own views and exports, which lock the layout when they go.
+        drop(layout);
+        drop(gone);
     }
 }

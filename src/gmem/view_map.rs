@@ -21,13 +21,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::object::Inner;
 use super::shown::{Shown, between, block_of, first_page, next_run, part, whole_blocks};
 use super::view_options::{ViewMapping, ViewPath};
-use crate::addr::{ByteSize, Pfn, Pgoff};
+use crate::addr::{ByteSize, Hva, Pfn, Pgoff};
 use crate::backing::{Arena, ArenaBacking, Part};
 use crate::error::{Errno, Error, ErrorKind, Op};
 use crate::geometry::{FolioSize, HUGE_PAGES, PAGE_BYTES, index};
 use crate::os::mapping::Mapping;
+use crate::os::maps::{FileId, Maps};
 use crate::os::smaps::Smaps;
-use crate::os::uffd::{Source, Userfault};
+use crate::os::uffd::{Source, Stopped, Userfault};
 use crate::range::{PfnRange, PgoffRange};
 
 pub(super) struct ViewMap {
@@ -64,7 +65,7 @@ impl ViewMap {
             ViewPath::Fixed => Way::Fixed,
         };
         let size = object.pages.len_bytes();
-        let granule = object.reservation.pool().view_granule();
+        let granule = object.arena.view_granule();
         let align = granule.max(FolioSize::Huge2M).bytes();
         let map = Mapping::of_nothing(op, object.identity.as_fd(), size, align)?;
         let shown = Shown::nothing(op, object.pages.nr_pages())?;
@@ -77,43 +78,20 @@ impl ViewMap {
         &self.map
     }
 
-    /// Puts a folio behind the pages. Nothing of it is shown when this returns.
-    ///
-    /// Until it is registered a raw pointer can touch the folio. So the caller installs no folio that
-    /// anybody has written to in a view whose address is known, and scrubs it afterwards.
-    pub(super) fn install(
-        &self,
-        object: &Inner,
-        pages: PgoffRange,
-        pfn: Pfn,
-    ) -> Result<(), NotInstalled> {
-        let Way::Userfault(uffd) = &self.way else { return Ok(()) };
-        let no_file = |error: Error| NotInstalled::Undone(error.on(pages));
-        let frames = PfnRange::new(pfn, pages.nr_pages()).map_err(no_file)?;
-        let (fd, file_at) = self
-            .arena
-            .file_of(frames)
-            .ok_or_else(|| no_file(Error::new(Op::MapView, ErrorKind::Unsupported)))?;
-        let (at, len) = bytes(pages);
-        self.map.map_over(at, len, fd, file_at).map_err(NotInstalled::Undone)?;
-        self.is_right(pages);
-        let opened = self.register(uffd, at, len);
-        opened.map_err(|error| match self.map.map_over(at, len, object.identity.as_fd(), 0) {
-            Ok(()) => NotInstalled::Undone(error),
-            Err(_) => NotInstalled::Left(error),
-        })
+    pub(super) fn arena(&self) -> &Arena {
+        &self.arena
     }
 
-    /// Puts another folio behind pages of which nothing is shown, in a view whose address is known. The old
-    /// one and this one may hold what nobody may see: not even for a moment does either show, and no store
+    pub(super) fn granule(&self) -> FolioSize {
+        self.granule
+    }
+
+    /// Puts a folio behind pages of which nothing is shown. What was there before and this one may hold
+    /// what nobody may see, or be somebody else's soon: not even for a moment does either show, and no store
     /// of a raw pointer gets lost in one of them. For that moment the fault is a `SIGSEGV`. Without
-    /// userfaultfd neither is there: what is hidden is the empty file.
-    pub(super) fn exchange(
-        &self,
-        object: &Inner,
-        pages: PgoffRange,
-        pfn: Pfn,
-    ) -> Result<(), Error> {
+    /// userfaultfd neither is there: what is hidden is the empty file. If it fails, the folio is as out of
+    /// reach as before.
+    pub(super) fn install(&self, object: &Inner, pages: PgoffRange, pfn: Pfn) -> Result<(), Error> {
         let Way::Userfault(uffd) = &self.way else { return Ok(()) };
         let (at, len) = bytes(pages);
         let frames = PfnRange::new(pfn, pages.nr_pages())?;
@@ -134,12 +112,12 @@ impl ViewMap {
         outcome
     }
 
-    /// An [`exchange`](Self::exchange) could not be undone: the pages stay hidden until something else is put
+    /// A folio that was [installed](Self::install) could not be replaced by the one before: the pages stay hidden until something else is put
     /// there.
     pub(super) fn goes_astray(&self, pages: PgoffRange) {
         self.is_right(pages);
         let mut astray = self.astray();
-        // An exchange that had no room here has changed nothing.
+        // An install that had no room here has changed nothing.
         if astray.try_reserve(1).is_ok() {
             astray.push(pages);
         }
@@ -158,7 +136,8 @@ impl ViewMap {
         self.map.keep_private(at, len)?;
         self.map.forbid_collapse(at, len)?;
         uffd.register(&self.map, at, len)?;
-        // Whatever was touched before it was registered is mapped, and stays so if left alone.
+        // Whatever was touched before it was registered is mapped, and stays so if left alone: a block that was
+        // open, or what a debugger has looked at.
         self.map.discard(at, len)
     }
 
@@ -170,14 +149,30 @@ impl ViewMap {
         Ok(())
     }
 
-    /// Makes the pages accessible, which have these frames. Should the kernel have no memory or no room
-    /// for that, they go on faulting, which is safe, and `shown` says so.
+    /// Makes the pages of all the ranges accessible, as far as they have frames. Should the kernel have no
+    /// memory or no room for that, they go on faulting, which is safe, and `shown` says so.
     #[inline]
-    pub(super) fn show(&self, object: &Inner, pages: PgoffRange, frames: PfnRange) {
+    pub(super) fn show(&self, object: &Inner, ranges: &[PgoffRange]) {
         let astray = self.astray();
-        if astray.is_empty() {
-            return self.show_all(object, pages, frames);
+        let shown = &mut *self.shown();
+        for &range in ranges {
+            object.frames.each_resident(range, |pages, frames| match astray.is_empty() {
+                true => self.show_all(object, shown, pages, frames),
+                false => self.show_around(object, shown, &astray, pages, frames),
+            });
         }
+    }
+
+    /// The same of what is not astray.
+    #[cold]
+    fn show_around(
+        &self,
+        object: &Inner,
+        shown: &mut Shown,
+        astray: &[PgoffRange],
+        pages: PgoffRange,
+        frames: PfnRange,
+    ) {
         let mut rest = Some(pages);
         while let Some(run) = rest {
             let first = astray.iter().filter_map(|astray| astray.intersection(&run));
@@ -187,14 +182,14 @@ impl ViewMap {
             if let Some((run, frames)) =
                 right.and_then(|run| Some((run, part(pages, frames, run)?)))
             {
-                self.show_all(object, run, frames);
+                self.show_all(object, shown, run, frames);
             }
             rest = first.and_then(|astray| between(astray.end(), run.end()));
         }
     }
 
-    fn show_all(&self, object: &Inner, pages: PgoffRange, frames: PfnRange) {
-        let shown = &mut *self.shown();
+    #[inline]
+    fn show_all(&self, object: &Inner, shown: &mut Shown, pages: PgoffRange, frames: PfnRange) {
         let mut from = pages.start();
         while let Some(run) = next_run(&shown.pages, from, pages.end(), false) {
             from = run.end();
@@ -203,7 +198,9 @@ impl ViewMap {
                 Way::Fixed => self.show_fixed(object, run, frames),
                 Way::Userfault(uffd) => self.show_registered(uffd, shown, run, frames),
             };
-            shown.set(run, done);
+            if done {
+                shown.set(run, true);
+            }
         }
     }
 
@@ -211,8 +208,8 @@ impl ViewMap {
     fn show_fixed(&self, object: &Inner, run: PgoffRange, frames: PfnRange) -> bool {
         match self.map_file(run, frames) {
             Ok(()) => true,
-            Err(NotInstalled::Undone(_)) => false,
-            Err(NotInstalled::Left(_)) => self.cover(object, run).is_err(),
+            Err(NotMapped::Undone(_)) => false,
+            Err(NotMapped::Left(_)) => self.cover(object, run).is_err(),
         }
     }
 
@@ -223,7 +220,8 @@ impl ViewMap {
         self.map.map_over(at, len, object.identity.as_fd(), pages.start_offset().get())
     }
 
-    /// Shows pages none of which is shown. What is to be opened is; says whether all can be touched then.
+    /// Shows pages none of which is shown. What is to be opened is. Either all can be touched then, or `shown` has been told
+    /// of those that can.
     #[inline]
     fn show_registered(
         &self,
@@ -232,24 +230,28 @@ impl ViewMap {
         run: PgoffRange,
         frames: PfnRange,
     ) -> bool {
-        let Some(blocks) = self.opens(run, frames) else { return self.map_pages(uffd, run) };
+        let Some(blocks) = self.opens(run, frames) else {
+            return self.map_pages(uffd, shown, run, frames);
+        };
         let opened = part(run, frames, blocks)
             .is_some_and(|frames| self.open(uffd, shown, blocks, frames).is_ok());
         if !opened {
-            return self.map_pages(uffd, run);
+            return self.map_pages(uffd, shown, run, frames);
         }
+        shown.set(blocks, true);
         let around = [between(run.start(), blocks.start()), between(blocks.end(), run.end())];
-        let done = around.into_iter().flatten().all(|rest| self.map_pages(uffd, rest));
-        if !done && self.close_whole(uffd, shown, blocks).is_ok() {
-            // All of the run goes, to agree with `shown`.
-            let (at, len) = bytes(run);
-            let _ = self.map.discard(at, len);
+        for rest in around.into_iter().flatten() {
+            if part(run, frames, rest).is_some_and(|part| self.map_pages(uffd, shown, rest, part)) {
+                shown.set(rest, true);
+            }
         }
-        done
+        false
     }
 
     /// The blocks of the run that are to be opened, now that they turn shared as a whole.
+    #[inline]
     fn opens(&self, run: PgoffRange, frames: PfnRange) -> Option<PgoffRange> {
+        let blocks = whole_blocks(run)?;
         let is_wanted = match (self.granule, self.mapping) {
             (FolioSize::Base, ViewMapping::Lazy) => true,
             // One entry for 512, and cheaper than theirs.
@@ -258,7 +260,7 @@ impl ViewMap {
             }
             (FolioSize::Huge2M | FolioSize::Huge1G, _) => false,
         };
-        whole_blocks(run).filter(|_| is_wanted)
+        is_wanted.then_some(blocks)
     }
 
     /// Opens whole blocks that are shared: nobody has a page of them to hide.
@@ -271,8 +273,8 @@ impl ViewMap {
     ) -> Result<(), Error> {
         match self.map_file(blocks, frames) {
             Ok(()) => shown.set_open(blocks, true),
-            Err(NotInstalled::Undone(error)) => return Err(error),
-            Err(NotInstalled::Left(error)) => {
+            Err(NotMapped::Undone(error)) => return Err(error),
+            Err(NotMapped::Left(error)) => {
                 let (at, len) = bytes(blocks);
                 if self.register(uffd, at, len).is_ok() {
                     return Err(error);
@@ -285,13 +287,13 @@ impl ViewMap {
     }
 
     /// Maps the frames over the pages, for everybody to touch.
-    fn map_file(&self, pages: PgoffRange, frames: PfnRange) -> Result<(), NotInstalled> {
+    fn map_file(&self, pages: PgoffRange, frames: PfnRange) -> Result<(), NotMapped> {
         let (at, len) = bytes(pages);
         let file = self.arena.file_of(frames);
-        let (fd, file_at) = file
-            .ok_or_else(|| NotInstalled::Undone(Error::new(Op::MapView, ErrorKind::Unsupported)))?;
-        self.map.map_over(at, len, fd, file_at).map_err(NotInstalled::Undone)?;
-        self.map.keep_private(at, len).map_err(NotInstalled::Left)?;
+        let (fd, file_at) =
+            file.ok_or_else(|| NotMapped::Undone(Error::new(Op::MapView, ErrorKind::Unsupported)))?;
+        self.map.map_over(at, len, fd, file_at).map_err(NotMapped::Undone)?;
+        self.map.keep_private(at, len).map_err(NotMapped::Left)?;
         let is_small = self
             .arena
             .part_of(frames.start())
@@ -302,19 +304,31 @@ impl ViewMap {
             // the kernel takes it for a ban on huge entries as well.
             let _ = self.map.populate_shared(at, len);
         }
-        self.map.forbid_collapse(at, len).map_err(NotInstalled::Left)
+        self.map.forbid_collapse(at, len).map_err(NotMapped::Left)
+    }
+
+    /// Gives the pages entries. Either all have theirs then, or `shown` has been told of those that have.
+    #[inline]
+    fn map_pages(
+        &self,
+        uffd: &Userfault,
+        shown: &mut Shown,
+        pages: PgoffRange,
+        frames: PfnRange,
+    ) -> bool {
+        match self.map_run(uffd, pages) {
+            Ok(()) => true,
+            Err(stopped) => {
+                self.map_around(uffd, shown, pages, frames, stopped);
+                false
+            }
+        }
     }
 
     #[inline]
-    fn map_pages(&self, uffd: &Userfault, pages: PgoffRange) -> bool {
+    pub(super) fn map_run(&self, uffd: &Userfault, pages: PgoffRange) -> Result<(), Stopped> {
         let (at, len) = bytes(pages);
-        let step = index(self.granule.bytes().get());
-        let done = uffd.map_pages(&self.map, at, len, step).is_ok();
-        if !done {
-            // Whatever was mapped of them is taken out again, to agree with `shown`.
-            let _ = self.map.discard(at, len);
-        }
-        done
+        uffd.map_pages(&self.map, at, len, index(self.granule.bytes().get()))
     }
 
     /// Makes the pages of all the ranges fault. If it fails, some of them may.
@@ -324,8 +338,8 @@ impl ViewMap {
         match &self.way {
             Way::Fixed => self.hide_fixed(object, shown, ranges),
             Way::Userfault(uffd) => {
-                for &range in ranges {
-                    self.close_for(uffd, shown, range)?;
+                if shown.has_opened {
+                    ranges.iter().try_for_each(|&range| self.close_for(uffd, shown, range))?;
                 }
                 // If it fails half way, what still has entries is found to have them when it is shown again.
                 ranges.iter().for_each(|&range| shown.set(range, false));
@@ -353,7 +367,6 @@ impl ViewMap {
     }
 
     /// Closes what is open of the blocks that the range is in.
-    #[inline]
     fn close_for(
         &self,
         uffd: &Userfault,
@@ -366,21 +379,24 @@ impl ViewMap {
                 from = open.end();
                 let pages =
                     PgoffRange::new(first_page(open.start()), open.nr_pages() * HUGE_PAGES)?;
-                self.close_whole(uffd, shown, pages)?;
+                self.close_whole(uffd, shown, pages)
+                    .or_else(|error| self.close_all_around(uffd, shown, pages, error))?;
             }
         }
         // What can still be open is at the two ends, and not in the range as a whole.
         let last = Pgoff::new(range.end().get() - 1);
         for block in [block_of(range.start()), block_of(last)] {
             if shown.is_open(block) {
-                self.close_part(uffd, shown, PgoffRange::new(first_page(block), HUGE_PAGES)?)?;
+                let pages = PgoffRange::new(first_page(block), HUGE_PAGES)?;
+                self.close_part(uffd, shown, pages)
+                    .or_else(|error| self.close_all_around(uffd, shown, pages, error))?;
             }
         }
         Ok(())
     }
 
     /// Closes blocks that are about to be hidden as a whole.
-    fn close_whole(
+    pub(super) fn close_whole(
         &self,
         uffd: &Userfault,
         shown: &mut Shown,
@@ -401,15 +417,20 @@ impl ViewMap {
         shown: &mut Shown,
         block: PgoffRange,
     ) -> Result<(), Error> {
+        self.map_by_pages(block)?;
+        self.close_whole(uffd, shown, block)
+    }
+
+    /// Gives each page of an open block an entry of its own.
+    pub(super) fn map_by_pages(&self, block: PgoffRange) -> Result<(), Error> {
         let (at, len) = bytes(block);
         self.map.discard(at, len)?;
         match self.map.populate_shared(at, len) {
             // Memory that failed has no entry any more, and ends the call. It is what is to be hidden, or was
             // touched in vain already.
-            Err(error) if error.errno() == Errno::EHWPOISON => self.populate_sound(at, len)?,
-            outcome => outcome?,
+            Err(error) if error.errno() == Errno::EHWPOISON => self.populate_sound(at, len),
+            outcome => outcome,
         }
-        self.close_whole(uffd, shown, block)
     }
 
     fn populate_sound(&self, at: usize, len: usize) -> Result<(), Error> {
@@ -461,15 +482,17 @@ impl ViewMap {
         match &self.way {
             Way::Fixed => match self.map_file(block, frames) {
                 Ok(()) => Ok(()),
-                Err(NotInstalled::Undone(error)) => Err(error),
-                Err(NotInstalled::Left(error)) => {
+                Err(NotMapped::Undone(error)) => Err(error),
+                Err(NotMapped::Left(error)) => {
                     shown.set(block, self.cover(object, block).is_err());
                     Err(error)
                 }
             },
             Way::Userfault(uffd) => self.open(uffd, shown, block, frames).inspect_err(|_| {
-                let mapped = self.map_pages(uffd, block);
-                shown.set(block, mapped);
+                shown.set(block, false);
+                if self.map_pages(uffd, shown, block, frames) {
+                    shown.set(block, true);
+                }
             }),
         }
     }
@@ -491,6 +514,22 @@ impl ViewMap {
         crate::os::pagemap::present(self.map.hva(), nr_pages)
     }
 
+    /// Which of the pages is the first that maps anything else than its frame, for the audit.
+    pub(super) fn misplaced(
+        &self,
+        maps: &Maps,
+        pages: PgoffRange,
+        frames: PfnRange,
+    ) -> std::io::Result<Option<Pgoff>> {
+        let file = self.arena.file_of(frames);
+        let (fd, file_at) = file.ok_or(std::io::ErrorKind::Unsupported)?;
+        let (at, len) = bytes(pages);
+        let start = Hva::new(self.map.hva().get() + at);
+        let right = maps.matching(start, len as u64, FileId::of(fd)?, file_at);
+        let first = pages.start().get() + ByteSize::from_bytes(right).whole_pages();
+        Ok((right < len as u64).then_some(Pgoff::new(first)))
+    }
+
     /// Whether the kernel maps this page by itself when it is touched, if it is shown.
     pub(super) fn is_faulted_in(&self, shown: &Shown, page: Pgoff) -> bool {
         matches!(self.way, Way::Fixed) || shown.is_open(block_of(page))
@@ -501,20 +540,12 @@ impl ViewMap {
     }
 }
 
-/// Why a folio could not be installed, and what of it is left.
-pub(super) enum NotInstalled {
+/// Why frames could not be mapped for everybody to touch, and what of that is left.
+enum NotMapped {
     /// Nothing.
     Undone(Error),
-    /// A mapping that may show the folio to raw pointers, or bytes that they may have written.
+    /// A mapping that may show them to raw pointers.
     Left(Error),
-}
-
-impl NotInstalled {
-    pub(super) fn into_error(self) -> Error {
-        match self {
-            Self::Undone(error) | Self::Left(error) => error,
-        }
-    }
 }
 
 impl fmt::Debug for ViewMap {
@@ -525,6 +556,7 @@ impl fmt::Debug for ViewMap {
 
 /// Where the pages are in a mapping of the whole object. The object fits in an address space, or
 /// there would be no view.
-fn bytes(pages: PgoffRange) -> (usize, usize) {
+#[inline]
+pub(super) fn bytes(pages: PgoffRange) -> (usize, usize) {
     (index(pages.start_offset().get()), index(pages.len_bytes().get()))
 }

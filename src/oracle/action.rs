@@ -174,7 +174,8 @@ pub enum Patience {
 /// What is done about the views of an object.
 #[derive(Arbitrary, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ViewChange {
-    /// One more.
+    /// One more. How it is made is in the claim for its object: lists that are worth keeping go on to mean what
+    /// they did.
     Map,
     /// One less: this one.
     Drop(u8),
@@ -294,7 +295,7 @@ impl RangeClaim {
 
 /// A page where others are likely to be as well: at the start, at the border of the first folio, at
 /// the end, or now and then anywhere.
-fn hot(at: u64, nr_pages: u64) -> u64 {
+pub(super) fn hot(at: u64, nr_pages: u64) -> u64 {
     let page = match (at >> 8) % 8 {
         0..=3 => at % 10,
         4 | 5 => HUGE_PAGES - 5 + at % 10,

@@ -1,10 +1,11 @@
 //! The oracle: a naive model of the library, and a language of actions to drive both.
 //!
-//! Property tests and fuzzers share it: any bytes become a list of [`Action`]s, [`run`] does them on
+//! Property tests and fuzzers share it: any bytes become a list of [`Action`]s, [`run()`] does them on
 //! real memory and on the model, and compares every answer (errors by kind, errno, range and
 //! culprit) and, after every action, everything that can be seen from outside.
 //!
-//! What it does not cover: more than one thread, guests and hypervisors, hosts that run out of memory.
+//! What it does not cover: more than one thread, guests and hypervisors (`host` has them), hosts that run out of
+//! memory.
 //!
 //! | file | holds |
 //! |---|---|
@@ -17,11 +18,13 @@
 //! | `real` | the same steps on the library |
 //! | `compare`, `run` | the comparison, and what drives it |
 //! | `pool` | the same for pools that several objects draw from |
+//! | `host` | the same for the host's side of one object: views, exports, memslots, subscribers |
 
 mod action;
 mod answer;
 mod compare;
 mod facts;
+mod host;
 mod ledger;
 mod mistake;
 mod model;
@@ -32,6 +35,10 @@ mod run;
 mod step;
 
 pub use action::{Action, ByteClaim, Door, Patience, Question, RangeClaim, SizeClaim, ViewChange};
+pub use host::{
+    GuestAct, HostAction, HostCoverage, HostDisagreement, HostInspect, HostMistake, Mood, Silence,
+    Spot, Terms, Time, run_host, run_host_mistaken, shrink_host,
+};
 pub use mistake::Mistake;
 pub use pool::{
     Amount, FrameClaim, Limit, PoolAction, PoolCoverage, PoolDisagreement, PoolInspect,

@@ -14,7 +14,7 @@ use super::step::{How, Owner, STRANGER, Step, pattern};
 use crate::backing::ArenaBacking;
 use crate::error::{ErrorKind, Found, Op};
 use crate::geometry::{FolioSize, HUGE_PAGES};
-use crate::gmem::{ContentPolicy, PinMode};
+use crate::gmem::{ContentPolicy, PinMode, ViewPath};
 use crate::state::Visibility;
 
 /// One pin, on all pages of a range.
@@ -33,10 +33,13 @@ pub(super) struct Model {
     pub(super) objects: Vec<Object>,
     pub(super) pins: Vec<Pin>,
     pub(super) backing: ArenaBacking,
-    /// What every attempt to map a view is answered, if this host or backing cannot do it.
-    pub(super) no_views: Option<Refused>,
+    /// What every attempt to map a view by these paths is answered, which this host or backing cannot do.
+    pub(super) no_views: NoViews,
     pub(super) mistake: Option<Mistake>,
 }
+
+/// The paths by which there are no views, and what whoever tries is answered.
+pub(super) type NoViews = Vec<(ViewPath, Refused)>;
 
 /// What becomes of a range before anybody looks at an object.
 fn born(asked: Asked) -> Result<Run, Refused> {
@@ -62,7 +65,7 @@ impl Model {
     pub(super) fn new(
         backing: ArenaBacking,
         capacity: u64,
-        no_views: Option<Refused>,
+        no_views: NoViews,
         mistake: Option<Mistake>,
     ) -> Self {
         let ledger = Ledger::new(capacity);
@@ -124,7 +127,7 @@ impl Model {
                 self.aligned(at)?;
                 self.write(Op::Atomic, object, at, &value.to_ne_bytes())
             }
-            Step::MapView { object } => self.map_view(object),
+            Step::MapView { object, path, .. } => self.map_view(object, path),
             Step::DropView { object, .. } => {
                 let object = self.object_mut(object)?;
                 object.nr_views = object.nr_views.saturating_sub(1);
@@ -517,8 +520,9 @@ impl Model {
         }
     }
 
-    fn map_view(&mut self, object: usize) -> Result<Answer, Refused> {
-        if let Some(refused) = &self.no_views {
+    /// However it is made, a view shows the same.
+    fn map_view(&mut self, object: usize, path: ViewPath) -> Result<Answer, Refused> {
+        if let Some((_, refused)) = self.no_views.iter().find(|(refused, _)| *refused == path) {
             return Err(refused.clone());
         }
         let this = self.object(object)?;

@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::action::{Asked, Door, Patience};
-use super::answer::{Answer, PageFacts, PunchFacts, Refused, run_of};
+use super::answer::{Answer, PageFacts, PunchFacts, run_of};
 use super::facts::{ObjectFacts, PoolFacts};
+use super::model::NoViews;
 use super::step::{How, Owner, STRANGER, Step, pattern};
 use crate::addr::{ByteSize, Offset, Pgoff};
 use crate::backing::ArenaBacking;
@@ -16,13 +17,16 @@ use crate::folio::FolioPool;
 use crate::geometry::FolioSize;
 use crate::gmem::{
     ConvertOptions, GuestMemfd, HandOutRun, HostView, PageInfo, PageStatus, PinGuard, PinMode,
-    Residency, SubscribeOptions, Subscriber, Subscription,
+    Residency, SubscribeOptions, Subscriber, Subscription, ViewOptions, ViewPath,
 };
 use crate::range::PgoffRange;
 use crate::state::{Ack, CancelToken, Visibility, Wait};
 
 /// What a buffer holds before it is read into.
 const UNTOUCHED: u8 = 0xa5;
+
+const PATHS: [ViewPath; 4] =
+    [ViewPath::Best, ViewPath::UserfaultfdSyscall, ViewPath::UserfaultfdDevice, ViewPath::Fixed];
 
 #[derive(Debug)]
 struct RealObject {
@@ -126,19 +130,22 @@ impl Real {
         Ok(Self { pins: Vec::new(), objects: Vec::new(), pool })
     }
 
-    /// What an attempt to map a view is answered here, if it is a refusal that always comes.
-    pub(super) fn no_views(&self) -> Result<Option<Refused>, Error> {
+    /// What an attempt to map a view by each path is answered here, if it is a refusal that always comes.
+    pub(super) fn no_views(&self) -> Result<NoViews, Error> {
         let probe = GuestMemfd::builder(FolioSize::Huge2M.bytes()).create(&self.pool)?;
-        match probe.map_view() {
-            Ok(_) => Ok(None),
-            Err(error) => match (error.kind(), self.pool.backing()) {
-                (ErrorKind::Unsupported, ArenaBacking::Heap) => Ok(Some(error.into())),
-                (ErrorKind::MissingCapability, backing) if backing != ArenaBacking::Heap => {
-                    Ok(Some(error.into()))
-                }
-                _ => Err(error),
-            },
+        let mut no_views = NoViews::new();
+        for path in PATHS {
+            let Err(error) = probe.map_view_with(&ViewOptions::default().path(path)) else {
+                continue;
+            };
+            match (error.kind(), self.pool.backing()) {
+                (ErrorKind::Unsupported, ArenaBacking::Heap) => {}
+                (ErrorKind::MissingCapability, backing) if backing != ArenaBacking::Heap => {}
+                _ => return Err(error),
+            }
+            no_views.push((path, error.into()));
         }
+        Ok(no_views)
     }
 
     pub(super) fn pool(&self) -> &FolioPool {
@@ -249,8 +256,9 @@ impl Real {
                     _ => self.of(object)?.store_u64(at, value)?,
                 }
             }
-            Step::MapView { object } => {
-                let view = self.of(object)?.map_view()?;
+            Step::MapView { object, path, mapping } => {
+                let options = ViewOptions::default().path(path).mapping(mapping);
+                let view = self.of(object)?.map_view_with(&options)?;
                 if let Some(object) = self.objects.get_mut(object) {
                     object.views.push(view);
                 }

@@ -94,7 +94,10 @@ impl Coverage {
 
     fn note(&mut self, step: &Step, answer: &Answer) {
         let debug = format!("{step:?}");
-        let name = debug.split_whitespace().next().unwrap_or_default();
+        let name = match step {
+            Step::MapView { path, mapping, .. } => format!("MapView {path:?} {mapping:?}"),
+            _ => String::from(debug.split_whitespace().next().unwrap_or_default()),
+        };
         let outcome = match answer {
             Answer::Refused(Refused { kind, .. }) => format!("{name} {kind:?}"),
             _ => format!("{name} Ok"),

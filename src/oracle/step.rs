@@ -3,7 +3,7 @@
 use super::action::{Action, Asked, Door, Patience, Question, ViewChange};
 use super::model::Model;
 use crate::geometry::FolioSize;
-use crate::gmem::{ContentPolicy, PinMode};
+use crate::gmem::{ContentPolicy, PinMode, ViewMapping, ViewPath};
 use crate::state::Visibility;
 
 /// The names under which pins are taken.
@@ -46,7 +46,7 @@ pub(super) enum Step {
     Write { object: usize, at: u64, len: u64, seed: u8, door: Door },
     Load { object: usize, at: u64, door: Door },
     Store { object: usize, at: u64, value: u64, door: Door },
-    MapView { object: usize },
+    MapView { object: usize, path: ViewPath, mapping: ViewMapping },
     DropView { object: usize, view: usize },
     Visibility { object: usize, range: Asked },
     Snapshot { object: usize, range: Asked },
@@ -125,11 +125,14 @@ impl Step {
                 let (object, nr_pages) = on(object)?;
                 Self::Store { object, at: at.word(nr_pages), value, door }
             }
-            Action::View { object, change } => {
-                let object = on(object)?.0;
+            Action::View { object: claim, change } => {
+                let object = on(claim)?.0;
                 match (change, model.nr_views(object)) {
                     (ViewChange::Map, MOST_VIEWS..) => return None,
-                    (ViewChange::Map, _) => Self::MapView { object },
+                    (ViewChange::Map, _) => {
+                        let (path, mapping) = view_of(claim);
+                        Self::MapView { object, path, mapping }
+                    }
                     (ViewChange::Drop(which), nr_views) => {
                         Self::DropView { object, view: usize::from(which).checked_rem(nr_views)? }
                     }
@@ -147,6 +150,17 @@ impl Step {
             Action::Examine(0..160) => return None,
             Action::Examine(_) => Self::Examine,
         })
+    }
+}
+
+/// By which path and mapping a view is made: the half of them by what a caller gets who says nothing.
+fn view_of(claim: u8) -> (ViewPath, ViewMapping) {
+    let mapping = if claim % 2 == 0 { ViewMapping::Eager } else { ViewMapping::Lazy };
+    match claim % 16 {
+        0..6 => (ViewPath::Best, mapping),
+        6..8 => (ViewPath::UserfaultfdSyscall, mapping),
+        8..10 => (ViewPath::UserfaultfdDevice, mapping),
+        _ => (ViewPath::Fixed, mapping),
     }
 }
 

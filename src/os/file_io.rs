@@ -18,8 +18,11 @@ pub(crate) struct Target<'a>(libc::iovec, PhantomData<&'a ()>);
 #[repr(transparent)]
 pub(crate) struct Source<'a>(libc::iovec, PhantomData<&'a ()>);
 
-/// What a source of zeroes is made of.
-static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+/// What a source of zeroes is made of. Aligned as memory of a guest is: O_DIRECT asks for that.
+#[repr(align(4096))]
+struct Zeroes([u8; 64 << 10]);
+
+static ZEROES: Zeroes = Zeroes([0; 64 << 10]);
 
 impl Target<'_> {
     /// # Safety
@@ -38,8 +41,8 @@ impl<'a> Source<'a> {
 
     /// At most `len` bytes that are all zeroes.
     pub(crate) fn of_zeroes(len: usize) -> Self {
-        let start = ZEROES.as_ptr().cast_mut().cast();
-        Self(libc::iovec { iov_base: start, iov_len: len.min(ZEROES.len()) }, PhantomData)
+        let start = ZEROES.0.as_ptr().cast_mut().cast();
+        Self(libc::iovec { iov_base: start, iov_len: len.min(ZEROES.0.len()) }, PhantomData)
     }
 
     pub(crate) fn len(&self) -> usize {

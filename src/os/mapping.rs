@@ -122,7 +122,8 @@ impl Mapping {
         self.len
     }
 
-    /// Replaces what is mapped at `at..at + len` by the file's bytes from `file_at` on.
+    /// Replaces what is mapped at `at..at + len` by the file's bytes from `file_at` on. If it fails, what was
+    /// there is there still, or every touch is a `SIGSEGV`.
     pub(crate) fn map_over(
         &self,
         at: usize,
@@ -130,7 +131,7 @@ impl Mapping {
         fd: BorrowedFd<'_>,
         file_at: u64,
     ) -> Result<(), Error> {
-        self.map_shared(at, len, fd, file_at, ACCESSIBLE, MapFlags::empty())
+        self.map_shared(at, len, fd, file_at, ACCESSIBLE)
     }
 
     /// The same, but every touch of it is a `SIGSEGV` until [`make_accessible`](Self::make_accessible).
@@ -141,18 +142,18 @@ impl Mapping {
         fd: BorrowedFd<'_>,
         file_at: u64,
     ) -> Result<(), Error> {
-        self.map_shared(at, len, fd, file_at, ProtFlags::empty(), MapFlags::empty())
+        self.map_shared(at, len, fd, file_at, ProtFlags::empty())
     }
 
     /// Replaces what is mapped at `at..at + len` by the first bytes of a file that is about to get
-    /// its memory: on hugetlb the mapping would otherwise claim pages a second time.
+    /// its memory.
     pub(crate) fn map_uncommitted(
         &self,
         at: usize,
         len: usize,
         fd: BorrowedFd<'_>,
     ) -> Result<(), Error> {
-        self.map_shared(at, len, fd, 0, ACCESSIBLE, MapFlags::NORESERVE)
+        self.map_shared(at, len, fd, 0, ACCESSIBLE)
     }
 
     fn map_shared(
@@ -162,15 +163,26 @@ impl Mapping {
         fd: BorrowedFd<'_>,
         file_at: u64,
         prot: ProtFlags,
-        flags: MapFlags,
     ) -> Result<(), Error> {
         let target = self.at(at, len)?;
-        let flags = flags | MapFlags::SHARED | MapFlags::FIXED;
+        // On hugetlb a mapping would otherwise claim pages for all that the file has no memory for: a second
+        // time while it is to get it, and in vain if somebody has taken it.
+        let flags = MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE;
         // SAFETY: `at` has checked that the target lies in our own reservation, to which nobody has
         // a reference (bytes are only copied through raw pointers).
-        unsafe { mmap(target.cast(), len, prot, flags, fd, file_at) }
-            .map_err(|e| failed(self.op, "mmap", e))?;
+        unsafe { mmap(target.cast(), len, prot, flags, fd, file_at) }.map_err(|e| {
+            Self::close_gap(target, len);
+            failed(self.op, "mmap", e)
+        })?;
         Ok(())
+    }
+
+    /// Where a mapping fails late, the kernel has unmapped already what was there. The addresses stay ours, or
+    /// the next mapping that anybody makes may come to lie there.
+    fn close_gap(target: *mut u8, len: usize) {
+        let flags = EMPTY | MapFlags::FIXED_NOREPLACE;
+        // SAFETY: replaces nothing: it fails if anything is mapped there, as is well.
+        let _ = unsafe { mmap_anonymous(target.cast(), len, ProtFlags::empty(), flags) };
     }
 
     /// Lets the process at what is mapped inaccessible.
@@ -319,13 +331,32 @@ impl Mapping {
         call: &'static str,
     ) -> Result<(), Error> {
         let target = self.at(at, len)?;
+        // SAFETY: 1. the range lies in our own mapping. 2. nobody has a reference into it, so
+        // pages may come and go.
+        match unsafe { madvise(target.cast(), len, advice) } {
+            Ok(()) => Ok(()),
+            Err(e) => self.advise_again(target, len, advice, call, e),
+        }
+    }
+
+    #[cold]
+    fn advise_again(
+        &self,
+        target: *mut u8,
+        len: usize,
+        advice: Advice,
+        call: &'static str,
+        mut errno: rustix::io::Errno,
+    ) -> Result<(), Error> {
         for attempt in 0..MOST_ATTEMPTS {
-            // SAFETY: 1. the range lies in our own mapping. 2. nobody has a reference into it, so
-            // pages may come and go.
+            match errno {
+                rustix::io::Errno::INTR | rustix::io::Errno::AGAIN => relax(attempt),
+                e => return Err(failed(self.op, call, e)),
+            }
+            // SAFETY: as in `advise`, which has found out where the range lies.
             match unsafe { madvise(target.cast(), len, advice) } {
                 Ok(()) => return Ok(()),
-                Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => relax(attempt),
-                Err(e) => return Err(failed(self.op, call, e)),
+                Err(e) => errno = e,
             }
         }
         // EAGAIN for ever is how madvise says that it cannot split a mapping for want of memory.
@@ -370,4 +401,32 @@ fn release(base: *mut u8, len: usize) {
 
 fn to_usize(op: Op, size: ByteSize) -> Result<usize, Error> {
     usize::try_from(size.get()).map_err(|_| Error::new(op, ErrorKind::Overflow))
+}
+
+#[cfg(all(test, not(miri)))]
+mod tests {
+    use std::fs::{self, File};
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    /// What a mapping that fails late leaves behind is nobody else's.
+    #[test]
+    fn a_gap_is_closed() {
+        let page = ByteSize::from_pages(1);
+        let mapping = Mapping::reserve(Op::MapView, ByteSize::from_pages(3), page).unwrap();
+        let mapped = || {
+            let maps = fs::read_to_string("/proc/self/maps").unwrap();
+            let at = |text: &str| usize::from_str_radix(text, 16).unwrap();
+            let ranges = maps.lines().map(|line| line.split([' ', '-']).collect::<Vec<_>>());
+            let middle = mapping.hva().get() + 4096;
+            ranges.into_iter().any(|it| (at(it[0])..at(it[1])).contains(&middle))
+        };
+        release(mapping.base().as_ptr().wrapping_add(4096), 4096);
+        assert!(!mapped());
+        // Not open for writing.
+        let file = File::open("/proc/self/exe").unwrap();
+        assert!(mapping.map_over(4096, 4096, file.as_fd(), 0).is_err());
+        assert!(mapped());
+    }
 }

@@ -5,6 +5,7 @@ pub(crate) mod barrier;
 pub(crate) mod file_io;
 pub(crate) mod hugetlb;
 pub(crate) mod mapping;
+pub(crate) mod maps;
 pub(crate) mod memfd;
 pub(crate) mod memory;
 pub(crate) mod numa;

@@ -39,7 +39,7 @@ pub(crate) struct Fault {
     pub(crate) cause: FaultCause,
 }
 
-/// In the two registers of a returned pair: a result and 0, or the faulting address and the signal's code.
+/// In the two registers of a returned pair: a result and 0, or the faulting address and its [`FaultCause::code`].
 #[repr(C)]
 struct Outcome {
     value: u64,
@@ -307,7 +307,7 @@ pub(super) unsafe fn recover(context: *mut c_void, info: &siginfo_t) -> bool {
     }
     // SAFETY: as in `Extent::of`.
     let address = unsafe { info.si_addr() }.addr();
-    let code = info.si_code.unsigned_abs();
+    let code = FaultCause::code(info.si_signo, info.si_code);
     arch::resume(context, (&raw const gmem01_recover).addr(), address, code);
     true
 }
@@ -328,6 +328,7 @@ mod tests {
     fn info(code: c_int, address: usize, shift: i16) -> siginfo_t {
         // SAFETY: all-zero is a valid siginfo.
         let mut info: siginfo_t = unsafe { std::mem::zeroed() };
+        info.si_signo = libc::SIGBUS;
         info.si_code = code;
         let fields = (&raw mut info).cast::<u8>().wrapping_add(16);
         // SAFETY: `si_addr` of a fault: inside, and aligned.

@@ -40,10 +40,10 @@ pub const SYSCALLS: &[Syscall] = syscalls! {
     ftruncate: SYS_ftruncate, "pools";
     fallocate: SYS_fallocate, "pools, holes";
     fcntl: SYS_fcntl, "seals of pools and objects, duplicates of descriptors";
-    fstat: SYS_fstat, "the count of huge memory, of pools on hugetlb";
+    fstat: SYS_fstat, "the count of huge memory, of pools on hugetlb; the audit";
     mmap: SYS_mmap, "pools, objects, views";
     munmap: SYS_munmap, "pools, objects, views";
-    mprotect: SYS_mprotect, "views, as a folio moves";
+    mprotect: SYS_mprotect, "views, as a folio comes";
     madvise: SYS_madvise, "pools, views";
     process_madvise: SYS_process_madvise, "conversions of several ranges to private, with views";
     mbind: SYS_mbind, "parts of pools on a NUMA node";
@@ -55,6 +55,8 @@ pub const SYSCALLS: &[Syscall] = syscalls! {
     rt_sigaction: SYS_rt_sigaction, "the handler of SIGBUS and SIGSEGV, at the first pool on files";
     rt_sigprocmask: SYS_rt_sigprocmask, "a thread's first access, accesses with SIGBUS blocked, touches of a view";
     rt_sigpending: SYS_rt_sigpending, "accesses with SIGBUS blocked, touches of a view";
+    tgkill: SYS_tgkill, "a SIGBUS or SIGSEGV that somebody sends and nobody handles: the process dies of it";
+    getpid: SYS_getpid, "as tgkill";
     readv: SYS_readv, "read_from_file at the file's position";
     preadv: SYS_preadv, "read_from_file";
     writev: SYS_writev, "write_to_file at the file's position";
@@ -88,7 +90,7 @@ pub const RUNTIME_SYSCALLS: &[Syscall] = syscalls! {
     set_robust_list: SYS_set_robust_list, "threads";
     sigaltstack: SYS_sigaltstack, "threads";
     sched_getaffinity: SYS_sched_getaffinity, "threads";
-    gettid: SYS_gettid, "threads, panics";
+    gettid: SYS_gettid, "threads, panics; as tgkill";
     prctl: SYS_prctl, "names of threads";
     rt_sigreturn: SYS_rt_sigreturn, "the end of any signal handler";
     write: SYS_write, "panics";

@@ -1,8 +1,8 @@
 //! The `SIGBUS` handler: what the library's own instructions run into is recovered from, what views are
 //! touched with is decoded for whoever asked, and all else goes to whatever handler stood before.
 //!
-//! It stands for `SIGSEGV` as well, which is how a fault is reported in the moment in which a folio that moves is
-//! taken out of a view.
+//! It stands for `SIGSEGV` as well, which is how a fault is reported in the moment in which a folio comes to its place
+//! in a view.
 //!
 //! | file | holds |
 //! |---|---|

@@ -46,6 +46,13 @@ const FEATURES: u64 = (UFFD_FEATURE_SIGBUS
 #[derive(Debug)]
 pub(crate) struct Userfault(OwnedFd);
 
+/// Where [`Userfault::map_pages`] has stopped, and why.
+#[derive(Debug)]
+pub(crate) struct Stopped {
+    pub(crate) at: usize,
+    pub(crate) error: Error,
+}
+
 /// Where a userfaultfd comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Source {
@@ -79,6 +86,9 @@ impl Userfault {
 
     /// Maps the file's pages at `at..at + len` back in. Pages that are mapped already stay as they
     /// are; `step` is how far to go for one of those.
+    ///
+    /// # Errors
+    /// Where it has stopped. All before that is mapped.
     #[inline]
     pub(crate) fn map_pages(
         &self,
@@ -86,11 +96,11 @@ impl Userfault {
         at: usize,
         len: usize,
         step: usize,
-    ) -> Result<(), Error> {
+    ) -> Result<(), Stopped> {
         let end = at + len;
         let mut at = at;
         while at < end {
-            let range = range(map, at, end - at)?;
+            let range = range(map, at, end - at).map_err(|error| Stopped { at, error })?;
             let mut arg = uffdio_continue { range, mode: 0, mapped: 0 };
             match self.call::<{ UFFDIO_CONTINUE as Opcode }, _>(&mut arg) {
                 Ok(()) => return Ok(()),
@@ -98,7 +108,9 @@ impl Userfault {
                 // The kernel stopped half way and says how far it came, or had to retry.
                 Err(Errno::AGAIN) => at += usize::try_from(arg.mapped).unwrap_or(0),
                 Err(Errno::INTR) => {}
-                Err(e) => return Err(failed(Op::MapView, "UFFDIO_CONTINUE", e)),
+                Err(e) => {
+                    return Err(Stopped { at, error: failed(Op::MapView, "UFFDIO_CONTINUE", e) });
+                }
             }
         }
         Ok(())

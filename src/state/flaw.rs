@@ -44,6 +44,8 @@ pub enum Flaw {
     QuestionsWithoutNumbers,
     /// A question is given up on some time after the look that found no answer.
     GivesUpAfterTheLook,
+    /// A subscriber is given something because of how things stood some time before.
+    GivesOnAnEarlierLook,
     /// Neither side of a grace period runs a fence. With membarrier readers run none; models seed this
     /// where the words alone have to order what happens.
     SectionsWithoutFences,

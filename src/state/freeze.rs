@@ -14,7 +14,7 @@ use super::epoch::Reader;
 use super::flaw::{Flaw, seeded};
 use super::frozen::{Frozen, Held, Holdings, Role};
 use super::rules::Refusal;
-use super::tree::{Refused, Step, Stop, Tree};
+use super::tree::{Refused, Spot, Stop, Tree};
 use super::waiting::{Wait, Waited};
 use super::word::{Phase, Visibility, Word};
 use crate::addr::Pgoff;
@@ -62,8 +62,9 @@ impl<'t> Freezing<'t> {
     }
 
     /// Writes down a block that has just been taken, or lets it go.
-    fn note(&mut self, step: &Step, role: Role) -> Result<(), Stop> {
-        let held = Held { level: step.block.level, pages: step.pages, role };
+    #[inline]
+    fn note(&mut self, level: u32, pages: PgoffRange, role: Role) -> Result<(), Stop> {
+        let held = Held { level, pages, role };
         let list = match role {
             Role::Along => &mut self.along,
             Role::Changes | Role::Drains => &mut self.held,
@@ -133,19 +134,81 @@ impl Tree {
         }
     }
 
+    /// Quarantines a range that others may have pinned, who keep it until they let go. Nobody else comes to it;
+    /// who is inside of a section may be.
+    ///
+    /// # Errors
+    /// The first page that somebody is about to change. The others are quarantined all the same.
+    pub fn condemn(&self, reader: &Reader, range: PgoffRange) -> Result<(), Stop> {
+        let rule = |word: Word| match word.phase() {
+            Phase::Quarantined => Ok(None),
+            _ => word.condemn().map(Some),
+        };
+        let mut outcome = Ok(());
+        let mut page = range.start();
+        while page < range.end() {
+            match self.step(reader, page, range, rule) {
+                Ok(Some(step)) => page = step.pages.end(),
+                Ok(None) => break,
+                Err(refused) => {
+                    outcome = outcome.and(Err(refused.into()));
+                    page = Pgoff::new(page.get() + 1);
+                }
+            }
+        }
+        outcome
+    }
+
     /// Freezes a range that is one block and can be frozen at once, as most can. `None`: it is something
     /// else, or is refused, and nothing has been done.
+    #[inline]
     fn freeze_block(
         &self,
         reader: &Reader,
         range: PgoffRange,
         wanted: Wanted,
     ) -> Option<Frozen<'_>> {
+        if range.nr_pages() == 1 {
+            // Needs no section, for the same reason as a pin of a page.
+            if let Some(spot) = self.own_spot(range.start()) {
+                return self.freeze_spot(&spot, range, wanted);
+            }
+        }
         let _section = reader.enter();
         let spot = self.locate(range.start()).filter(|spot| spot.pages == range)?;
+        self.freeze_spot(&spot, range, wanted)
+    }
+
+    #[inline]
+    fn freeze_spot(
+        &self,
+        spot: &Spot<'_>,
+        range: PgoffRange,
+        wanted: Wanted,
+    ) -> Option<Frozen<'_>> {
         let frozen = spot.word.freeze().ok().filter(|_| !wanted.spares(spot.word))?;
-        self.write(&spot, frozen).ok()?;
+        self.write(spot, frozen).ok()?;
         Some(Frozen::of_block(self, spot.block, range))
+    }
+
+    /// Freezes a page by its own word, if that speaks and nobody is in the way. Needs no section, as in
+    /// [`freeze_block`](Self::freeze_block).
+    #[inline]
+    fn freeze_page(
+        &self,
+        freezing: &mut Freezing<'_>,
+        page: Pgoff,
+        wanted: Wanted,
+    ) -> Result<bool, Stop> {
+        let Some(spot) = self.own_spot(page).filter(|spot| !wanted.spares(spot.word)) else {
+            return Ok(false);
+        };
+        let Ok(frozen) = spot.word.freeze() else { return Ok(false) };
+        if self.write(&spot, frozen).is_err() {
+            return Ok(false);
+        }
+        freezing.note(spot.block.level, spot.pages, Role::Changes)?;
+        Ok(true)
     }
 
     fn freeze_once(
@@ -159,13 +222,22 @@ impl Tree {
         for &range in ranges {
             let mut page = range.start();
             while page < range.end() {
+                // What is waited for drains first.
+                if wait.is_never() && self.freeze_page(&mut freezing, page, wanted)? {
+                    page = Pgoff::new(page.get() + 1);
+                    continue;
+                }
                 match self.step(reader, page, range, |word| first_look(word, wanted, wait)) {
                     Ok(Some(step)) => {
                         page = step.pages.end();
                         match step.written.map(Word::phase) {
                             None => {}
-                            Some(Phase::Draining) => freezing.note(&step, Role::Drains)?,
-                            Some(_) => freezing.note(&step, Role::Changes)?,
+                            Some(Phase::Draining) => {
+                                freezing.note(step.block.level, step.pages, Role::Drains)?
+                            }
+                            Some(_) => {
+                                freezing.note(step.block.level, step.pages, Role::Changes)?
+                            }
                         }
                     }
                     Ok(None) => break,
@@ -283,7 +355,7 @@ impl Tree {
                 let freeze = |word: Word| still_spared(wanted, word).and_then(|()| word.freeze());
                 match self.step(reader, page, range, |word| freeze(word).map(Some)) {
                     Ok(Some(step)) => {
-                        freezing.note(&step, Role::Along)?;
+                        freezing.note(step.block.level, step.pages, Role::Along)?;
                         return Ok(step.pages.end());
                     }
                     outcome => outcome.map(|_| None),

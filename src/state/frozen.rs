@@ -105,6 +105,7 @@ impl Holdings {
 
     /// Adds a block that lies behind all others. `false`: there is no memory to write it down.
     #[must_use]
+    #[inline]
     pub(super) fn push(&mut self, held: Held) -> bool {
         if let Some(last) = self.0.last_mut() {
             let joined = joined(last.pages, held.pages);
@@ -226,6 +227,9 @@ impl<'t> Frozen<'t> {
     /// Whether blocks will be merged at the [release](Self::release), if somebody
     /// [waits](Self::wait_for_sections) before. Without that they stay split.
     pub fn could_merge(&self) -> bool {
+        if self.is_too_little() {
+            return false;
+        }
         let mut could = false;
         self.each_block(Merging::Yes, |block, level| could |= block.level > level);
         could
@@ -274,6 +278,15 @@ impl<'t> Frozen<'t> {
         self.end(|_| Word::thaw);
     }
 
+    #[cold]
+    fn quarantine(&mut self) {
+        self.end(|role| match role {
+            // Nobody was to change it.
+            Role::Along => Word::thaw,
+            Role::Changes | Role::Drains => Word::quarantine,
+        });
+    }
+
     fn end(&mut self, rule_of: impl Fn(Role) -> fn(Word) -> Result<Word, Refusal>) {
         let held = std::mem::take(&mut self.held);
         if held.0.is_empty() {
@@ -287,34 +300,63 @@ impl<'t> Frozen<'t> {
         self.tree.waiters().wake();
     }
 
+    /// Whether blocks of a level, or larger ones, from `start` to `end` cannot make up a larger one: less than
+    /// a table of them does only where the object ends.
+    #[inline]
+    fn is_too_short(&self, level: u32, start: Pgoff, end: Pgoff) -> bool {
+        let shape = self.tree.shape();
+        let is_short = end.get() - start.get() < shape.fan_out() << shape.order(level);
+        is_short && end.get() != shape.nr_pages() && !seeded(Flaw::MergesTooMuch)
+    }
+
+    /// The same of all that is held, gaps and all.
+    #[inline]
+    fn is_too_little(&self) -> bool {
+        match self.held.0.as_slice() {
+            [] => true,
+            [one] => self.is_too_short(one.level, one.pages.start(), one.pages.end()),
+            [first, .., last] => self.is_too_short(0, first.pages.start(), last.pages.end()),
+        }
+    }
+
     /// Goes through the held blocks, each with the level of the words that it is held by. Of parts that
     /// make up a whole block it is that block, the largest there is.
     fn each_block(&self, merging: Merging, mut seen: impl FnMut(Block, u32)) {
         let shape = self.tree.shape();
         let mut rest = self.held.0.as_slice();
-        while !rest.is_empty() {
+        if merging == Merging::No || self.is_too_little() {
+            for held in rest {
+                shape.blocks(held.level, held.pages).for_each(|block| seen(block, held.level));
+            }
+            return;
+        }
+        while let Some((first, others)) = rest.split_first() {
+            let is_alone =
+                others.first().is_none_or(|next| first.pages.end() != next.pages.start());
+            if is_alone && self.is_too_short(first.level, first.pages.start(), first.pages.end()) {
+                shape.blocks(first.level, first.pages).for_each(|block| seen(block, first.level));
+                rest = others;
+                continue;
+            }
             let nr_joints = rest.windows(2).take_while(|pair| touch(pair)).count();
             let (run, behind) = rest.split_at(nr_joints + 1);
             rest = behind;
             let end = run.last().map_or(Pgoff::new(0), |last| last.pages.end());
             let mut page = run.first().map_or(Pgoff::new(0), |first| first.pages.start());
-            // Less than a table of pages makes up a block only where the object ends.
-            let is_enough = end.get() - page.get() >= shape.fan_out()
-                || end.get() == shape.nr_pages()
-                || seeded(Flaw::MergesTooMuch);
+            let is_too_short = self.is_too_short(0, page, end);
             for held in run {
+                if is_too_short {
+                    shape.blocks(held.level, held.pages).for_each(|block| seen(block, held.level));
+                    continue;
+                }
                 page = page.max(held.pages.start());
                 while page < held.pages.end() {
-                    let most = match merging {
-                        Merging::Yes if is_enough => shape.top(),
-                        Merging::Yes | Merging::No => held.level,
-                    };
                     let fits = |&level: &u32| {
                         let pages = shape.pages_of(shape.block_of(level, page));
                         let fits = |pages: PgoffRange| pages.start() == page && pages.end() <= end;
                         pages.is_some_and(fits) || seeded(Flaw::MergesTooMuch) && level > 0
                     };
-                    let larger = (held.level + 1..=most).rev().find(fits);
+                    let larger = (held.level + 1..=shape.top()).rev().find(fits);
                     let block = shape.block_of(larger.unwrap_or(held.level), page);
                     seen(block, held.level);
                     let Some(pages) = shape.pages_of(block) else { return };
@@ -330,11 +372,10 @@ fn touch(pair: &[Held]) -> bool {
 }
 
 impl Drop for Frozen<'_> {
+    #[inline]
     fn drop(&mut self) {
-        self.end(|role| match role {
-            // Nobody was to change it.
-            Role::Along => Word::thaw,
-            Role::Changes | Role::Drains => Word::quarantine,
-        });
+        if !self.held.is_empty() {
+            self.quarantine();
+        }
     }
 }

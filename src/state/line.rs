@@ -15,6 +15,9 @@ use crate::sync::{Arc, Condvar, Mutex};
 pub struct Line {
     state: Mutex<State>,
     changed: Condvar,
+    /// Held while something is given to the subscriber, or it is cut off: taken before the state's, and with
+    /// nothing waited for but the subscriber's call.
+    gives: Mutex<()>,
 }
 
 #[derive(Debug)]
@@ -33,7 +36,8 @@ pub enum Standing {
     Leaving,
     /// It was cut off from all memory, and is told nothing until it subscribes again.
     FencedOff,
-    /// Its subscription is gone, and nobody knows what it still reaches.
+    /// It was given up on: it did not let go when it had to, and could not be cut off. Nobody knows what it still
+    /// reaches, so nothing that it may reach becomes anybody else's.
     Lost,
 }
 
@@ -72,7 +76,7 @@ impl Line {
     /// Nothing is asked yet.
     pub fn new() -> Self {
         let state = State { standing: Standing::Told, next: 0, open: Vec::new() };
-        Self { state: Mutex::new(state), changed: Condvar::new() }
+        Self { state: Mutex::new(state), changed: Condvar::new(), gives: Mutex::new(()) }
     }
 
     /// How things stand.
@@ -80,9 +84,29 @@ impl Line {
         self.state.lock().standing
     }
 
-    /// The subscriber was cut off: who waits for it need not.
-    pub fn fence_off(&self) {
-        self.change(|_| Standing::FencedOff);
+    /// Gives the subscriber something by this call, unless it was cut off. One call after the other: what comes
+    /// before it is cut off ends before, and nothing comes after.
+    pub fn give(&self, call: impl FnOnce()) {
+        let early = seeded(Flaw::GivesOnAnEarlierLook).then(|| self.standing());
+        let _gives = self.gives.lock();
+        match early.unwrap_or_else(|| self.standing()) {
+            Standing::Told | Standing::Leaving => call(),
+            Standing::FencedOff | Standing::Lost => {}
+        }
+    }
+
+    /// Cuts the subscriber off by this call, unless it is: whatever it was given is out of reach then, and who
+    /// waits for it need not.
+    ///
+    /// # Errors
+    /// That of the call. Things stand as before.
+    pub fn cut_off<E>(&self, fence: impl FnOnce() -> Result<(), E>) -> Result<(), E> {
+        let _gives = self.gives.lock();
+        if self.standing() != Standing::FencedOff {
+            fence()?;
+            self.change(|_| Standing::FencedOff);
+        }
+        Ok(())
     }
 
     /// Nobody is to wait for an answer that does not come at once, for now.
@@ -90,12 +114,7 @@ impl Line {
         self.change(|now| if now == Standing::Told { Standing::Leaving } else { now });
     }
 
-    /// It is waited for again.
-    pub fn stay(&self) {
-        self.change(|now| if now == Standing::Leaving { Standing::Told } else { now });
-    }
-
-    /// The subscription is gone, and the subscriber has not let go.
+    /// The subscriber has not let go where it had to.
     pub fn lose(&self) {
         self.change(|_| Standing::Lost);
     }
@@ -157,6 +176,15 @@ impl Question {
     /// Waits for the answer, until that moment or without one for good; a moment that has passed gives up at
     /// once. Models have no clock.
     pub fn wait(self, deadline: Option<Instant>) -> Outcome {
+        self.hear(deadline, |standing| standing == Standing::Leaving)
+    }
+
+    /// [`wait`](Self::wait), where who does not answer is given up on: also for one that is leaving.
+    pub fn wait_out(self, deadline: Option<Instant>) -> Outcome {
+        self.hear(deadline, |_| false)
+    }
+
+    fn hear(self, deadline: Option<Instant>, is_hasty: impl Fn(Standing) -> bool) -> Outcome {
         let line = &self.line;
         let mut state = line.state.lock();
         loop {
@@ -166,8 +194,8 @@ impl Question {
                     Outcome::LetGo
                 }
                 (Answer::Refused(errno), _) => Outcome::Refused(errno),
-                (Answer::Never, _) | (Answer::Awaited, Standing::Leaving) => Outcome::Silent,
-                (Answer::Awaited, _) if is_over => Outcome::Silent,
+                (Answer::Never, _) => Outcome::Silent,
+                (Answer::Awaited, now) if is_over || is_hasty(now) => Outcome::Silent,
                 (Answer::Awaited, _) => {
                     state = line.changed.wait_until(state, deadline);
                     continue;
@@ -261,6 +289,13 @@ mod tests {
         let (question, ack) = asked(&line);
         assert_eq!(ack.let_go(), Heard::InTime);
         assert_eq!(question.wait(None), Outcome::LetGo, "what answers at once is heard");
+        let (question, ack) = asked(&line);
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| question.wait_out(None));
+            std::thread::sleep(Duration::from_millis(5));
+            assert_eq!(ack.let_go(), Heard::InTime, "some wait all the same");
+            assert_eq!(waits.join().unwrap(), Outcome::LetGo);
+        });
     }
 
     #[test]
@@ -269,9 +304,24 @@ mod tests {
         let (question, ack) = asked(&line);
         std::thread::scope(|scope| {
             let waits = scope.spawn(|| question.wait(None));
-            line.fence_off();
+            line.cut_off(|| Ok::<(), Errno>(())).unwrap();
             assert_eq!(waits.join().unwrap(), Outcome::LetGo);
         });
         assert_eq!(ack.refuse(Errno::EBUSY), Heard::TooLate);
+        line.give(|| unreachable!("it is given nothing"));
+        assert_eq!(line.cut_off(|| Err(Errno::EBUSY)), Ok(()), "it is already");
+    }
+
+    #[test]
+    fn who_could_not_be_cut_off_is_given_more() {
+        let line = Line::new();
+        assert_eq!(line.cut_off(|| Err(Errno::ENODEV)), Err(Errno::ENODEV));
+        let mut nr_given = 0;
+        line.give(|| nr_given += 1);
+        line.lose();
+        line.give(|| nr_given += 1);
+        assert_eq!((line.standing(), nr_given), (Standing::Lost, 1));
+        line.cut_off(|| Ok::<(), Errno>(())).unwrap();
+        assert_eq!(line.standing(), Standing::FencedOff, "then it is known what it reaches");
     }
 }

@@ -12,6 +12,7 @@
 //! | `thaw` | converting or draining | settled |
 //! | `publish` | converting | settled, with the new visibility |
 //! | `quarantine` | converting | quarantined |
+//! | `condemn` | settled, whoever has it pinned | quarantined, with its pins |
 //! | `fold` | settled, no pin at all | folding |
 //! | `unfold` | folding | settled |
 //!
@@ -175,6 +176,17 @@ impl<const P: u32, const K: u32, const S: u32> AnyWord<P, K, S> {
         }
     }
 
+    /// Gives it up for good while others have it pinned, who keep it until they let go.
+    ///
+    /// # Errors
+    /// What is going on.
+    pub const fn condemn(self) -> Result<Self, Refusal> {
+        match self.settled() {
+            Ok(()) => Ok(self.with_phase(Phase::Quarantined)),
+            Err(refusal) => Err(refusal),
+        }
+    }
+
     /// Keeps the block as it is until it is unfolded.
     ///
     /// # Errors
@@ -266,7 +278,7 @@ mod tests {
     /// The invariant of a word: pins exist only where the table in word.rs says so.
     fn is_legal(word: Narrow) -> bool {
         let may_be_held = word.visibility() == Visibility::Shared
-            && matches!(word.phase(), Phase::Settled | Phase::Draining);
+            && matches!(word.phase(), Phase::Settled | Phase::Draining | Phase::Quarantined);
         (!word.is_held() || may_be_held) && !(word.pins() > 0 && word.is_exclusive())
     }
 
@@ -283,7 +295,7 @@ mod tests {
         word.publish(Visibility::Private)
     }
 
-    const RULES: [Rule; 13] = [
+    const RULES: [Rule; 14] = [
         Narrow::pin,
         Narrow::unpin,
         Narrow::pin_exclusive,
@@ -295,6 +307,7 @@ mod tests {
         publish_shared,
         publish_private,
         Narrow::quarantine,
+        Narrow::condemn,
         Narrow::fold,
         Narrow::unfold,
     ];
@@ -305,8 +318,9 @@ mod tests {
         assert_eq!(all_words().count(), 1 << 12);
         // A split bit, and two numbers of two bits.
         assert_eq!(all_words().map(tree_part).collect::<BTreeSet<_>>().len(), 32);
-        // Not held: two sides and eight phases. Held: shared, two phases, three counts or exclusively.
-        assert_eq!(all_words().filter(|&word| is_legal(word)).count(), 32 * (2 * 8 + 2 * (3 + 1)));
+        // Not held: two sides and eight phases, four of which are quarantine. Held: shared, six phases, three counts
+        // or exclusively.
+        assert_eq!(all_words().filter(|&word| is_legal(word)).count(), 32 * (2 * 8 + 6 * (3 + 1)));
     }
 
     #[test]
@@ -337,7 +351,7 @@ mod tests {
             let drained = only(phase == Phase::Settled, with(Phase::Draining));
             let published = |to| only(phase == Phase::Converting, settled_as(word, to));
             // In the order of `RULES`.
-            let wanted: [Option<Narrow>; 13] = [
+            let wanted: [Option<Narrow>; 14] = [
                 only(pinnable && pins < Narrow::MAX_PINS, Some(word.with_pins(pins + 1))),
                 only(pins > 0, Some(word.with_pins(pins.saturating_sub(1)))),
                 only(pinnable && !held, Some(word.with_exclusive())),
@@ -349,6 +363,7 @@ mod tests {
                 published(Visibility::Shared),
                 published(Visibility::Private),
                 only(phase == Phase::Converting, with(Phase::Quarantined)),
+                only(phase == Phase::Settled, with(Phase::Quarantined)),
                 only(idle, with(Phase::Folding)),
                 only(phase == Phase::Folding, with(Phase::Settled)),
             ];
@@ -382,6 +397,7 @@ mod tests {
             assert_eq!(word.freeze().err(), going_on.or(exclusive).or(pinned), "{word:?}");
             assert_eq!(word.fold().err(), word.freeze().err(), "{word:?}");
             assert_eq!(word.drain().err(), going_on, "{word:?}");
+            assert_eq!(word.condemn().err(), going_on, "{word:?}");
             let drained = match word.phase() {
                 Phase::Draining => exclusive.or(pinned),
                 _ => Some(Refusal::NotHeld),

@@ -92,7 +92,7 @@ impl Shape {
 
     /// log2 of the pages in a block, if it is not cut off by the end.
     #[inline]
-    fn order(&self, level: u32) -> u32 {
+    pub(super) fn order(&self, level: u32) -> u32 {
         self.fan_out_order * level
     }
 

@@ -382,6 +382,17 @@ impl Tree {
         self.tables.get(index(page.get())).map(StateCell::new)
     }
 
+    /// The spot of a page whose own word is settled, and so speaks. A word that was never written is not.
+    #[inline]
+    pub(super) fn own_spot(&self, page: Pgoff) -> Option<Spot<'_>> {
+        let cell = self.own_cell(page)?;
+        let word = cell.load();
+        let speaks = word.phase() == Phase::Settled && word.stamp() != 0;
+        let pages = PgoffRange::before(Pgoff::new(self.shape.nr_pages()), page, 1)?;
+        let block = self.shape.block_of(0, page);
+        speaks.then_some(Spot { cell, found: word, word, block, pages })
+    }
+
     /// Drops a pin from every subpage of the range, in whatever words they are.
     pub fn unpin(&self, reader: &Reader, range: PgoffRange) {
         self.give_back(reader, range, Word::unpin);

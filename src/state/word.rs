@@ -13,7 +13,7 @@
 //! | draining | those that are there may go, none may come | the conversion that waits |
 //! | converting | none | the one that entered it, and nobody else |
 //! | folding | none | as converting; the bytes are not touched, so accesses go on |
-//! | quarantined | none | nobody: the state of the memory is unknown |
+//! | quarantined | none, or of memory that failed those that were there, which may go | nobody: the state of the memory is unknown |
 //!
 //! A word with the split bit does not speak for its block any more: the words of its parts do. Its other
 //! fields say what the parts were in the moment of the split, and stay as they are until the parts are

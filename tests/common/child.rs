@@ -3,7 +3,9 @@
 use std::env;
 use std::process::Command;
 
-const CHILD: &str = "GMEM_TEST_CHILD";
+/// Set in the copy. Settings of the host are the first process's to make, which puts them back whatever
+/// becomes of the copy.
+pub(crate) const CHILD: &str = "GMEM_TEST_CHILD";
 const DONE: &str = "the child has seen what it should";
 
 /// Runs `body` in a copy of this process in which nothing else runs. `test` is the caller's name, so that
@@ -20,6 +22,8 @@ pub(crate) fn alone(test: &str, body: impl FnOnce()) {
         .output()
         .unwrap();
     let output = String::from_utf8_lossy(&child.stdout).into_owned();
-    assert!(child.status.success() && output.contains(DONE), "{:?}\n{output}", child.status);
+    let errors = String::from_utf8_lossy(&child.stderr);
+    let is_good = child.status.success() && output.contains(DONE);
+    assert!(is_good, "{:?}\n{output}\n{errors}", child.status);
     print!("{output}");
 }

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// No step's command may take longer, so that a deadlock is a failure and not a mute hang.
-const DEFAULT_LIMIT: Duration = Duration::from_secs(20 * 60);
+const DEFAULT_LIMIT: Duration = Duration::from_secs(35 * 60);
 
 pub(crate) struct Cmd {
     command: Command,

@@ -8,7 +8,9 @@ use std::mem::ManuallyDrop;
 use std::ops::Deref;
 use std::time::Instant;
 
-use gmem::modelled::{Ack, Flaw, Heard, Line, Outcome, Question, Reader, Visibility, Wanted};
+use gmem::modelled::{
+    Ack, Flaw, Heard, Line, Outcome, Question, Reader, Standing, Visibility, Wanted,
+};
 use loom::sync::{Arc, Mutex, RwLock};
 use loom::thread;
 use loom_tests::together;
@@ -204,8 +206,11 @@ fn fence(cut: impl Fn(&Machine) + Copy + 'static) {
 fn fenced_off_by_another() {
     explore(|| {
         fence(|machine| {
-            machine.map(false);
-            machine.line.fence_off();
+            let cut = machine.line.cut_off(|| {
+                machine.map(false);
+                Ok::<(), Never>(())
+            });
+            assert_eq!(cut, Ok(()));
         });
     });
 }
@@ -215,9 +220,98 @@ fn fenced_off_by_another() {
 fn canary_fenced_off_in_words_only() {
     must_be_caught(RACE, || {
         fence(|machine| {
-            machine.line.fence_off();
+            assert_eq!(machine.line.cut_off(|| Ok::<(), Never>(())), Ok(()));
             machine.map(false);
         });
+    });
+}
+
+/// A fence that cannot fail.
+#[derive(Debug, PartialEq)]
+enum Never {}
+
+/// A subscriber of two pages, with what it maps of them.
+struct Pair {
+    line: Line,
+    mapped: Mutex<[bool; 2]>,
+}
+
+impl Pair {
+    fn map(&self, at: usize) {
+        self.mapped.lock().expect("nobody panics with it")[at] = true;
+    }
+
+    fn unmap_all(&self) {
+        *self.mapped.lock().expect("nobody panics with it") = [false; 2];
+    }
+
+    fn is_cut_off(&self) {
+        let mapped = *self.mapped.lock().expect("nobody panics with it");
+        assert_eq!(mapped, [false; 2], "it reaches pages behind its fence");
+    }
+
+    /// In batches of one.
+    fn give_both(&self) {
+        (0..2).for_each(|at| self.line.give(|| self.map(at)));
+    }
+
+    fn cut_off(&self) {
+        let fence = || {
+            self.unmap_all();
+            Ok::<(), Never>(())
+        };
+        assert_eq!(self.line.cut_off(fence), Ok(()));
+    }
+}
+
+/// A conversion gives what it has shared, while another one has the subscriber cut off.
+fn give_and_fence(give: impl Fn(&Pair) + Copy + 'static, cut_off: impl Fn(&Pair) + Copy + 'static) {
+    let pair = common(Pair { line: Line::new(), mapped: Mutex::new([false; 2]) });
+    let gives = {
+        let pair = pair.clone();
+        thread::spawn(move || give(&pair))
+    };
+    cut_off(&pair);
+    pair.is_cut_off();
+    end(gives);
+    // From here on nobody asks it for anything.
+    pair.is_cut_off();
+}
+
+fn batches_and_fence(_: u32) {
+    give_and_fence(Pair::give_both, Pair::cut_off);
+}
+
+/// Proves: when a subscriber has been cut off it reaches nothing, whoever was giving it what in the middle of
+/// how many batches, and is given nothing more.
+#[test]
+fn grants_and_fence() {
+    explore_on(&[1], batches_and_fence);
+}
+
+/// Seed: a batch is given because of a look before it.
+#[test]
+fn canary_gives_on_an_earlier_look() {
+    must_notice(Flaw::GivesOnAnEarlierLook, "behind its fence", &[1], batches_and_fence);
+}
+
+/// Seeds: one look for all batches; a fence that others hear of later.
+#[test]
+fn canary_gives_behind_the_fence() {
+    must_be_caught("behind its fence", || {
+        let looks_once = |pair: &Pair| {
+            if pair.line.standing() == Standing::Told {
+                (0..2).for_each(|at| pair.map(at));
+            }
+        };
+        give_and_fence(looks_once, Pair::cut_off);
+    });
+    must_be_caught("behind its fence", || {
+        let tells_late = |pair: &Pair| {
+            pair.unmap_all();
+            assert_eq!(pair.line.cut_off(|| Ok::<(), Never>(())), Ok(()));
+        };
+        give_and_fence(Pair::give_both, tells_late);
     });
 }
 

@@ -16,6 +16,7 @@
 //! | `transient` | transient accesses against a conversion |
 //! | `handover` | who sees whose bytes when memory changes hands |
 //! | `quarantine` | a change that was given up half way |
+//! | `condemned` | memory that failed while it is pinned |
 //! | `handout` | a device, and the subscriber that is to let go of its pages |
 //! | `holders` | who holds a pin, asked while records are written |
 //! | `pool` | a pool's frames under takers, scrubbers and first touches |
@@ -24,6 +25,7 @@
 #![cfg(loom)]
 
 mod border;
+mod condemned;
 mod drain;
 mod exclusive;
 mod exploration;

@@ -25,10 +25,20 @@ enum Step {
     Unpromise { huge: u8, base: u16 },
     Take { size: bool, home: Option<u16>, promised: bool },
     GiveBack { which: u8, dirty: bool, promised: bool },
-    Scrub { fails: bool, fails_meanwhile: Option<u16> },
+    Scrub { end: End, fails_meanwhile: Option<u16> },
     Quarantine { which: u8 },
     Poison { pfn: u16 },
     Isolate { block: u8, fails_meanwhile: Option<u16> },
+}
+
+/// How a scrub ends.
+#[derive(Arbitrary, Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Done,
+    /// Whoever scrubbed is gone.
+    Early,
+    /// It cannot be done.
+    Failed,
 }
 
 /// Does what some bytes say to frames and to a list; then the same with blocks of every order, those that
@@ -143,7 +153,7 @@ impl Both {
             }
             Step::Take { size, home, promised } => self.take(size_of(size), home, promised),
             Step::GiveBack { which, dirty, promised } => self.give_back(which, dirty, promised),
-            Step::Scrub { fails, fails_meanwhile } => {
+            Step::Scrub { end, fails_meanwhile } => {
                 let Some((start, size)) = self.frames.next_dirty() else {
                     let dirty = self.count(|frame| frame == Frame::Dirty);
                     return self.expect("nothing to scrub", dirty == 0);
@@ -151,7 +161,7 @@ impl Both {
                 self.expect("a dirty block", self.is_all(start, size.nr_pages(), Frame::Dirty));
                 self.set(start, size.nr_pages(), Frame::InHands);
                 self.fail_in(start, size.nr_pages(), fails_meanwhile);
-                self.scrubbed(start, size, fails);
+                self.scrubbed(start, size, end);
             }
             Step::Quarantine { which } => {
                 let Some(at) = usize::from(which).checked_rem(self.taken.len()) else { return };
@@ -193,21 +203,27 @@ impl Both {
         }
     }
 
-    fn scrubbed(&mut self, start: u64, size: FolioSize, fails: bool) {
-        self.set(start, size.nr_pages(), if fails { Frame::Dirty } else { Frame::Free });
-        if !fails {
-            self.frames.scrubbed(start, size);
-            return;
-        }
+    fn scrubbed(&mut self, start: u64, size: FolioSize, end: End) {
         let mut quarantined = Vec::new();
-        self.frames.not_scrubbed(start, size, |huge| quarantined.push(huge));
+        match end {
+            End::Done => {
+                self.frames.scrubbed(start, size);
+                return self.set(start, size.nr_pages(), Frame::Free);
+            }
+            End::Early => self.frames.not_scrubbed(start, size, |huge| quarantined.push(huge)),
+            End::Failed => {
+                self.frames.cannot_be_scrubbed(start, size, |huge| quarantined.push(huge));
+            }
+        }
+        self.set(start, size.nr_pages(), Frame::Dirty);
         let has_failed = |huge: &u64| {
             let run = index(*huge)..index(huge + HUGE_PAGES);
             self.has_failed.get(run).is_some_and(|it| it.contains(&true))
         };
         let blocks = (start..start + size.nr_pages()).step_by(index(HUGE_PAGES));
-        let wanted: Vec<u64> = blocks.filter(has_failed).collect();
-        self.expect("blocks with failed frames are quarantined", quarantined == wanted);
+        let is_lost = |huge: &u64| end == End::Failed || has_failed(huge);
+        let wanted: Vec<u64> = blocks.filter(is_lost).collect();
+        self.expect("lost blocks are quarantined", quarantined == wanted);
         wanted.iter().for_each(|&huge| self.set(huge, HUGE_PAGES, Frame::Quarantined));
     }
 
@@ -227,10 +243,12 @@ impl Both {
             Taken::Dirty(start) => self.took(start, size, Frame::Dirty, after),
             Taken::ScrubFirst(start) => {
                 let clean = self.count(|frame| frame == Frame::Free);
-                self.expect("something clean was there", clean == 0 && size == FolioSize::Base);
+                let is_home = home.is_some_and(|it| it / HUGE_PAGES * HUGE_PAGES == start);
+                let may = size == FolioSize::Base && (clean == 0 || is_home);
+                self.expect("something clean was there", may);
                 self.expect("a dirty block", self.is_all(start, HUGE_PAGES, Frame::Dirty));
                 self.set(start, HUGE_PAGES, Frame::InHands);
-                self.scrubbed(start, FolioSize::Huge2M, false);
+                self.scrubbed(start, FolioSize::Huge2M, End::Done);
             }
             Taken::Wait => self.expect("nobody scrubs", false),
             Taken::Nothing => {
@@ -294,7 +312,7 @@ impl Both {
             let around = self.frames.dirty_around(pfn);
             let Some((start, size)) = around else { return self.expect("its dirty block", false) };
             self.set(start, size.nr_pages(), Frame::InHands);
-            self.scrubbed(start, size, false);
+            self.scrubbed(start, size, End::Done);
         }
     }
 

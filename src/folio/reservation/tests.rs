@@ -1,12 +1,12 @@
+mod dirty_homes;
+
 use super::*;
 use crate::addr::ByteSize;
 use crate::backing::ArenaBacking;
 use crate::failpoint::{FailPoint, arm};
 use crate::folio::PoolStat;
 
-const HUGE: Blocks = Blocks { giant: 0, huge: 1, base: 0 };
-
-pub(super) fn pool(nr_pages: u64) -> FolioPool {
+fn pool(nr_pages: u64) -> FolioPool {
     FolioPool::new(ArenaBacking::Heap, ByteSize::from_pages(nr_pages)).unwrap()
 }
 
@@ -248,19 +248,49 @@ fn a_scrubber_cleans_as_much_as_it_is_to_keep() {
     assert_eq!(pool.verify_scrubbed(), Ok(ByteSize::from_mib(8)));
 }
 
+/// A block that cannot be scrubbed is out of use, and the others are scrubbed all the same.
 #[test]
-fn a_scrub_that_ends_early_leaves_the_block_dirty() {
-    let pool = pool(2 * 512);
-    let one = pool.reserve(wanted(1, 0)).unwrap();
+fn a_scrub_that_fails_costs_one_block() {
+    let pool = pool(4 * 512);
+    let one = pool.reserve(wanted(3, 0)).unwrap();
     let scrubber = pool.start_scrubber(ByteSize::from_bytes(0)).unwrap();
-    let pfn = one.take(FolioSize::Huge2M, page(0), Side::Any).unwrap();
-    one.give_back(pfn, FolioSize::Huge2M);
+    let folios = [0, 1, 2].map(|nr| one.take(FolioSize::Huge2M, page(nr * 512), Side::Any));
+    folios.into_iter().for_each(|pfn| one.give_back(pfn.unwrap(), FolioSize::Huge2M));
     drop(scrubber);
-    let armed = arm(FailPoint::Scrub, 0);
-    assert_eq!(pool.scrub(), ByteSize::from_bytes(0));
+    let armed = arm(FailPoint::Scrub, 1);
+    assert_eq!(pool.scrub(), ByteSize::from_mib(4));
     assert!(armed.has_fired());
-    assert_eq!(pool.stat().dirty, HUGE.pages_size());
-    assert_eq!(pool.scrub(), HUGE.pages_size());
+    assert_eq!(pool.stat().dirty, ByteSize::default());
+    assert_eq!(stat(&pool), [0, 3 * 512, 0, 512, 0], "the promise takes what is left");
+    drop(one);
+    assert_eq!(pool.reserve(wanted(4, 0)).unwrap_err().kind(), ErrorKind::Exhausted);
+    pool.reserve(wanted(3, 0)).unwrap();
+}
+
+/// Without memory to write something down nothing has changed, and the next attempt may succeed.
+#[test]
+fn what_cannot_be_written_down_does_not_happen() {
+    let pool = pool(4 * 512);
+    let account = pool.open_account(None);
+    let on = |wanted: Wanted<'static>| Wanted { account: Some(account.clone()), ..wanted };
+    let armed = arm(FailPoint::Record, 0);
+    let error = pool.reserve(on(wanted(2, 0))).unwrap_err();
+    assert_eq!((error.kind(), armed.has_fired()), (ErrorKind::Exhausted, true));
+    assert_eq!((stat(&pool), account.stat().charged.get()), ([4 * 512, 0, 0, 0, 0], 0));
+    let one = pool.reserve(on(wanted(2, 0))).unwrap();
+    let two = pool.reserve(on(overcommitted())).unwrap();
+    let before = (stat(&pool), account.stat());
+    for owner in [&one, &two] {
+        let armed = arm(FailPoint::Record, 0);
+        let error = owner.take(FolioSize::Huge2M, page(0), Side::Any).unwrap_err();
+        assert_eq!((error.kind(), armed.has_fired()), (ErrorKind::Exhausted, true));
+        assert_eq!((stat(&pool), account.stat()), before);
+    }
+    drop(two);
+    for nr in [0, 1] {
+        one.take(FolioSize::Huge2M, page(nr * 512), Side::Any).unwrap();
+    }
+    assert_eq!(stat(&pool), [2 * 512, 0, 2 * 512, 0, 0]);
 }
 
 /// The peak is what was charged, not what was asked for.
@@ -334,10 +364,4 @@ fn a_frame_that_fails_while_it_is_isolated_stays_out() {
         frames.free_run(start, nr_pages);
     }
     assert_eq!((frames.free().pages(), frames.is_free(7), frames.is_free(8)), (510, false, true));
-}
-
-impl Blocks {
-    fn pages_size(&self) -> ByteSize {
-        ByteSize::from_pages(self.pages())
-    }
 }

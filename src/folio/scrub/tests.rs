@@ -5,6 +5,7 @@ use super::*;
 use crate::addr::Pgoff;
 use crate::backing::ArenaBacking;
 use crate::failpoint::arm;
+use crate::folio::frames::{Promise, Taken};
 use crate::folio::owner::{PrivatePlacement, Side};
 use crate::folio::part::Zone;
 use crate::folio::reservation::{Commitment, Reservation, Wanted};
@@ -125,6 +126,51 @@ fn a_scrubber_that_dies_leaves_its_block_to_the_others() {
 }
 
 #[test]
+fn a_scrubber_that_cannot_scrub_a_block_goes_on_with_the_others() {
+    let pool = pool(4);
+    all_dirty(&pool);
+    let scrubber = {
+        let _armed = arm(FailPoint::Scrub, 1);
+        pool.start_scrubber(ByteSize::from_mib(8)).unwrap()
+    };
+    until("all is clean or out of use", || pool.stat().dirty == ByteSize::default());
+    let stat = pool.stat();
+    assert_eq!((stat.free, stat.quarantined), (ByteSize::from_mib(6), ByteSize::from_mib(2)));
+    assert!(scrubber.is_alive());
+    let all = reserve(&pool, 3, 0);
+    let taken: Vec<Pfn> = (0..3).map(|nr| take(&all, nr).unwrap()).collect();
+    assert!(!taken.contains(&Pfn::new(HUGE_PAGES)), "{taken:?}");
+    assert_adds_up(&pool);
+}
+
+/// Of 1 GiB with a spot that cannot be scrubbed the rest is as good as before.
+#[test]
+fn of_a_large_block_that_cannot_be_scrubbed_one_piece_is_lost() {
+    let pool = pool(512);
+    let wanted = super::super::ledger::Blocks { giant: 1, huge: 0, base: 0 };
+    pool.state().parts[0].frames.promise(wanted);
+    let Taken::Clean(start) =
+        pool.state().parts[0].frames.take(FolioSize::Huge1G, None, Promise::Kept)
+    else {
+        panic!("it is clean");
+    };
+    pool.state().parts[0].frames.give_back_dirty(start, FolioSize::Huge1G, Promise::None);
+    let (pfn, size) = pool.state().next_dirty().unwrap();
+    let scrubber = {
+        let _armed = arm(FailPoint::Scrub, 77);
+        pool.start_scrubber(ByteSize::from_mib(1024)).unwrap()
+    };
+    std::thread::sleep(Duration::from_millis(20));
+    let armed = arm(FailPoint::Scrub, 0);
+    assert_eq!((size, pool.scrub_in_hands(pfn, size)), (FolioSize::Huge1G, 0));
+    assert!(armed.has_fired());
+    until("all the pieces were tried", || pool.stat().dirty == ByteSize::default());
+    drop(scrubber);
+    let stat = pool.stat();
+    assert_eq!((stat.free, stat.quarantined), (ByteSize::from_mib(1022), ByteSize::from_mib(2)));
+}
+
+#[test]
 fn a_scrubber_keeps_up_with_those_who_take() {
     let pool = pool(6);
     all_dirty(&pool);
@@ -206,17 +252,47 @@ fn a_scrub_that_fails_for_whoever_takes_or_gives_back_quarantines() {
     assert_adds_up(&pool);
 }
 
-/// One frame less than was promised: who comes first is served, and only the last one is not.
+/// One frame less than was promised: who comes first is served, and only the last one is not. The counter tells
+/// as soon as the frame fails, and what nobody was promised fails first.
 #[test]
 fn a_failed_frame_costs_one_promise_and_not_all() {
-    let pool = pool(3);
+    let pool = pool(4);
+    let over = || pages(pool.stat().over_promised);
     let [one, two] = [reserve(&pool, 2, 0), reserve(&pool, 1, 0)];
+    pool.report_memory_failure(Pfn::new(3 * 512)).unwrap();
+    assert_eq!(over(), 0, "of what was free");
     pool.report_memory_failure(Pfn::new(700)).unwrap();
+    assert_eq!(over(), 512);
     let taken = [take(&one, 0).unwrap(), take(&two, 0).unwrap()];
+    assert_eq!(over(), 512);
     assert_eq!(take(&one, 1).unwrap_err().kind(), ErrorKind::Exhausted);
     two.give_back(taken[1], HUGE);
     assert_eq!(take(&one, 1), Ok(taken[1]));
     assert_eq!(take(&two, 0).unwrap_err().kind(), ErrorKind::Exhausted);
-    drop((one, two));
+    assert_eq!(over(), 512);
+    drop(two);
+    assert_eq!(over(), 0, "nobody is owed more than there is");
+    drop(one);
     assert_adds_up(&pool);
+}
+
+/// The same in a scrubber's hands, where it is known when they let go, and if the scrub fails.
+#[test]
+fn what_fails_in_hands_is_missing_when_they_let_go() {
+    for fate in [None, Some(FailPoint::Scrub)] {
+        let pool = pool(2);
+        all_dirty(&pool);
+        let one = reserve(&pool, 2, 0);
+        let (pfn, size) = pool.state().next_dirty().unwrap();
+        if fate.is_none() {
+            pool.report_memory_failure(pfn).unwrap();
+        }
+        assert_eq!(pages(pool.stat().over_promised), 0);
+        let _armed = fate.map(|fate| arm(fate, 0));
+        pool.scrub_in_hands(pfn, size);
+        assert_eq!(pages(pool.stat().over_promised), 512);
+        assert_eq!(take(&one, 0), Ok(Pfn::new(512)));
+        assert_eq!(take(&one, 1).unwrap_err().kind(), ErrorKind::Exhausted);
+        assert_adds_up(&pool);
+    }
 }

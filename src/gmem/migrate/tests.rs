@@ -110,7 +110,7 @@ fn assert_bytes(memfd: &GuestMemfd) {
 }
 
 /// Moves the folio of a page inside of its zone.
-fn move_away(memfd: &GuestMemfd, page: u64) -> Result<(), Error> {
+fn move_away(memfd: &GuestMemfd, page: u64) -> Result<Moved, Error> {
     memfd.0.move_away(Pgoff::new(page / 512 * 512), frame(memfd, page / 512 * 512))
 }
 
@@ -180,8 +180,9 @@ fn the_hook_is_asked_for_what_is_bound_and_resident_and_moves_it() {
 fn a_folio_that_is_elsewhere_by_now_is_left_alone() {
     let (_pool, memfd) = object();
     let before = frame(&memfd, 0);
-    memfd.0.move_away(Pgoff::new(0), Pfn::new(before.get() + 512)).unwrap();
-    assert_eq!(frame(&memfd, 0), before);
+    let moved = memfd.0.move_away(Pgoff::new(0), Pfn::new(before.get() + 512));
+    assert_eq!((moved, frame(&memfd, 0)), (Ok(Moved::No), before));
+    assert_eq!(move_away(&memfd, 0), Ok(Moved::Yes));
     let past = memfd.0.move_away(Pgoff::new(1024), before).unwrap_err();
     assert_eq!(past.kind(), ErrorKind::OutOfRange);
 }

@@ -51,6 +51,9 @@ use crate::state::Ack;
 use crate::sync::{Mutex, RwLock};
 
 /// At which addresses devices find the pages of an object.
+///
+/// A domain is for one object or guest: where the pages of two come to the same address, a device finds those of one of
+/// them or none, and none that was not granted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Places {
     /// Where the guest sees them, as a driver in the guest expects. What no memslot covers is not mapped.
@@ -142,7 +145,8 @@ impl Domain {
         self.0.table.read().state
     }
 
-    /// Begins anew after it was fenced off, with nothing mapped: to be called before it is subscribed again.
+    /// Begins anew after it was fenced off, with nothing mapped: to be called before it is subscribed again. The
+    /// subscription that was fenced off maps nothing any more, whether or not it is dropped by then.
     ///
     /// # Errors
     /// [`ErrorKind::Exhausted`].

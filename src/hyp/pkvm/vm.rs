@@ -1,5 +1,6 @@
 //! The life of a virtual machine: created, given memslots and vCPUs, torn down, gone.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, RwLockReadGuard, Weak};
 
 use slab::Slab;
@@ -11,7 +12,7 @@ use super::{Host, Hypervisor, refused};
 use crate::addr::{ByteSize, Gfn, Ipa, Offset, Pfn};
 use crate::backing::Arena;
 use crate::error::{Errno, Error, ErrorKind, Op};
-use crate::gmem::GuestMemfd;
+use crate::gmem::{GuestMemfd, Unbound};
 use crate::hyp::Vcpu;
 use crate::range::{GfnRange, PgoffRange};
 use crate::stage2::{Entry, GuestMove, GuestRun, PageState, Stage2, Table, TableError, TableShape};
@@ -156,6 +157,9 @@ impl Vm {
     /// Ends the guest: takes its pages back, zeroed where the host could not see them, and gives up
     /// its memslots. The objects still call private what was private.
     ///
+    /// A [subscriber](crate::Subscriber) of an object that does not let go of the places that its pages had here is cut
+    /// off, and [lost](crate::Standing::Lost) if it cannot be.
+    ///
     /// # Errors
     /// [`ErrorKind::HypervisorRefused`] with `EINVAL` while it has a vCPU, or if it is torn down
     /// already.
@@ -266,8 +270,12 @@ impl VmCore {
         };
         let weak: Weak<Self> = Arc::downgrade(self);
         // With no lock held: the object has its own, which come before ours.
-        let bound = memfd.bind(weak, gfn, pages);
+        let bound = catch_unwind(AssertUnwindSafe(|| memfd.bind(weak, gfn, pages)));
         let mut state = self.state.write();
+        let bound = bound.unwrap_or_else(|panic| {
+            state.slots.remove(id);
+            resume_unwind(panic)
+        });
         match (bound, state.slots.get_mut(id)) {
             (Ok(binding), Some(slot)) => {
                 slot.binding = Some(binding);
@@ -288,18 +296,25 @@ impl VmCore {
 
     fn unbind(&self, id: MemslotId) -> Result<(), Error> {
         let (memfd, binding) = self.state.write().slots.suspend(id)?;
-        let outcome = memfd.unbind_live(binding);
+        let outcome = catch_unwind(AssertUnwindSafe(|| memfd.unbind_live(binding)));
         let mut state = self.state.write();
-        match (&outcome, state.slots.get_mut(id)) {
-            (Ok(()), _) => state.slots.remove(id),
-            (Err(_), Some(slot)) => slot.binding = Some(binding),
-            (Err(_), None) => {
-                // Torn down meanwhile, which could not know this binding.
-                drop(state);
-                memfd.unbind(binding);
+        let is_left_behind = match (&outcome, state.slots.get_mut(id)) {
+            (Ok(Ok(_)), _) => {
+                state.slots.remove(id);
+                false
             }
+            (_, Some(slot)) => {
+                slot.binding = Some(binding);
+                false
+            }
+            // Torn down meanwhile, which could not know this binding.
+            (_, None) => true,
+        };
+        drop(state);
+        if is_left_behind {
+            memfd.unbind(binding);
         }
-        outcome
+        outcome.unwrap_or_else(|panic| resume_unwind(panic)).map(Unbound::settle)
     }
 
     /// A guest gives up a page for good.

@@ -5,7 +5,7 @@ use arbitrary::{Arbitrary, Unstructured};
 use crate::addr::ByteSize;
 use crate::folio::{Commitment, PrivatePlacement, Zone};
 use crate::geometry::{FolioSize, HUGE_PAGES};
-use crate::oracle::action::{RangeClaim, arbitrary_choice};
+use crate::oracle::action::{RangeClaim, arbitrary_choice, hot};
 use crate::state::Visibility;
 
 /// One call. `object` and `account` pick one of those that there are.
@@ -107,7 +107,7 @@ pub enum PoolAction {
         /// Which page.
         range: RangeClaim,
     },
-    /// Reports that a frame failed. An object that has it goes at once; with a pin, nothing happens.
+    /// Reports that a frame failed, unless the page in it is pinned.
     Poison {
         /// Which one.
         frame: FrameClaim,
@@ -199,7 +199,7 @@ impl Zones {
     }
 }
 
-/// A frame, of the pool or of none.
+/// A frame, of the pool or of none, or the one that is behind a page.
 #[derive(Arbitrary, Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FrameClaim(u16);
 
@@ -207,6 +207,13 @@ impl FrameClaim {
     /// One number in eight is past the end.
     pub(super) fn of(self, nr_frames: u64) -> u64 {
         u64::from(self.0) % (nr_frames + nr_frames / 8)
+    }
+
+    /// Every other claim is to the frame behind a page: of which object, and which one if that has so many.
+    pub(super) fn behind(self) -> Option<(u8, impl Fn(u64) -> u64)> {
+        let [object, _] = (self.0 << 1).to_be_bytes();
+        let page = move |nr_pages| hot(u64::from(self.0 & 0x7ff), nr_pages);
+        (self.0 >> 15 == 1).then_some((object >> 4, page))
     }
 }
 

@@ -33,6 +33,13 @@ impl Count {
         self.huge * HUGE_PAGES + self.base
     }
 
+    /// How many frames are missing for these promises, in folios of their sizes.
+    pub(super) fn missing(self, promised: Self) -> u64 {
+        let huge = promised.huge.saturating_sub(self.huge);
+        let spare = self.huge.saturating_sub(promised.huge) * HUGE_PAGES + self.base;
+        huge * HUGE_PAGES + promised.base.saturating_sub(spare)
+    }
+
     /// Whether so much free memory is enough for these promises, at the worst.
     pub(super) fn keeps(self, promised: Self) -> bool {
         self.huge >= promised.huge

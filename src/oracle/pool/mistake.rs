@@ -21,6 +21,8 @@ pub enum PoolMistake {
     PeakIsNow,
     /// A failed frame is used again.
     ReusesFailedFrames,
+    /// What a page loses with its frame is there still.
+    ForgetsFailedPages,
     /// What a forgotten pin holds comes back.
     ReusesPinnedFolios,
     /// Pins keep nothing from moving or being punched.
@@ -43,7 +45,7 @@ pub enum PoolMistake {
 
 impl PoolMistake {
     /// All of them.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::MovesLoseBytes,
         Self::MovesUseTwice,
         Self::PrivateAnywhere,
@@ -59,6 +61,7 @@ impl PoolMistake {
         Self::ChargesPromisesOnly,
         Self::PeakIsNow,
         Self::ReusesFailedFrames,
+        Self::ForgetsFailedPages,
         Self::ReusesPinnedFolios,
         Self::IgnoresPins,
         Self::KeepsHalfAnAllocation,

@@ -13,10 +13,12 @@
 //! | `model` | what a call does and answers |
 //! | `moves` | the calls that move folios |
 //! | `mistake` | rules that the model can be told to get wrong |
-//! | `run` | the comparison, and what drives it |
+//! | `look` | the comparison |
+//! | `run` | what drives it |
 
 mod action;
 mod frames;
+mod look;
 mod mistake;
 mod model;
 mod moves;

@@ -7,7 +7,7 @@ use super::mistake::PoolMistake;
 use super::object::{Charges, Object, Page, Run};
 use crate::error::ErrorKind;
 use crate::folio::{PrivatePlacement, Zone};
-use crate::geometry::{FolioSize, index};
+use crate::geometry::FolioSize;
 
 /// What a call came to, or what is wrong with that.
 pub(super) type Verdict = Result<(), String>;
@@ -17,6 +17,9 @@ pub(super) type Outcome = Result<(), ErrorKind>;
 
 /// Where the folios of an object are seen to be: first pages, and first frames.
 pub(super) type Seen = BTreeMap<u64, u64>;
+
+/// An object, and a page of it.
+pub(super) type Held = (usize, u64);
 
 /// Where a folio comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,9 +136,6 @@ impl Model {
         must_be(wanted, outcome)?;
         if wanted.is_err() {
             self.parts = before;
-            if wanted == Err(ErrorKind::Exhausted) {
-                self.most_dirty = 0;
-            }
             return Ok(());
         }
         let pages = usize::try_from(birth.nr_pages).map_err(|error| error.to_string())?;
@@ -389,10 +389,9 @@ impl Model {
     /// A range is punched.
     pub(super) fn punch(&mut self, at: usize, range: Run, outcome: Outcome) -> Verdict {
         let object = self.object(at)?;
-        let is_pinned = object.any(range, |page| page.is_pinned);
-        let is_pinned = is_pinned && !self.makes(PoolMistake::IgnoresPins);
-        must_be(if is_pinned { Err(ErrorKind::Busy) } else { Ok(()) }, outcome)?;
-        if is_pinned {
+        let refusal = object.ask(range, |page| self.refuses_change(page));
+        must_be(refusal, outcome)?;
+        if refusal.is_err() {
             return Ok(());
         }
         for slot in object.slots(range) {
@@ -402,7 +401,7 @@ impl Model {
             }
             let inside = |page: u64| (range.0..range.0 + range.1).contains(&page);
             let stays = |page: u64| {
-                let is_hole = |page: &Page| page.is_hole && !page.is_pinned;
+                let is_hole = |page: &Page| page.is_hole && page.refuses_change().is_none();
                 !inside(page) && !object.page(page).is_some_and(is_hole)
             };
             if !(slot.0..slot.0 + slot.1).any(stays) {
@@ -453,20 +452,38 @@ impl Model {
         Ok(())
     }
 
-    /// The object that has a frame.
-    pub(super) fn holder(&self, pfn: u64) -> Option<usize> {
-        let part = self.part_of(pfn).and_then(|nr| self.parts.get(nr))?;
-        let Use::Of(nr) = part.frames.get(index(pfn - part.start))?.used else { return None };
-        self.objects.iter().position(|object| object.nr == nr)
+    /// The object that has a frame, and which page of it.
+    pub(super) fn holder(&self, pfn: u64) -> Option<Held> {
+        let held = |object: &Object| {
+            let mut folios = object.folios.iter();
+            folios.find_map(|(&page, &first)| {
+                let at = pfn.checked_sub(first)?;
+                (at < object.slot_at(page).1).then_some(page + at)
+            })
+        };
+        let mut objects = self.objects.iter().enumerate();
+        objects.find_map(|(at, object)| Some((at, held(object)?)))
     }
 
-    pub(super) fn has_pins(&self, at: usize) -> bool {
-        let object = self.objects.get(at);
-        object.is_some_and(|object| object.pages.iter().any(|page| page.is_pinned))
+    /// What a page has against a change.
+    pub(super) fn refuses_change(&self, page: &Page) -> Option<ErrorKind> {
+        let refusal = page.refuses_change();
+        refusal.filter(|&kind| kind != ErrorKind::Busy || !self.makes(PoolMistake::IgnoresPins))
     }
 
-    /// A frame is reported to have failed.
-    pub(super) fn poison(&mut self, pfn: u64, outcome: Outcome) -> Verdict {
+    /// Whether what an object has in a frame is pinned.
+    pub(super) fn is_pinned(&self, holder: Option<Held>) -> bool {
+        let page = holder.and_then(|(at, page)| self.objects.get(at)?.page(page));
+        page.is_some_and(|page| page.is_pinned)
+    }
+
+    /// A frame is reported to have failed. The page in it is lost, and nothing beside it.
+    pub(super) fn poison(&mut self, pfn: u64, holder: Option<Held>, outcome: Outcome) -> Verdict {
+        let forgets = self.makes(PoolMistake::ForgetsFailedPages);
+        if let Some((at, page)) = holder.filter(|_| !forgets) {
+            let pages = self.object_mut(at)?.pages_mut((page, 1));
+            pages.for_each(|page| page.has_failed = true);
+        }
         let nr = self.part_of(pfn);
         must_be(nr.map(|_| ()).ok_or(ErrorKind::OutOfRange), outcome)?;
         if let Some(part) = nr.and_then(|nr| self.parts.get_mut(nr)) {

@@ -4,7 +4,7 @@
 use super::frames::{Part, Use};
 use super::mistake::PoolMistake;
 use super::model::{Model, Outcome, Seen, Source, Verdict, must_be};
-use super::object::Run;
+use super::object::{Page, Run};
 use crate::error::ErrorKind;
 use crate::folio::{PrivatePlacement, Zone};
 use crate::geometry::{FolioSize, HUGE_PAGES};
@@ -24,9 +24,7 @@ impl Model {
         if self.zone_of(old) == Some(to) {
             return Ok(Way::Stays);
         }
-        if object.any(slot, |page| page.is_pinned) && !self.makes(PoolMistake::IgnoresPins) {
-            return Err(ErrorKind::Busy);
-        }
+        object.ask(slot, |page| self.refuses_change(page))?;
         if to != Zone::Normal && object.is_particular() && !object.is_shared(slot) {
             return Err(ErrorKind::Unsupported);
         }
@@ -123,12 +121,14 @@ impl Model {
                 }
             }
         }
-        let object = self.objects.get_mut(at).ok_or("no such object")?;
-        let is_held = object.any(range, |page| page.is_pinned && page.visibility != to);
-        let is_held = is_held && self.mistake != Some(PoolMistake::IgnoresPins);
-        must_be(if is_held { Err(ErrorKind::Busy) } else { Ok(()) }, outcome)?;
-        if !is_held {
-            object.pages_mut(range).for_each(|page| page.visibility = to);
+        let object = self.objects.get(at).ok_or("no such object")?;
+        let is_left_alone = |page: &Page| page.visibility == to && !page.has_failed;
+        let refusal = |page: &Page| self.refuses_change(page).filter(|_| !is_left_alone(page));
+        let refusal = object.ask(range, refusal);
+        must_be(refusal, outcome)?;
+        if refusal.is_ok() {
+            let pages = self.object_mut(at)?.pages_mut(range);
+            pages.for_each(|page| page.visibility = to);
         }
         Ok(())
     }
@@ -182,8 +182,8 @@ impl Model {
                 if [old, new].map(|pfn| self.zone_of(pfn)) != [Some(zone); 2] {
                     return Err(format!("pages {slot:?} left zone {zone}"));
                 }
-                if object.any(slot, |page| page.is_pinned) {
-                    return Err(format!("pages {slot:?} moved with their pins"));
+                if object.any(slot, |page| page.refuses_change().is_some()) {
+                    return Err(format!("pages {slot:?} moved, pinned or failed"));
                 }
                 let is_own = zone == Zone::Normal && !object.beside.is_empty();
                 moved.push((at, slot, (old, new), is_own));

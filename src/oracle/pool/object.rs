@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 
 use super::frames::Count;
+use super::model::Outcome;
+use crate::error::ErrorKind;
 use crate::folio::{PrivatePlacement, Zone};
 use crate::geometry::{FolioSize, HUGE_PAGES, index};
 use crate::state::Visibility;
@@ -17,6 +19,27 @@ pub(super) struct Page {
     pub(super) byte: u8,
     pub(super) is_hole: bool,
     pub(super) is_pinned: bool,
+    /// Its frame failed, and nobody gets at it any more.
+    pub(super) has_failed: bool,
+}
+
+impl Page {
+    /// Why nobody accesses or pins the page.
+    pub(super) fn refuses_access(&self) -> Option<ErrorKind> {
+        match self.visibility {
+            _ if self.has_failed => Some(ErrorKind::Quarantined),
+            Visibility::Private => Some(ErrorKind::NotShared),
+            Visibility::Shared => None,
+        }
+    }
+
+    /// Why the page is not punched, does not move and does not change sides.
+    pub(super) fn refuses_change(&self) -> Option<ErrorKind> {
+        match self.has_failed {
+            true => Some(ErrorKind::Quarantined),
+            false => self.is_pinned.then_some(ErrorKind::Busy),
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -59,6 +82,12 @@ impl Object {
         self.folios.contains_key(&self.slot_at(page).0)
     }
 
+    /// The frame behind a page.
+    pub(super) fn frame(&self, page: u64) -> Option<u64> {
+        let (start, _) = self.slot_at(page);
+        self.folios.get(&start).map(|first| first + (page - start))
+    }
+
     pub(super) fn page(&self, page: u64) -> Option<&Page> {
         self.pages.get(index(page))
     }
@@ -69,6 +98,16 @@ impl Object {
 
     pub(super) fn any(&self, (start, nr): Run, wanted: impl Fn(&Page) -> bool) -> bool {
         self.pages.iter().skip(index(start)).take(index(nr)).any(wanted)
+    }
+
+    /// What the first page has against it that has something.
+    pub(super) fn ask(
+        &self,
+        (start, nr): Run,
+        refusal: impl Fn(&Page) -> Option<ErrorKind>,
+    ) -> Outcome {
+        let mut pages = self.pages.iter().skip(index(start)).take(index(nr));
+        pages.find_map(refusal).map_or(Ok(()), Err)
     }
 
     pub(super) fn is_shared(&self, run: Run) -> bool {

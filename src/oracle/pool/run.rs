@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use super::action::PoolAction;
-use super::frames::{Part, Use};
+use super::action::{FrameClaim, PoolAction};
+use super::frames::Part;
 use super::mistake::PoolMistake;
 use super::model::{Birth, Model, Outcome, Seen, Verdict, must_be};
 use super::object::{Charges, Page, Run};
@@ -17,7 +17,6 @@ use crate::geometry::{FolioSize, HUGE_PAGES, PAGE_BYTES, index};
 use crate::gmem::{ContentPolicy, GuestMemfd, PinMode};
 use crate::oracle::action::{Asked, RangeClaim};
 use crate::range::PgoffRange;
-use crate::state::Visibility;
 
 /// The pool: two parts of one zone, and one of another; with ragged ends. No part is of the third.
 const PARTS: [(u64, Zone); 3] = [
@@ -146,12 +145,12 @@ fn run(
 /// Looks at a pool and all of its objects, and says what is wrong.
 pub type PoolInspect = fn(&FolioPool, &[&GuestMemfd]) -> Result<(), String>;
 
-struct Runner {
-    inspect: PoolInspect,
-    model: Model,
-    pool: FolioPool,
-    objects: Vec<GuestMemfd>,
-    accounts: Vec<Account>,
+pub(super) struct Runner {
+    pub(super) inspect: PoolInspect,
+    pub(super) model: Model,
+    pub(super) pool: FolioPool,
+    pub(super) objects: Vec<GuestMemfd>,
+    pub(super) accounts: Vec<Account>,
     scrubber: Option<Scrubber>,
     nr_created: u64,
     has_forgotten: bool,
@@ -208,17 +207,17 @@ impl Runner {
             },
             PoolAction::Compact { size, zone } => self.compact(*size, *zone),
             PoolAction::Poison { frame } => {
-                let last = self.model.parts.last().map_or(0, |part| part.start + part.nr_pages());
-                let pfn = frame.of(last);
+                let Some(pfn) = self.frame(*frame) else { return Ok(()) };
                 let holder = self.model.holder(pfn);
-                if holder.is_some_and(|at| self.model.has_pins(at)) {
+                if self.model.is_pinned(holder) {
                     return Ok(());
                 }
                 let outcome = kind(self.pool.report_memory_failure(Pfn::new(pfn)));
                 self.coverage.note("Poison", outcome);
-                self.model.poison(pfn, outcome)?;
-                // A page of it is quarantined now, which the model has no notion of.
-                holder.map_or(Ok(()), |at| self.drop_object(at))
+                if holder.is_some() {
+                    self.coverage.note("PoisonInUse", outcome);
+                }
+                self.model.poison(pfn, holder, outcome)
             }
             PoolAction::Scrub => self.scrub(),
             PoolAction::StartScrubber => self.start_scrubber(),
@@ -242,6 +241,15 @@ impl Runner {
 
     fn pick(&self, claim: u8) -> Option<usize> {
         usize::from(claim).checked_rem(self.objects.len())
+    }
+
+    fn frame(&self, claim: FrameClaim) -> Option<u64> {
+        let Some((object, page)) = claim.behind() else {
+            let last = self.model.parts.last();
+            return Some(claim.of(last.map_or(0, |part| part.start + part.nr_pages())));
+        };
+        let object = self.model.objects.get(self.pick(object)?)?;
+        object.frame(page(object.nr_pages()))
     }
 
     fn open_account(&mut self, limit: Option<ByteSize>) -> Verdict {
@@ -286,7 +294,13 @@ impl Runner {
             // Nothing is asked of the pool: the tables of such an object are what is too large.
             return must_be(Err(ErrorKind::Exhausted), outcome);
         }
-        let page = Page { visibility: initial, byte: 0, is_hole: false, is_pinned: false };
+        let page = Page {
+            visibility: initial,
+            byte: 0,
+            is_hole: false,
+            is_pinned: false,
+            has_failed: false,
+        };
         let birth = Birth {
             nr: self.nr_created,
             nr_pages: bytes.whole_pages(),
@@ -303,7 +317,7 @@ impl Runner {
         Ok(())
     }
 
-    fn drop_object(&mut self, at: usize) -> Verdict {
+    pub(super) fn drop_object(&mut self, at: usize) -> Verdict {
         drop(self.objects.remove(at));
         self.coverage.note("Drop", Ok(()));
         self.model.leave(at)
@@ -321,7 +335,7 @@ impl Runner {
         self.model.compact(size, zone, outcome, &seen)
     }
 
-    fn scrub(&mut self) -> Verdict {
+    pub(super) fn scrub(&mut self) -> Verdict {
         let dirty = self.pool.counted().dirty;
         let done = self.pool.scrub();
         if done != dirty {
@@ -389,7 +403,8 @@ impl Runner {
                 let byte = byte_of(model.nr);
                 let bytes = vec![byte; index(run.1) * PAGE_BYTES];
                 let outcome = kind(object.write(Offset::new(run.0 << 12), &bytes));
-                if model.is_shared(run) {
+                let refusal = model.ask(run, Page::refuses_access);
+                if refusal.is_ok() {
                     let seen = seen(object);
                     self.model.populate(at, run, outcome, &seen, false)?;
                     if outcome.is_ok() {
@@ -397,7 +412,7 @@ impl Runner {
                         pages.for_each(|page| page.byte = byte);
                     }
                 } else {
-                    must_be(Err(ErrorKind::NotShared), outcome)?;
+                    must_be(refusal, outcome)?;
                 }
                 ("Write", outcome)
             }
@@ -405,11 +420,7 @@ impl Runner {
                 let page = model.page(run.0).copied().ok_or("no such page in the model")?;
                 let mut bytes = vec![1; PAGE_BYTES];
                 let outcome = kind(object.read(Offset::new(run.0 << 12), &mut bytes));
-                let wanted = match page.visibility {
-                    Visibility::Shared => Ok(()),
-                    Visibility::Private => Err(ErrorKind::NotShared),
-                };
-                must_be(wanted, outcome)?;
+                must_be(page.refuses_access().map_or(Ok(()), Err), outcome)?;
                 if outcome.is_ok() && bytes != [page.byte; PAGE_BYTES] {
                     return Err(format!("page {} should be full of {}", run.0, page.byte));
                 }
@@ -464,130 +475,13 @@ impl Runner {
         self.has_forgotten |= outcome.is_ok();
         let model = self.model.object_mut(at)?;
         let run = (page.get(), 1);
-        let wanted = if model.is_shared(run) { Ok(()) } else { Err(ErrorKind::NotShared) };
-        must_be(wanted, outcome)?;
+        must_be(model.ask(run, Page::refuses_access), outcome)?;
         model.pages_mut(run).for_each(|page| page.is_pinned |= outcome.is_ok());
         Ok(())
     }
-
-    /// Compares the counters, and where everything is.
-    fn look(&mut self) -> Verdict {
-        for (object, model) in self.objects.iter().zip(&self.model.objects) {
-            let found = seen(object);
-            if found != model.folios {
-                return Err(format!(
-                    "folios of object {}: {:x?} should be {:x?}",
-                    model.nr, found, model.folios
-                ));
-            }
-        }
-        self.compare_counters()?;
-        for (at, (account, model)) in self.accounts.iter().zip(&mut self.model.accounts).enumerate()
-        {
-            let stat = account.stat();
-            let [charged, peak, used] =
-                [stat.charged, stat.peak, stat.used].map(ByteSize::whole_pages);
-            // What was undone may have been the most.
-            let most = self.model.most_peak.remove(&at).unwrap_or(0);
-            if (model.peak..=most).contains(&peak) {
-                model.peak = peak;
-            }
-            let is = Charges { limit: model.limit, charged, peak, used };
-            if self.model.mistake == Some(PoolMistake::PeakIsNow) {
-                model.peak = model.charged;
-            }
-            if is != *model {
-                return Err(format!("account {at}: {is:?} should be {model:?}"));
-            }
-        }
-        Ok(())
-    }
-
-    fn compare_counters(&self) -> Verdict {
-        let stat = self.pool.counted();
-        let parts = &self.model.parts;
-        let (mut free, mut reserved) = (0, 0);
-        for part in parts {
-            let of_part = part.count(|it| it == Use::Free);
-            let promised = part.promised.pages().min(of_part);
-            let promised =
-                if self.model.makes(PoolMistake::ForgetsPromises) { 0 } else { promised };
-            free += of_part - promised;
-            reserved += promised;
-        }
-        let failed = |part: &Part| part.frames.iter().filter(|it| it.has_failed).count() as u64;
-        let quarantined = |part: &Part| part.count(|it| it == Use::Quarantined);
-        let wanted = [
-            parts.iter().map(Part::nr_pages).sum(),
-            free,
-            reserved,
-            self.model.nr_used(),
-            parts.iter().map(quarantined).sum(),
-            parts.iter().map(failed).sum(),
-        ];
-        let found =
-            [stat.capacity, stat.free, stat.reserved, stat.used, stat.quarantined, stat.poisoned]
-                .map(ByteSize::whole_pages);
-        if found != wanted {
-            return Err(format!(
-                "capacity, free, reserved, used, quarantined and poisoned: {found:?} should be {wanted:?}"
-            ));
-        }
-        let [capacity, rest @ ..] = found;
-        if capacity != rest.iter().sum::<u64>() {
-            return Err(format!("the counters do not add up: {found:?}"));
-        }
-        let dirty = stat.dirty.whole_pages();
-        if dirty > self.model.most_dirty.min(free + reserved) {
-            return Err(format!("{dirty} pages are dirty, at most {}", self.model.most_dirty));
-        }
-        let largest = parts.iter().map(Part::largest_free).max().unwrap_or(0);
-        if dirty == 0 && stat.largest_free.whole_pages() != largest {
-            return Err(format!("largest free: {:?} should be {largest}", stat.largest_free));
-        }
-        Ok(())
-    }
-
-    /// Compares every byte, and reads every free frame.
-    fn look_at_bytes(&self) -> Verdict {
-        for (object, model) in self.objects.iter().zip(&self.model.objects) {
-            for (page, bytes) in object.bytes_behind() {
-                let wanted = model.page(page.get()).ok_or("no such page in the model")?;
-                if wanted.is_hole || *bytes != [wanted.byte; PAGE_BYTES] {
-                    return Err(format!("object {} page {page}: wanted is {wanted:?}", model.nr));
-                }
-            }
-        }
-        let objects: Vec<&GuestMemfd> = self.objects.iter().collect();
-        (self.inspect)(&self.pool, &objects)
-    }
-
-    /// Everything goes, and what is out of use alone is missing then.
-    fn take_down(&mut self) -> Verdict {
-        self.look_at_bytes()?;
-        while !self.objects.is_empty() {
-            self.drop_object(0)?;
-            self.look()?;
-        }
-        self.scrub()?;
-        self.look()?;
-        let stat = self.pool.counted();
-        let out = stat.quarantined.get() + stat.poisoned.get();
-        if stat.free.get() + out != stat.capacity.get() {
-            return Err(format!("not all is back: {stat:?}"));
-        }
-        if self.accounts.iter().any(|it| it.stat().charged.get() + it.stat().used.get() > 0) {
-            return Err(String::from("an account is charged for nothing"));
-        }
-        // Reads every free frame.
-        match self.pool.verify_scrubbed() {
-            Ok(clean) if clean == stat.free => Ok(()),
-            other => Err(format!("clean memory: {other:?} should be {:?}", stat.free)),
-        }
-    }
 }
 
-fn seen(object: &GuestMemfd) -> Seen {
+pub(super) fn seen(object: &GuestMemfd) -> Seen {
     object.folios().into_iter().map(|(page, pfn)| (page.get(), pfn.get())).collect()
 }
 

@@ -207,9 +207,9 @@ pub(super) fn interrupted(context: &ucontext_t) -> Interrupted {
     Interrupted { pc: index(machine.pc), places: [register(4), register(6)], len: register(5) }
 }
 
-pub(super) fn resume(context: &mut ucontext_t, pc: usize, value: usize, code: u32) {
+pub(super) fn resume(context: &mut ucontext_t, pc: usize, value: usize, code: u64) {
     let machine = &mut context.uc_mcontext;
     machine.regs[0] = value as u64;
-    machine.regs[1] = u64::from(code);
+    machine.regs[1] = code;
     machine.pc = pc as u64;
 }

@@ -228,9 +228,9 @@ pub(super) fn interrupted(context: &ucontext_t) -> Interrupted {
     }
 }
 
-pub(super) fn resume(context: &mut ucontext_t, pc: usize, value: usize, code: u32) {
+pub(super) fn resume(context: &mut ucontext_t, pc: usize, value: usize, code: u64) {
     let registers = &mut context.uc_mcontext.gregs;
     registers[REG_RAX as usize] = value as greg_t;
-    registers[REG_RDX as usize] = greg_t::from(code);
+    registers[REG_RDX as usize] = code as greg_t;
     registers[REG_RIP as usize] = pc as greg_t;
 }

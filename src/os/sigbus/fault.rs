@@ -5,7 +5,7 @@ use libc::c_int;
 use crate::addr::{Hva, Offset};
 use crate::identity::{ObjectId, ViewId};
 
-/// The `si_code` of a `SIGBUS`.
+/// What the kernel says of a fault: the signal and its `si_code`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FaultCause {
@@ -13,21 +13,36 @@ pub enum FaultCause {
     NotMapped,
     /// `BUS_MCEERR_AR`: the memory itself failed.
     MemoryFailure,
+    /// `SIGSEGV`, `SEGV_ACCERR`: something is mapped there that is not to be touched. A folio was coming, and is there a moment
+    /// later; or somebody else has called `mprotect`, and it stays so.
+    Inaccessible,
     /// Something else.
     Other,
 }
 
 impl FaultCause {
-    pub(in crate::os) fn of(si_code: u64) -> Self {
-        match c_int::try_from(si_code) {
-            Ok(libc::BUS_ADRERR) => Self::NotMapped,
-            Ok(libc::BUS_MCEERR_AR) => Self::MemoryFailure,
-            _ => Self::Other,
-        }
+    /// Signal and `si_code` in one register: never 0, which stands for no fault.
+    pub(in crate::os) fn code(signal: c_int, si_code: c_int) -> u64 {
+        u64::from(signal.unsigned_abs()) << 32 | u64::from(si_code.unsigned_abs())
+    }
+
+    /// By its [`code`](Self::code).
+    pub(in crate::os) fn of(code: u64) -> Self {
+        [
+            (libc::SIGBUS, libc::BUS_ADRERR, Self::NotMapped),
+            (libc::SIGBUS, libc::BUS_MCEERR_AR, Self::MemoryFailure),
+            (libc::SIGSEGV, SEGV_ACCERR, Self::Inaccessible),
+        ]
+        .into_iter()
+        .find(|&(signal, si_code, _)| Self::code(signal, si_code) == code)
+        .map_or(Self::Other, |(.., cause)| cause)
     }
 }
 
-/// Why a touch of a view is a `SIGBUS` (or a `SIGSEGV`, while a folio moves), by what the library knows of the page a moment after. Another
+/// Of asm-generic/siginfo.h; libc has no name for it.
+pub(super) const SEGV_ACCERR: c_int = 2;
+
+/// Why a touch of a view is a `SIGBUS` (or a `SIGSEGV`, while a folio comes), by what the library knows of the page a moment after. Another
 /// thread may have changed that meanwhile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]

@@ -40,9 +40,33 @@ pub(crate) fn unblock(signals: &[c_int]) -> Option<sigset_t> {
     change(libc::SIG_UNBLOCK, &set)
 }
 
-/// Blocks these signals as well; the mask that stood before.
-pub(super) fn block(more: &sigset_t) -> Option<sigset_t> {
-    change(libc::SIG_BLOCK, more)
+/// Blocks these signals and no others; the mask that stood before.
+pub(super) fn set(mask: &sigset_t) -> Option<sigset_t> {
+    change(libc::SIG_SETMASK, mask)
+}
+
+/// All that can come from elsewhere. Not those by which an instruction or a system call says that it failed: the kernel
+/// kills who blocks them. Nor the C library's own, which it leaves out itself.
+pub(super) fn all_but_faults() -> sigset_t {
+    let mut set = empty();
+    // SAFETY: takes a valid set.
+    unsafe { libc::sigfillset(&raw mut set) };
+    for signal in [libc::SIGILL, libc::SIGTRAP, libc::SIGFPE, libc::SIGSYS] {
+        // SAFETY: takes a valid set and a valid signal.
+        unsafe { libc::sigdelset(&raw mut set, signal) };
+    }
+    set
+}
+
+/// The signals of both, and one more if there is one.
+pub(super) fn union(one: &sigset_t, other: &sigset_t, more: Option<c_int>) -> sigset_t {
+    let mut set = *one;
+    let others = (1..=libc::SIGRTMAX()).filter(|&signal| has(other, signal));
+    for signal in others.chain(more) {
+        // SAFETY: takes a valid set and a valid signal.
+        unsafe { libc::sigaddset(&raw mut set, signal) };
+    }
+    set
 }
 
 pub(crate) fn restore(mask: &Option<sigset_t>) {

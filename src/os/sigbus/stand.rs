@@ -8,8 +8,9 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use libc::{c_int, c_void, siginfo_t};
+use libc::{c_int, c_void, siginfo_t, ucontext_t};
 
+use super::fault::SEGV_ACCERR;
 use super::{FaultAnswer, FaultCause, HostFault, SIGNALS, mask, views};
 use crate::addr::Hva;
 use crate::error::{Errno, Error, ErrorKind, Op};
@@ -82,12 +83,14 @@ impl SigbusHandler {
     }
 
     /// Lets `decide` say what becomes of a `SIGBUS` that a raw pointer into a view runs into, or of a `SIGSEGV`
-    /// while a folio [moves](crate::GuestMemfd::migrate) there, in place of any callback before it. Without one, and for every other fault, the handler that stood before decides, or
+    /// while a folio comes there, new or [moved](crate::GuestMemfd::migrate), in place of any callback before it. Without one, and for every other fault, the handler that stood before decides, or
     /// the process dies.
     ///
-    /// It is called on the thread that touched the memory, with the signal blocked, once for each time the instruction
-    /// faults. It may wait for another thread that converts the page, by what means a signal handler has
-    /// (a futex, a pipe), if the thread that touched the memory held nothing that the other one needs.
+    /// It is called on the thread that touched the memory, once for each time the instruction faults. All signals are blocked
+    /// meanwhile, but for `SIGSYS`, `SIGTRAP`, `SIGILL`, `SIGFPE` and the C library's own: an alternate stack has no
+    /// room for their handlers. It may wait for another thread that converts the page, by what means a signal handler has
+    /// (a futex, a pipe), if the thread that touched the memory held nothing that the other one needs, and need not handle
+    /// a signal for it.
     ///
     /// # Safety
     /// `decide` is async-signal-safe (signal-safety(7)): it allocates nothing, takes no lock, does not panic,
@@ -193,12 +196,22 @@ fn action_of(entry: Entry, before: &libc::sigaction) -> libc::sigaction {
     // SAFETY: all-zero is a valid `sigaction`: no flags, an empty mask, the default action.
     let mut action: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
     action.sa_sigaction = entry as usize;
-    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+    action.sa_flags = libc::SA_SIGINFO;
+    // Handlers of other signals, on a stack that has room for one or two.
+    action.sa_mask = mask::all_but_faults();
+    // Whom we call, who may want more room than an alternate stack has, runs where the kernel would have run it.
+    if is_nobody(before) || before.sa_flags & libc::SA_ONSTACK != 0 {
+        action.sa_flags |= libc::SA_ONSTACK;
+    }
     // A signal that somebody sends interrupts system calls as it did, or does not.
     if before.sa_flags & libc::SA_RESTART != 0 || before.sa_sigaction == libc::SIG_IGN {
         action.sa_flags |= libc::SA_RESTART;
     }
     action
+}
+
+fn is_nobody(action: &libc::sigaction) -> bool {
+    matches!(action.sa_sigaction, libc::SIG_DFL | libc::SIG_IGN)
 }
 
 /// What the kernel calls, or a handler that chains to this one.
@@ -208,7 +221,7 @@ extern "C" fn entry<const LEVEL: usize>(signal: c_int, info: *mut siginfo_t, con
 }
 
 /// The handler. Async-signal-safe: it loads atomics, edits the saved registers, reads the words of a page, or
-/// calls `pthread_sigmask`, `sigaction` and `raise`, which POSIX lists as safe.
+/// calls `pthread_sigmask` and `sigaction`, which POSIX lists as safe, and system calls.
 ///
 /// # Safety
 /// The arguments are what the kernel passes to an SA_SIGINFO handler.
@@ -241,16 +254,14 @@ fn is_fault(signal: c_int, code: c_int) -> bool {
     }
 }
 
-/// Of `SIGSEGV` only what a view says while a folio moves: that the page is mapped, and is not to be touched. The
-/// code has the number of `BUS_ADRERR`, and means that from here on.
+/// Of `SIGSEGV` only that a page of a view is mapped, and is not to be touched, as while a folio comes there.
 fn may_be_ours(signal: c_int, details: &siginfo_t) -> bool {
-    const SEGV_ACCERR: c_int = libc::BUS_ADRERR;
     if signal != libc::SIGSEGV {
         return true;
     }
     // SAFETY: only looked at with this code, which is a fault's, which has an address.
     let address = || Hva::new(unsafe { details.si_addr() }.addr());
-    details.si_code == SEGV_ACCERR && views::decode(address(), FaultCause::NotMapped).is_some()
+    details.si_code == SEGV_ACCERR && views::decode(address(), FaultCause::Inaccessible).is_some()
 }
 
 /// What the callback says of a fault in a view; `None` without one, and for any other address.
@@ -262,7 +273,7 @@ fn asked(details: &siginfo_t) -> Option<FaultAnswer> {
     }
     // SAFETY: stored by `decide_by` from a function of this type.
     let callback = unsafe { std::mem::transmute::<*mut (), Callback>(callback) };
-    let cause = FaultCause::of(u64::from(details.si_code.unsigned_abs()));
+    let cause = FaultCause::of(FaultCause::code(details.si_signo, details.si_code));
     // SAFETY: the caller has checked that this is a fault, which has an address.
     let hva = Hva::new(unsafe { details.si_addr() }.addr());
     let fault = views::decode(hva, cause)?;
@@ -290,11 +301,10 @@ unsafe fn hand_on(
     // SAFETY: null or a leaked box, which nobody changes.
     match unsafe { previous.as_ref() } {
         Some(previous) if previous.sa_sigaction == libc::SIG_IGN && !is_fault => {}
-        Some(previous)
-            if !matches!(previous.sa_sigaction, libc::SIG_DFL | libc::SIG_IGN)
-                && !is_spent(line, level, previous) =>
-        {
-            let before = take_mask_of(line.signal, previous);
+        Some(previous) if !is_nobody(previous) && !is_spent(line, level, previous) => {
+            // SAFETY: the caller's promise.
+            let interrupted = unsafe { &*context.cast::<ucontext_t>() };
+            let before = take_mask_of(line.signal, previous, &interrupted.uc_sigmask);
             // SAFETY: the previous owner installed this function for exactly this call.
             unsafe { call(previous, line.signal, info, context) };
             mask::restore(&before);
@@ -310,14 +320,15 @@ fn is_spent(line: &Line, level: usize, previous: &libc::sigaction) -> bool {
     once && line.spent[level].swap(true, Ordering::Relaxed)
 }
 
-/// Gives this thread the mask that the kernel would have given it for the handler; the one before.
-fn take_mask_of(signal: c_int, previous: &libc::sigaction) -> Option<libc::sigset_t> {
-    let before = mask::block(&previous.sa_mask);
-    if previous.sa_flags & libc::SA_NODEFER != 0 {
-        // The signal could not have come here if it had been blocked.
-        mask::unblock(&[signal]);
-    }
-    before
+/// Gives this thread the mask that the kernel would have given it for the handler, interrupted under this one; the one
+/// before.
+fn take_mask_of(
+    signal: c_int,
+    previous: &libc::sigaction,
+    interrupted: &libc::sigset_t,
+) -> Option<libc::sigset_t> {
+    let itself = (previous.sa_flags & libc::SA_NODEFER == 0).then_some(signal);
+    mask::set(&mask::union(interrupted, &previous.sa_mask, itself))
 }
 
 /// # Safety
@@ -349,8 +360,13 @@ impl Line {
         let default: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
         let _ = self.sigaction(Some(&default));
         if !is_fault {
-            // SAFETY: raise takes no pointers.
-            unsafe { libc::raise(self.signal) };
+            // Not raise: which system calls those are is the C library's affair, and a filter's.
+            // SAFETY: takes nothing.
+            let process = unsafe { libc::getpid() };
+            // SAFETY: as above.
+            let thread = unsafe { libc::syscall(libc::SYS_gettid) };
+            // SAFETY: takes no pointers.
+            unsafe { libc::syscall(libc::SYS_tgkill, process, thread, self.signal) };
         }
     }
 }

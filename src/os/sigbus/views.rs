@@ -37,7 +37,9 @@ impl Entry {
         let offset = Offset::new(into as u64);
         let reason = match cause {
             FaultCause::MemoryFailure => FaultReason::MemoryFailure,
-            FaultCause::NotMapped | FaultCause::Other => self.decode.reason(offset.pgoff()),
+            FaultCause::NotMapped | FaultCause::Inaccessible | FaultCause::Other => {
+                self.decode.reason(offset.pgoff())
+            }
         };
         HostFault { object: self.object, view: self.view, hva, offset, cause, reason }
     }

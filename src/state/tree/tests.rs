@@ -323,6 +323,9 @@ fn a_wait_ends_when_the_last_pin_goes_and_lets_no_new_one_in() {
     let world = World::small(8, Visibility::Shared);
     world.pin(range(0, 4)).unwrap();
     world.pin(range(2, 1)).unwrap();
+    // One that nobody has pinned any more, and that has a word of its own.
+    world.pin(range(4, 1)).unwrap();
+    world.unpin(range(4, 1));
     let (tree, domain) = (&world.tree, lasting_domain());
     std::thread::scope(|scope| {
         let domain = &domain;
@@ -330,15 +333,16 @@ fn a_wait_ends_when_the_last_pin_goes_and_lets_no_new_one_in() {
             let reader = Domain::register(domain);
             let wanted = Wanted::Other(Visibility::Private);
             let wait = Wait::at_most(Duration::MAX);
-            let frozen = tree.freeze(&reader, &[range(1, 3)], wanted, &wait).unwrap();
-            assert_eq!(frozen.runs(), [range(1, 3)]);
+            let frozen = tree.freeze(&reader, &[range(1, 4)], wanted, &wait).unwrap();
+            assert_eq!(frozen.runs(), [range(1, 4)]);
             frozen.release(Visibility::Private);
         });
-        while tree.load(Pgoff::new(3)).unwrap().phase() != Phase::Draining {
+        let drains = |page| tree.load(Pgoff::new(page)).unwrap().phase() == Phase::Draining;
+        while !drains(3) || tree.load(Pgoff::new(4)).unwrap().phase() == Phase::Settled {
             std::thread::yield_now();
         }
         assert_eq!(world.pin(range(2, 1)), Err(at(2, Refusal::Converting)));
-        assert_eq!(tree.check_open(range(0, 8)), Ok(()), "accesses go on");
+        assert_eq!(tree.check_open(range(0, 8)), Ok(()), "accesses go on, also where nobody pins");
         world.unpin(range(2, 1));
         world.unpin(range(0, 4));
         converter.join().unwrap();
