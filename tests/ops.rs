@@ -16,7 +16,7 @@ mod seeded;
 #[path = "common/setting.rs"]
 mod setting;
 
-use common::{Capability, probe};
+use common::Capability;
 use setting::{NR_HUGEPAGES, SHMEM_ENABLED, Setting};
 
 /// Bytes for one list: some 120 actions.
