@@ -41,8 +41,6 @@ pub(super) struct ViewMap {
     granule: FolioSize,
     /// Held across the system calls that change it, so that the two never differ.
     shown: Mutex<Shown>,
-    /// Pages behind which something else is mapped than the object has there. They are not shown.
-    astray: Mutex<Vec<PgoffRange>>,
 }
 
 enum Way {
@@ -70,8 +68,7 @@ impl ViewMap {
         let map = Mapping::of_nothing(op, object.identity.as_fd(), size, align)?;
         let shown = Shown::nothing(op, object.pages.nr_pages())?;
         let arena = Arc::clone(&object.arena);
-        let (shown, astray) = (Mutex::new(shown), Mutex::default());
-        Ok(Self { map, way, mapping, arena, granule, shown, astray })
+        Ok(Self { map, way, mapping, arena, granule, shown: Mutex::new(shown) })
     }
 
     pub(super) fn map(&self) -> &Mapping {
@@ -101,9 +98,9 @@ impl ViewMap {
             .ok_or_else(|| Error::new(Op::MapView, ErrorKind::Unsupported))?;
         let exhausted = |_| Error::new(Op::MapView, ErrorKind::Exhausted);
         // Should it have to be undone, and that fail.
-        self.astray().try_reserve(1).map_err(exhausted)?;
+        self.shown().astray.try_reserve(1).map_err(exhausted)?;
         self.map.map_inaccessible(at, len, fd, file_at)?;
-        self.is_right(pages);
+        self.shown().is_right(pages);
         let outcome = self.register(uffd, at, len).and_then(|()| self.map.make_accessible(at, len));
         if outcome.is_err() {
             // Inaccessible is as good as hidden, should this fail too.
@@ -115,20 +112,12 @@ impl ViewMap {
     /// A folio that was [installed](Self::install) could not be replaced by the one before: the pages stay hidden until something else is put
     /// there.
     pub(super) fn goes_astray(&self, pages: PgoffRange) {
-        self.is_right(pages);
-        let mut astray = self.astray();
+        let shown = &mut *self.shown();
+        shown.is_right(pages);
         // An install that had no room here has changed nothing.
-        if astray.try_reserve(1).is_ok() {
-            astray.push(pages);
+        if shown.astray.try_reserve(1).is_ok() {
+            shown.astray.push(pages);
         }
-    }
-
-    fn is_right(&self, pages: PgoffRange) {
-        self.astray().retain(|astray| astray.intersection(&pages).is_none());
-    }
-
-    fn astray(&self) -> MutexGuard<'_, Vec<PgoffRange>> {
-        self.astray.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes what is mapped at the pages answer with SIGBUS.
@@ -145,7 +134,7 @@ impl ViewMap {
     pub(super) fn remove(&self, object: &Inner, pages: PgoffRange) -> Result<(), Error> {
         let Way::Userfault(_) = &self.way else { return Ok(()) };
         self.cover(object, pages)?;
-        self.is_right(pages);
+        self.shown().is_right(pages);
         Ok(())
     }
 
@@ -153,29 +142,21 @@ impl ViewMap {
     /// memory or no room for that, they go on faulting, which is safe, and `shown` says so.
     #[inline]
     pub(super) fn show(&self, object: &Inner, ranges: &[PgoffRange]) {
-        let astray = self.astray();
         let shown = &mut *self.shown();
         for &range in ranges {
-            object.frames.each_resident(range, |pages, frames| match astray.is_empty() {
+            object.frames.each_resident(range, |pages, frames| match shown.astray.is_empty() {
                 true => self.show_all(object, shown, pages, frames),
-                false => self.show_around(object, shown, &astray, pages, frames),
+                false => self.show_around(object, shown, pages, frames),
             });
         }
     }
 
     /// The same of what is not astray.
     #[cold]
-    fn show_around(
-        &self,
-        object: &Inner,
-        shown: &mut Shown,
-        astray: &[PgoffRange],
-        pages: PgoffRange,
-        frames: PfnRange,
-    ) {
+    fn show_around(&self, object: &Inner, shown: &mut Shown, pages: PgoffRange, frames: PfnRange) {
         let mut rest = Some(pages);
         while let Some(run) = rest {
-            let first = astray.iter().filter_map(|astray| astray.intersection(&run));
+            let first = shown.astray.iter().filter_map(|astray| astray.intersection(&run));
             let first = first.min_by_key(|astray| astray.start());
             let end = first.map_or(run.end(), |astray| astray.start());
             let right = between(run.start(), end);
@@ -190,6 +171,13 @@ impl ViewMap {
 
     #[inline]
     fn show_all(&self, object: &Inner, shown: &mut Shown, pages: PgoffRange, frames: PfnRange) {
+        if let (Way::Userfault(uffd), true) = (&self.way, self.is_granule(pages)) {
+            // As below, of what is shown as a whole or not at all, and opens nothing.
+            if !shown.has(pages.start()) && self.map_pages(uffd, shown, pages, frames) {
+                shown.set(pages, true);
+            }
+            return;
+        }
         let mut from = pages.start();
         while let Some(run) = next_run(&shown.pages, from, pages.end(), false) {
             from = run.end();
@@ -202,6 +190,13 @@ impl ViewMap {
                 shown.set(run, true);
             }
         }
+    }
+
+    /// Whether these are the pages that an entry of the view maps at once.
+    #[inline]
+    fn is_granule(&self, pages: PgoffRange) -> bool {
+        let nr_pages = self.granule.nr_pages();
+        pages.nr_pages() == nr_pages && pages.start().get() % nr_pages == 0
     }
 
     /// Shows pages by mapping them; says whether they can be touched then.

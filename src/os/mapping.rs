@@ -216,16 +216,13 @@ impl Mapping {
     #[inline]
     pub(crate) fn discard_each(
         &self,
-        ranges: impl Iterator<Item = (usize, usize)>,
+        mut ranges: impl ExactSizeIterator<Item = (usize, usize)>,
     ) -> Result<(), Error> {
-        let mut ranges = ranges.peekable();
-        let Some((at, len)) = ranges.next() else { return Ok(()) };
-        if ranges.peek().is_none() {
-            return self.discard(at, len);
+        if ranges.len() == 1 {
+            return ranges.next().map_or(Ok(()), |(at, len)| self.discard(at, len));
         }
-        let mut ranges = std::iter::once((at, len)).chain(ranges).peekable();
         let mut vector = [libc::iovec { iov_base: ptr::null_mut(), iov_len: 0 }; MOST_AT_ONCE];
-        while ranges.peek().is_some() {
+        while ranges.len() > 0 {
             let mut nr_taken = 0;
             for (entry, (at, len)) in vector.iter_mut().zip(&mut ranges) {
                 *entry = libc::iovec { iov_base: self.at(at, len)?.cast(), iov_len: len };

@@ -34,6 +34,10 @@ const DEVICE: &str = "/dev/userfaultfd";
 /// `USERFAULTFD_IOC_NEW` of linux/userfaultfd.h: `_IO(0xAA, 0x00)`.
 const NEW: libc::Ioctl = 0xAA00;
 
+/// `UFFDIO_CONTINUE_MODE_DONTWAKE` of linux/userfaultfd.h: with [`FEATURES`] no fault ever waits, so nobody is to
+/// be woken.
+const DONT_WAKE: u64 = 1;
+
 const FEATURES: u64 = (UFFD_FEATURE_SIGBUS
     | UFFD_FEATURE_EXACT_ADDRESS
     | UFFD_FEATURE_MISSING_SHMEM
@@ -101,7 +105,7 @@ impl Userfault {
         let mut at = at;
         while at < end {
             let range = range(map, at, end - at).map_err(|error| Stopped { at, error })?;
-            let mut arg = uffdio_continue { range, mode: 0, mapped: 0 };
+            let mut arg = uffdio_continue { range, mode: DONT_WAKE, mapped: 0 };
             match self.call::<{ UFFDIO_CONTINUE as Opcode }, _>(&mut arg) {
                 Ok(()) => return Ok(()),
                 Err(Errno::EXIST) => at += step,
