@@ -258,7 +258,6 @@ impl HostView {
     }
 
     /// Whether all of the pages are mapped now. If they are pinned, and whole granules, they stay so.
-    #[cfg_attr(not(feature = "vm-memory"), expect(dead_code, reason = "for the adapter"))]
     pub(crate) fn shows(&self, pages: PgoffRange) -> bool {
         self.map.first_hidden(pages).is_none()
     }
