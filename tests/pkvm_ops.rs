@@ -33,10 +33,9 @@ fn check(profile: PkvmProfile, wanted: &[&str]) {
     assert!(missed.is_empty(), "never met: {missed:?}");
 }
 
-const EVERYWHERE: [&str; 19] = [
+const EVERYWHERE: [&str; 18] = [
     "DonateGuest EPERM",
     "DonateGuest Ok",
-    "FF-A share Ok",
     "ForceReclaimGuestPage EAGAIN",
     "ForceReclaimGuestPage EFAULT",
     "ForceReclaimGuestPage Ok",
