@@ -49,12 +49,16 @@ impl<'a> Choices<'a> {
         u64::from(self.byte()) % bound
     }
 
+    pub(super) fn index(&mut self, len: usize) -> usize {
+        usize::from(self.byte()) % len
+    }
+
     pub(super) fn one_in(&mut self, nr: u64) -> bool {
         self.below(nr) + 1 == nr
     }
 
     pub(super) fn of<T: Copy>(&mut self, all: &[T]) -> T {
-        all[usize::from(self.byte()) % all.len()]
+        all[self.index(all.len())]
     }
 
     /// Any number at all.

@@ -30,7 +30,7 @@ const DEVICE: u64 = 0x9000;
 pub(super) const NEAR: [u64; 12] = [0, 1, 2, 3, 4, 5, 510, 511, 512, 513, 514, 515];
 const FAR: [u64; 4] = [(1 << 28) - 1, (1 << 28) - 512, 1 << 18, 1 << 20];
 
-pub(super) const NR_CPUS: u64 = 3;
+pub(super) const NR_CPUS: usize = 3;
 const NR_VCPUS: u64 = 2;
 
 /// A VM that the kernel knows: its handle, and where the structures are.
@@ -64,13 +64,13 @@ impl Host {
         let arena = Arena::heap(NR_GUEST).map_err(|error| error.errno())?;
         let machine = Machine::new(regions, Some(Box::new(arena)))?;
         let carveout = Pages::new(Pfn::new(CARVEOUT), NR_CARVEOUT);
-        let el2 = El2::boot(profile, machine, carveout, NR_CPUS as usize)?;
+        let el2 = El2::boot(profile, machine, carveout, NR_CPUS)?;
         let mut host = Self { el2, guests: Vec::new(), next: KERNEL };
         for protected in [true, false, true, false] {
             let guest = host.vm(protected)?;
             host.guests.push(guest);
         }
-        for cpu in 0..NR_CPUS as usize {
+        for cpu in 0..NR_CPUS {
             let guest = host.guests[cpu];
             host.el2.call(cpu, HostCall::VcpuLoad, [guest.handle, 0, 0, 0])?;
             host.top_up(guest.vcpus[0], 8)?;
@@ -210,7 +210,7 @@ impl Host {
     pub(super) fn arguments(&self, choices: &mut Choices<'_>, call: HostCall) -> [u64; 4] {
         let mut x = self.likely(choices, call);
         if choices.one_in(2) {
-            let nth = choices.below(4) as usize;
+            let nth = choices.index(4);
             x[nth] = choices.odd();
         }
         x

@@ -103,7 +103,7 @@ fn said<T, E>(what: &str, answer: &Result<T, E>, done: Kind) -> Step {
 
 impl Host {
     fn step(&mut self, choices: &mut Choices<'_>, nth: u64) -> Step {
-        let cpu = choices.below(NR_CPUS) as usize;
+        let cpu = choices.index(NR_CPUS);
         match choices.below(16) {
             0..=7 => self.host_calls(choices, cpu),
             8 | 9 => self.guest_calls(choices, cpu),
@@ -145,7 +145,7 @@ impl Host {
         let within = if choices.one_in(8) { 8 } else { 0 };
         let mut x = [id, host::gfn(choices).wrapping_shl(12) | within, 0, 0];
         if choices.one_in(4) {
-            let nth = choices.below(4) as usize;
+            let nth = choices.index(4);
             x[nth] = choices.odd();
         }
         let (how, kind) = match self.el2.guest_call(cpu, x) {
@@ -208,7 +208,7 @@ impl Host {
     fn others(&self, choices: &mut Choices<'_>) -> Step {
         let mut at = [host::frame(choices), host::nr(choices)];
         if choices.one_in(2) {
-            at[choices.below(2) as usize] = choices.odd();
+            at[choices.index(2)] = choices.odd();
         }
         let pages = Pages::checked(at[0], at[1]);
         match choices.below(4) {
@@ -226,7 +226,7 @@ impl Host {
                 return Step { what: "lie".into(), kind: Kind::Refused };
             }
             1 => {
-                let at = choices.below(self.guests.len() as u64) as usize;
+                let at = choices.index(self.guests.len());
                 self.replace(at, !choices.one_in(4), choices.one_in(2));
                 return Step { what: "another VM".into(), kind: Kind::Many };
             }
