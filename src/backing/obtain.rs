@@ -42,7 +42,7 @@ impl Arena {
     }
 
     /// An arena that needs no operating system.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "oracle"))]
     pub(crate) fn heap(nr_pages: u64) -> Result<Arc<Self>, Error> {
         let part = PartSpec::new([ArenaBacking::Heap], ByteSize::from_pages(nr_pages));
         Self::obtain(&[part]).map(|(arena, _)| arena)

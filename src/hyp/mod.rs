@@ -40,7 +40,7 @@
 //! trusted: any address and any register value gets an answer or an exit.
 
 #[cfg_attr(not(test), expect(dead_code, reason = "until hyp/pkvm is built on it"))]
-mod el2;
+pub(crate) mod el2;
 mod exit;
 mod hypercall;
 pub mod iommu;

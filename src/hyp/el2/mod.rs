@@ -17,6 +17,7 @@
 //! | `profile` | which version this is |
 //! | `spec` | the states again, in the plainest way |
 //! | `invariants` | what must hold, by name |
+//! | `hostile` | for tests and fuzzers: a host and guests that do anything |
 //! | `incident` | times when a real host would have crashed |
 //!
 //! Locks are taken in this order: a CPU's own, the VMs' table, the host's, then EL2's or one guest's.
@@ -26,6 +27,8 @@ mod guest_call;
 mod guest_mmu;
 mod host_call;
 mod host_mmu;
+#[cfg(any(test, feature = "oracle"))]
+pub(crate) mod hostile;
 mod hyp_page;
 mod hyp_space;
 mod incident;

@@ -20,7 +20,7 @@ pub(crate) struct Translation {
 type Line = Option<(Gfn, Translation)>;
 
 /// The TLBs of all that walk one tree.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Tlbs {
     of: Vec<[Line; NR_LINES]>,
 }
@@ -63,6 +63,14 @@ impl Tlbs {
             } else {
                 lines.iter_mut().for_each(|line| *line = line.filter(|&(tag, _)| !hit(tag)));
             }
+        }
+    }
+
+    /// Remembers again what was forgotten since: a seeded mistake.
+    #[cfg(any(test, feature = "oracle"))]
+    pub(crate) fn recall(&mut self, was: &Self) {
+        for (now, was) in self.of.iter_mut().flatten().zip(was.of.iter().flatten()) {
+            *now = now.or(*was);
         }
     }
 

@@ -14,7 +14,7 @@ mod life;
 mod ownership;
 mod refinement;
 mod tables;
-#[cfg(test)]
+#[cfg(any(test, feature = "oracle"))]
 pub(crate) mod trace;
 
 use std::collections::BTreeMap;
