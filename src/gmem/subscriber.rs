@@ -17,7 +17,8 @@ use crate::sync::Arc;
 /// given when they have come. A page that moves to another frame is taken and given again.
 ///
 /// The calls come with locks of the object held: an implementation calls nothing of the object, and nobody
-/// who is to [answer](Ack) waits for something that allocates, punches, migrates or converts. Calls about
+/// who is to [answer](Ack) waits for something that allocates, punches, migrates or converts, or takes a lock
+/// that somebody holds while he accesses or pins guest memory: of pages that are punched or moved, that waits for the answer. Calls about
 /// the same page come one after the other, and are to be carried out in that order, also by whoever does so
 /// later. If one panics, the pages are quarantined, and what other subscribers have been told about them
 /// so far stands.
