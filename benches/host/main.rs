@@ -217,7 +217,7 @@ fn double_backing(bench: &mut Bench) -> Outcome<()> {
 /// One of many pages, each other of which is private, as far as the kernel lets the peer.
 fn mprotect(bench: &mut Bench) -> Outcome<()> {
     let len = 16 * MIB;
-    let (memfd, _view) = viewed(len, Pages::Small)?;
+    let (memfd, view) = viewed(len, Pages::Small)?;
     let file = bare::memfd(len, Pages::Small)?;
     let peer = Map::new(&file, len)?;
     peer.populate(Pages::Small)?;
@@ -226,9 +226,14 @@ fn mprotect(bench: &mut Bench) -> Outcome<()> {
         peer.protect(at, PAGE, libc::PROT_NONE)?;
     }
     let at = HUGE + 2 * PAGE;
+    let pointer = view.pointer(Offset::new(at as u64), ByteSize::from_pages(1));
+    let pointer = pointer.ok_or("no pointer")?.as_ptr();
     bench.row(
         Row::new("vs_mprotect_4k", "mprotect_none_and_back", 2_000).at_most(0.8),
-        || both_ways(&memfd, range(at, PAGE)),
+        || {
+            both_ways(&memfd, range(at, PAGE));
+            bare::touch(pointer, PAGE)
+        },
         || {
             peer.protect(at, PAGE, libc::PROT_NONE).expect("there is room");
             peer.protect(at, PAGE, libc::PROT_READ | libc::PROT_WRITE).expect("as before");
