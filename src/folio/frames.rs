@@ -259,6 +259,15 @@ impl Frames {
         self.dirty.put_in_hands(block, size);
     }
 
+    /// Has the caller scrub a certain block; says whether it waited.
+    pub(super) fn take_in_hands_at(&mut self, start: u64, size: FolioSize) -> bool {
+        let waits = self.dirty.waits(start, size);
+        if waits {
+            self.take_in_hands(start, size);
+        }
+        waits
+    }
+
     /// A dirty block, which is in the caller's hands until it is given to [`scrubbed`](Self::scrubbed),
     /// [`not_scrubbed`](Self::not_scrubbed) or [`cannot_be_scrubbed`](Self::cannot_be_scrubbed).
     pub(super) fn next_dirty(&mut self) -> Option<(u64, FolioSize)> {

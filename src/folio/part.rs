@@ -151,6 +151,13 @@ impl PartState {
         frames.cannot_be_scrubbed(start, size, |start| records.lose(start));
     }
 
+    /// A block that waits for a scrub cannot be scrubbed.
+    pub(super) fn lose_dirty(&mut self, start: u64, size: FolioSize) {
+        if self.frames.take_in_hands_at(start, size) {
+            self.cannot_be_scrubbed(start, size);
+        }
+    }
+
     pub(super) fn covers(&self, pfn: Pfn) -> bool {
         pfn.get().checked_sub(self.start).is_some_and(|frame| frame < self.frames.nr_pages())
     }

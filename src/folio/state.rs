@@ -387,6 +387,13 @@ impl State {
         }
     }
 
+    /// A block that waits for a scrub cannot be scrubbed.
+    pub(super) fn lose_dirty(&mut self, pfn: Pfn, size: FolioSize) {
+        if let Some((_, part)) = part_of(&mut self.parts, pfn) {
+            part.lose_dirty(pfn.get() - part.start, size);
+        }
+    }
+
     /// Whether less is clean than a scrubber is to keep, and something could be cleaned.
     #[inline]
     pub(super) fn is_short_of_clean(&self) -> bool {
