@@ -259,6 +259,13 @@ impl Frames {
         self.dirty.put_in_hands(block, size);
     }
 
+    /// Has a block of 2 MiB or more wait for a scrub, if it is free and clean.
+    pub(super) fn doubt(&mut self, start: u64, size: FolioSize) {
+        if self.buddy.allocate_at(start, size.order()) {
+            self.dirty.put(start, size);
+        }
+    }
+
     /// Has the caller scrub a certain block; says whether it waited.
     pub(super) fn take_in_hands_at(&mut self, start: u64, size: FolioSize) -> bool {
         let waits = self.dirty.waits(start, size);

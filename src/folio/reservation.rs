@@ -244,6 +244,17 @@ impl Reservation {
         self.pool.state().give_back(pfn, Bytes::Zero);
     }
 
+    /// Gives a clean folio back that seems to have no memory. One of 2 MiB or more waits for a scrub then, which finds
+    /// out, and is not the first to be taken again.
+    #[cold]
+    pub(crate) fn give_back_in_doubt(&self, pfn: Pfn, size: FolioSize) {
+        let mut state = self.pool.state();
+        let waits = size != FolioSize::Base && state.poisoned_in(pfn, size.nr_pages()).is_empty();
+        state.give_back(pfn, if waits { Bytes::Dirty } else { Bytes::Zero });
+        drop(state);
+        self.pool.wake_scrubbers();
+    }
+
     /// Counts a folio as lost. It is in no free map and in no object any more.
     pub(crate) fn quarantine(&self, pfn: Pfn) {
         self.pool.state().quarantine(pfn);

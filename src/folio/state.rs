@@ -387,6 +387,13 @@ impl State {
         }
     }
 
+    /// A block that is free and clean seems to have no memory: a scrub is to find out.
+    pub(super) fn doubt(&mut self, pfn: Pfn, size: FolioSize) {
+        if let Some((_, part)) = part_of(&mut self.parts, pfn) {
+            part.frames.doubt(pfn.get() - part.start, size);
+        }
+    }
+
     /// A block that waits for a scrub cannot be scrubbed.
     pub(super) fn lose_dirty(&mut self, pfn: Pfn, size: FolioSize) {
         if let Some((_, part)) = part_of(&mut self.parts, pfn) {
