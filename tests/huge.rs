@@ -1,22 +1,26 @@
 //! Folios of 1 GiB, and huge pages on demand.
 
+#[path = "common/arenas.rs"]
+mod arenas;
 mod common;
 #[path = "common/setting.rs"]
 mod setting;
 
 use std::fs;
+use std::os::fd::OwnedFd;
 
 use common::Capability;
 use common::probe::NR_GIANT_PAGES;
-use gmem::addr::{Access, ByteSize, Offset, Pgoff};
+use gmem::addr::{Access, ByteSize, Offset, Pfn, Pgoff};
 use gmem::audit;
 use gmem::error::ErrorKind;
 use gmem::geometry::FolioSize;
 use gmem::range::PgoffRange;
 use gmem::{
-    ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, HostView, PinMode, SigbusHandler, Touch,
-    Visibility,
+    ArenaBacking, Commitment, ContentPolicy, FolioPool, GuestMemfd, HostView, PinMode,
+    SigbusHandler, Touch, Visibility, Zone,
 };
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 use setting::{NR_HUGEPAGES, SHMEM_ENABLED, Setting};
 
 const PRESERVE: ContentPolicy = ContentPolicy::Preserve;
@@ -313,4 +317,76 @@ fn a_pin_beside_collapses_finds_its_page() {
         is_over.store(true, std::sync::atomic::Ordering::Relaxed);
     });
     assert!(nr_pins > 1000, "{nr_pins}");
+}
+
+/// Takes the first so many folios of 2 MiB out of a pool of 10 MiB, which has all of the host's, and returns who has
+/// them now.
+fn steal(nr: u64) -> OwnedFd {
+    let arena = arenas::of_size(10 << 20).pop().unwrap();
+    let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    fallocate(&arena, punch, 0, nr << 21).unwrap();
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    let thief = memfd_create("thief", flags).unwrap();
+    fallocate(&thief, FallocateFlags::empty(), 0, nr << 21).unwrap();
+    thief
+}
+
+/// A folio that somebody has stolen while it was free and clean is in nobody's way, at home or not.
+#[test]
+fn a_stolen_folio_is_passed_over() {
+    if !common::require(Capability::Hugetlb) {
+        return;
+    }
+    let _setting = Setting::set(NR_HUGEPAGES, "5");
+    for (nr_pages, commitment) in [(512, Commitment::Reserved), (9 << 9, Commitment::Overcommitted)]
+    {
+        let pool = FolioPool::new(ArenaBacking::MemfdHugetlb2M, ByteSize::from_mib(10)).unwrap();
+        let thief = steal(2);
+        let builder = GuestMemfd::builder(ByteSize::from_pages(nr_pages));
+        let builder = builder.initial(Visibility::Shared).commitment(commitment);
+        let memfd = builder.create(&pool).unwrap();
+        memfd.write(at(3), &[7]).unwrap();
+        let (_, frames) = memfd.frames_of(range(0, 512)).unwrap().next().unwrap();
+        assert!(frames.start() >= Pfn::new(1024), "{frames:?}");
+        let [used, over] = [pool.stat().used, pool.stat().over_promised];
+        assert_eq!([used, over].map(ByteSize::whole_pages), [512, 0], "{commitment:?}");
+        // Who looks finds out, and others take what is there.
+        pool.scrub();
+        assert_eq!(pool.stat().quarantined.whole_pages() % 512, 0);
+        assert_eq!(nr_left(&pool), 2, "{commitment:?}");
+        drop((memfd, thief));
+        pool.scrub();
+        let stat = pool.stat();
+        assert_eq!(stat.free.get() + stat.quarantined.get(), stat.capacity.get());
+        assert!(stat.quarantined.whole_pages() <= 1024, "{stat:?}");
+    }
+}
+
+/// How many folios of 2 MiB can still be taken.
+fn nr_left(pool: &FolioPool) -> u64 {
+    let builder = GuestMemfd::builder(ByteSize::from_mib(10)).initial(Visibility::Shared);
+    let memfd = builder.commitment(Commitment::Overcommitted).create(pool).unwrap();
+    (0..5).filter(|nr| memfd.write(at(nr * 512), &[1]).is_ok()).count() as u64
+}
+
+/// Compaction finds the block that is there, and none if there is none.
+#[test]
+fn compaction_answers_no_block_that_was_stolen() {
+    if !common::require(Capability::Hugetlb) {
+        return;
+    }
+    let _setting = Setting::set(NR_HUGEPAGES, "5");
+    let pool = FolioPool::new(ArenaBacking::MemfdHugetlb2M, ByteSize::from_mib(10)).unwrap();
+    // What is free is one block then, and the first of it is answered first.
+    let memfd = GuestMemfd::builder(ByteSize::from_mib(10)).initial(Visibility::Shared);
+    let memfd = memfd.commitment(Commitment::Overcommitted).create(&pool).unwrap();
+    memfd.write(at(4 * 512), &[1]).unwrap();
+    assert_eq!(pool.stat().largest_free, ByteSize::from_mib(8));
+    for (nr, found) in [(2, Some(Pfn::new(1024))), (4, None)] {
+        let thief = steal(nr);
+        let made = pool.compact(FolioSize::Huge2M, Zone::Normal).unwrap().made;
+        assert_eq!(made.map(|frames| frames.start()), found);
+        assert_eq!(pool.stat().quarantined.whole_pages(), nr * 512);
+        drop(thief);
+    }
 }

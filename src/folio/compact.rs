@@ -45,6 +45,8 @@ impl fmt::Display for Obstacle {
 
 /// How many blocks are left half empty: in each, memory was moved for nothing.
 const MOST_IN_VAIN: usize = 4;
+/// So many free blocks without memory are passed over.
+const MOST_MISSING: usize = 16;
 /// How many obstacles are reported.
 const MOST_OBSTACLES: usize = 64;
 /// How often a block is looked through for what others put there meanwhile.
@@ -104,9 +106,15 @@ impl FolioPool {
         }
         self.scrub_all();
         let mut compaction = Compaction::default();
-        if let Some(made) = self.state().free_block(size, zone) {
-            compaction.made = PfnRange::new(made, size.nr_pages()).ok();
-            return Ok(compaction);
+        for _ in 0..MOST_MISSING {
+            let Some(made) = self.state().free_block(size, zone) else { break };
+            let made = PfnRange::new(made, size.nr_pages())?;
+            if self.arena().require(Op::Compact, made).is_ok() {
+                compaction.made = Some(made);
+                return Ok(compaction);
+            }
+            self.state().doubt(made.start(), size);
+            self.scrub_all();
         }
         let mut candidates = self.state().candidates(size, zone);
         candidates.sort_by_key(|candidate| candidate.nr_used);
@@ -168,10 +176,14 @@ impl FolioPool {
         drop(isolated);
         // What moved out of large folios may be dirty still.
         self.scrub_all();
+        let is_there = self.arena().require(Op::Compact, block.frames);
         let state = self.state();
         let part = state.parts.get(block.part);
         match part.and_then(|part| part.frames.buddy().order_from(block.start, size.order())) {
-            Some(_) => Ok(block.frames),
+            Some(_) => match is_there {
+                Ok(()) => Ok(block.frames),
+                Err(error) => Err(Obstacle { frames: block.frames, error }),
+            },
             None => Err(stuck("somebody has taken memory of this block meanwhile")),
         }
     }

@@ -259,6 +259,27 @@ impl Frames {
         self.dirty.put_in_hands(block, size);
     }
 
+    /// Whether the 2 MiB around a frame are in somebody's hands, by themselves.
+    pub(super) fn is_in_hands(&self, pfn: u64) -> bool {
+        self.dirty.is_in_hands(pfn >> HUGE_ORDER << HUGE_ORDER, Huge2M)
+    }
+
+    /// Has a block of 2 MiB or more wait for a scrub, if it is free and clean.
+    pub(super) fn doubt(&mut self, start: u64, size: FolioSize) {
+        if self.buddy.allocate_at(start, size.order()) {
+            self.dirty.put(start, size);
+        }
+    }
+
+    /// Has the caller scrub a certain block; says whether it waited.
+    pub(super) fn take_in_hands_at(&mut self, start: u64, size: FolioSize) -> bool {
+        let waits = self.dirty.waits(start, size);
+        if waits {
+            self.take_in_hands(start, size);
+        }
+        waits
+    }
+
     /// A dirty block, which is in the caller's hands until it is given to [`scrubbed`](Self::scrubbed),
     /// [`not_scrubbed`](Self::not_scrubbed) or [`cannot_be_scrubbed`](Self::cannot_be_scrubbed).
     pub(super) fn next_dirty(&mut self) -> Option<(u64, FolioSize)> {
@@ -409,6 +430,14 @@ impl Frames {
         }
         for pfn in frames {
             self.buddy.allocate_at(pfn, 0);
+        }
+        for size in [Huge2M, Huge1G] {
+            let first = start.next_multiple_of(size.nr_pages());
+            let whole = (first..start + nr_pages + 1).step_by(index(size.nr_pages()));
+            // Nothing is left of these to be scrubbed.
+            whole.skip(1).for_each(|end| {
+                self.dirty.take(end - size.nr_pages(), size);
+            });
         }
         Ok(true)
     }

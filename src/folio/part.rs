@@ -111,14 +111,15 @@ impl PartState {
         outcome
     }
 
-    /// Takes a folio that nobody was promised; `None` if there is none.
+    /// Takes a folio that nobody was promised, at `home` if that is free; `None` if there is none.
     pub(super) fn take_unpromised(
         &mut self,
         owner: usize,
         size: FolioSize,
         page: Pgoff,
+        home: Option<u64>,
     ) -> Option<Got> {
-        let (start, bytes) = match self.frames.take(size, None, Promise::None) {
+        let (start, bytes) = match self.frames.take(size, home, Promise::None) {
             Taken::Clean(start) => (start, Bytes::Zero),
             Taken::Dirty(start) => (start, Bytes::Dirty),
             Taken::ScrubFirst(start) => return Some(Got::ScrubFirst(self.pfn(start))),
@@ -149,6 +150,13 @@ impl PartState {
     pub(super) fn cannot_be_scrubbed(&mut self, start: u64, size: FolioSize) {
         let Self { frames, records, .. } = self;
         frames.cannot_be_scrubbed(start, size, |start| records.lose(start));
+    }
+
+    /// A block that waits for a scrub cannot be scrubbed.
+    pub(super) fn lose_dirty(&mut self, start: u64, size: FolioSize) {
+        if self.frames.take_in_hands_at(start, size) {
+            self.cannot_be_scrubbed(start, size);
+        }
     }
 
     pub(super) fn covers(&self, pfn: Pfn) -> bool {

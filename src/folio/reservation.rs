@@ -117,7 +117,8 @@ impl Reservation {
     /// Takes a folio, which is all zeroes, for the pages of the object from `page` on.
     #[inline]
     pub(crate) fn take(&self, size: FolioSize, page: Pgoff, side: Side) -> Result<Pfn, Error> {
-        self.until_got(size, |state| state.take(self.key, size, page, side))
+        let take = |state: &mut State| state.take(self.key, size, page, side);
+        self.until_got(size, take, State::give_back)
     }
 
     /// Takes a folio of a zone, which is all zeroes, for pages that are to move there from `old`. What they
@@ -128,14 +129,17 @@ impl Reservation {
         page: Pgoff,
         (old, zone): (Pfn, Zone),
     ) -> Result<Pfn, Error> {
-        self.until_got(size, |state| state.take_to(self.key, size, page, (old, zone)))
+        let take = |state: &mut State| state.take_to(self.key, size, page, (old, zone));
+        self.until_got(size, take, |state, pfn, bytes| state.moved_out(pfn, old, bytes))
     }
 
+    /// What is taken and cannot be had after all goes `back`, as if it had not been taken.
     #[inline]
     fn until_got(
         &self,
         size: FolioSize,
         mut take: impl FnMut(&mut State) -> Result<Got, Error>,
+        back: impl Fn(&mut State, Pfn, Bytes),
     ) -> Result<Pfn, Error> {
         let mut steps = MOST_STEPS;
         loop {
@@ -152,7 +156,11 @@ impl Reservation {
                 }
                 Got::Dirty(pfn) => {
                     drop(state);
-                    return self.scrub(pfn, size);
+                    if self.pool.scrub_frames(pfn, size).is_ok() {
+                        return Ok(pfn);
+                    }
+                    // One block less: this ends.
+                    self.lose(pfn, size, &back);
                 }
                 Got::ScrubFirst(pfn) => {
                     drop(state);
@@ -168,14 +176,16 @@ impl Reservation {
         }
     }
 
-    /// Scrubs a folio that was taken dirty.
+    /// A folio that was taken dirty cannot be scrubbed: it is lost as a free one would be.
     #[cold]
-    fn scrub(&self, pfn: Pfn, size: FolioSize) -> Result<Pfn, Error> {
-        let outcome = self.pool.scrub_frames(pfn, size);
-        if outcome.is_err() {
-            self.quarantine(pfn);
-        }
-        outcome.map(|()| pfn)
+    fn lose(&self, pfn: Pfn, size: FolioSize, back: impl Fn(&mut State, Pfn, Bytes)) {
+        let mut state = self.pool.state();
+        back(&mut state, pfn, Bytes::Dirty);
+        state.lose_dirty(pfn, size);
+        drop(state);
+        // Of 1 GiB the pieces are there for others, and for scrubbers.
+        self.pool.returned().wake_all();
+        self.pool.wake_scrubbers();
     }
 
     /// Gives a folio back, and is promised another. Scrubs it, unless somebody does that in the background.
@@ -232,6 +242,17 @@ impl Reservation {
     #[inline]
     pub(crate) fn give_back_clean(&self, pfn: Pfn) {
         self.pool.state().give_back(pfn, Bytes::Zero);
+    }
+
+    /// Gives a clean folio back that seems to have no memory. One of 2 MiB or more waits for a scrub then, which finds
+    /// out, and is not the first to be taken again.
+    #[cold]
+    pub(crate) fn give_back_in_doubt(&self, pfn: Pfn, size: FolioSize) {
+        let mut state = self.pool.state();
+        let waits = size != FolioSize::Base && state.poisoned_in(pfn, size.nr_pages()).is_empty();
+        state.give_back(pfn, if waits { Bytes::Dirty } else { Bytes::Zero });
+        drop(state);
+        self.pool.wake_scrubbers();
     }
 
     /// Counts a folio as lost. It is in no free map and in no object any more.

@@ -112,6 +112,9 @@ impl HidesIfPanicking<'_> {
     }
 }
 
+/// So many other folios are tried in place of one without memory.
+const MOST_OTHERS: u32 = 16;
+
 impl Inner {
     /// The runs of guest memory behind the given pages: those that a binding covers and a folio
     /// backs.
@@ -207,16 +210,26 @@ impl Inner {
         if fails(FailPoint::Folio) {
             return Err(Error::new(Op::Allocate, ErrorKind::Exhausted));
         }
-        let pfn = self.reservation.take(slot.size(), slot.pages().start(), self.side_of(slot))?;
-        let frames = PfnRange::new(pfn, slot.size().nr_pages())?;
-        if let Err(error) = self.arena.require(Op::Allocate, frames) {
-            self.reservation.give_back_clean(pfn);
-            return Err(error);
-        }
+        let pfn = self.take_present(slot)?;
         // Out of the reach of raw pointers from the first moment on, so it is as clean as it was taken.
         let mut views = layout.views.iter();
         let installed = views.try_for_each(|(_, view)| view.install(self, slot.pages(), pfn));
         installed.map(|()| pfn).inspect_err(|_| self.reservation.give_back_clean(pfn))
+    }
+
+    /// A folio that has memory. Somebody may have taken that from outside while it was free.
+    fn take_present(&self, slot: &Slot) -> Result<Pfn, Error> {
+        let (size, page) = (slot.size(), slot.pages().start());
+        let mut others = MOST_OTHERS;
+        loop {
+            let pfn = self.reservation.take(size, page, self.side_of(slot))?;
+            let frames = PfnRange::new(pfn, size.nr_pages())?;
+            let Err(error) = self.arena.require(Op::Allocate, frames) else { return Ok(pfn) };
+            self.reservation.give_back_in_doubt(pfn, size);
+            // One of 4 KiB would be the same again.
+            let left = others.checked_sub(1).filter(|_| size != FolioSize::Base);
+            others = left.ok_or(error)?;
+        }
     }
 
     /// Maps into the views what the range has of shared pages with folios, with the layout locked for

@@ -238,10 +238,13 @@ fn a_scrub_that_fails_for_whoever_takes_or_gives_back_quarantines() {
     all_dirty(&pool);
     let one = reserve(&pool, 3, 0);
     let armed = arm(FailPoint::Scrub, 0);
-    assert_eq!(take(&one, 0).unwrap_err().kind(), ErrorKind::Os);
-    assert_eq!(pages(pool.stat().quarantined), 512);
-    drop(armed);
-    let taken = [take(&one, 1).unwrap(), take(&one, 2).unwrap()];
+    let first = take(&one, 0).unwrap();
+    assert!(armed.has_fired());
+    assert_ne!(first, Pfn::new(0), "that is lost");
+    let stat = pool.stat();
+    assert_eq!([stat.quarantined, stat.over_promised].map(pages), [512; 2]);
+    let taken = [first, take(&one, 1).unwrap()];
+    assert_eq!(take(&one, 2).unwrap_err().kind(), ErrorKind::Exhausted, "one is missing");
     let armed = arm(FailPoint::Scrub, 0);
     one.give_back(taken[0], HUGE);
     assert!(armed.has_fired());
@@ -295,4 +298,50 @@ fn what_fails_in_hands_is_missing_when_they_let_go() {
         assert_eq!(take(&one, 1).unwrap_err().kind(), ErrorKind::Exhausted);
         assert_adds_up(&pool);
     }
+}
+
+/// A dirty folio that its taker cannot scrub is lost to the pool and not to him, whoever pays for it.
+#[test]
+fn who_takes_what_is_lost_has_his_promise_still() {
+    for commitment in [Commitment::Reserved, Commitment::Overcommitted] {
+        let pool = pool(3);
+        all_dirty(&pool);
+        let account = pool.open_account(None);
+        let (zones, private) = (&[Zone::Normal][..], PrivatePlacement::MoveToNormal);
+        let blocks = super::super::ledger::Blocks { giant: 0, huge: 2, base: 0 };
+        let wanted = Wanted { blocks, zones, private, commitment, account: Some(account.clone()) };
+        let one = pool.reserve(wanted).unwrap();
+        let armed = arm(FailPoint::Scrub, 0);
+        let taken = [take(&one, 0).unwrap(), take(&one, 1).unwrap()];
+        assert!(armed.has_fired());
+        assert_eq!(taken, [Pfn::new(512), Pfn::new(1024)], "{commitment:?}");
+        let stat = pool.stat();
+        let found = [stat.free, stat.reserved, stat.used, stat.quarantined, stat.over_promised];
+        assert_eq!(found.map(pages), [0, 0, 1024, 512, 0]);
+        let paid = account.stat();
+        assert_eq!([paid.used, paid.charged].map(pages), [1024; 2], "{commitment:?}");
+        taken.into_iter().for_each(|pfn| one.give_back(pfn, HUGE));
+        drop(one);
+        let paid = account.stat();
+        assert_eq!([paid.used, paid.charged].map(pages), [0; 2], "{commitment:?}");
+        assert_adds_up(&pool);
+    }
+}
+
+/// The same for who moves a folio, to whom nothing is promised again.
+#[test]
+fn a_move_to_what_is_lost_goes_elsewhere() {
+    let pool = pool(4);
+    all_dirty(&pool);
+    let one = reserve(&pool, 1, 0);
+    let old = take(&one, 0).unwrap();
+    let armed = arm(FailPoint::Scrub, 0);
+    let new = one.take_to(HUGE, Pgoff::new(0), (old, Zone::Normal)).unwrap();
+    assert!(armed.has_fired());
+    let stat = pool.stat();
+    let found = [stat.free, stat.reserved, stat.used, stat.quarantined];
+    assert_eq!(found.map(pages), [512, 0, 1024, 512]);
+    one.moved_out(old, new, HUGE);
+    assert_eq!(pages(pool.stat().reserved), 0);
+    assert_adds_up(&pool);
 }
