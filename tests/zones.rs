@@ -351,3 +351,36 @@ fn a_part_is_of_the_node_that_it_was_asked_from() {
     let error = FolioPool::builder().part(on_heap, Zone::Normal).create().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unsupported);
 }
+
+/// Where an object lives first it is one run too, whatever comes between, and when it moves.
+#[test]
+fn who_floats_is_one_run_on_either_side() {
+    let zones = [Zone::Movable, Zone::Normal];
+    let pool = pool(ArenaBacking::Heap, &zones.map(|zone| (zone, 16 * FOLIO)));
+    let builder = || GuestMemfd::builder(pages(4 * FOLIO)).initial(Visibility::Shared);
+    let [one, two] = [(); 2].map(|()| builder().zones(&zones).create(&pool).unwrap());
+    for nr in [2, 0, 3, 1] {
+        for memfd in [&one, &two] {
+            memfd.write(Offset::new((nr * FOLIO) << 12), &[1]).unwrap();
+        }
+    }
+    for memfd in [&one, &two] {
+        assert_eq!(zones_of(memfd), [Zone::Movable]);
+        for zone in [Zone::Normal, Zone::Movable] {
+            let _ = memfd.migrate(memfd.pages(), zone).unwrap();
+            assert_eq!(zones_of(memfd), [zone]);
+        }
+        memfd.punch_hole(range(FOLIO, FOLIO)).unwrap();
+    }
+    for memfd in [&two, &one] {
+        memfd.allocate(memfd.pages()).unwrap();
+        assert_eq!(zones_of(memfd), [Zone::Movable], "home again");
+    }
+    assert_eq!(audit::check(&pool, &[&one, &two]).to_string(), "clean");
+    drop((one, two));
+    let all = builder().zones(&zones).create(&pool).unwrap();
+    all.allocate(all.pages()).unwrap();
+    assert_eq!(zones_of(&all), [Zone::Movable]);
+    drop(all);
+    assert_all_back(&pool);
+}

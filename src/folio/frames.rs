@@ -259,6 +259,11 @@ impl Frames {
         self.dirty.put_in_hands(block, size);
     }
 
+    /// Whether the 2 MiB around a frame are in somebody's hands, by themselves.
+    pub(super) fn is_in_hands(&self, pfn: u64) -> bool {
+        self.dirty.is_in_hands(pfn >> HUGE_ORDER << HUGE_ORDER, Huge2M)
+    }
+
     /// Has a block of 2 MiB or more wait for a scrub, if it is free and clean.
     pub(super) fn doubt(&mut self, start: u64, size: FolioSize) {
         if self.buddy.allocate_at(start, size.order()) {

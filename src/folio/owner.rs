@@ -73,7 +73,8 @@ pub(super) struct Owner {
     /// is room. All that is promised is in [`Zone::Normal`] then.
     pub(super) opportune: Vec<usize>,
     pub(super) mover: Option<Weak<dyn Mover>>,
-    pub(super) home: Option<(usize, Home)>,
+    /// Where it would like to be: one home in the parts outside of its promise, and one in those of it.
+    pub(super) homes: Vec<(usize, Home)>,
     /// What its account is charged for it.
     pub(super) charged_pages: u64,
 }
@@ -83,6 +84,12 @@ impl Owner {
     pub(super) fn is_promised_in(&self, zone: Zone) -> bool {
         self.opportune.is_empty() || zone == Zone::Normal
     }
+}
+
+/// Where a page's folio is at home in a part.
+pub(super) fn at_home(homes: &[(usize, Home)], nr: usize, page: Pgoff) -> Option<u64> {
+    let (_, home) = homes.iter().find(|(home, _)| *home == nr)?;
+    home.start.checked_add(page.get())
 }
 
 const SIZES: [FolioSize; 3] = [FolioSize::Huge1G, FolioSize::Huge2M, FolioSize::Base];
@@ -105,21 +112,23 @@ impl State {
             self.unpromise(&parts);
             return Err(error);
         }
-        let home = parts.iter().find_map(|&(nr, _)| {
-            let part = self.parts.get_mut(nr)?;
-            let PartState { homes, frames, .. } = part;
+        let mut find = |nr: usize| {
+            let PartState { homes, frames, .. } = self.parts.get_mut(nr)?;
             let nr_pages = demand.blocks.pages();
             let clean = homes.find(|at| frames.is_clean(at), nr_pages);
             let home = clean.or_else(|| homes.find(|at| frames.is_whole(at), nr_pages))?;
             Some((nr, home))
-        });
+        };
+        let beside = opportune.iter().find_map(|&nr| find(nr));
+        let own = parts.iter().find_map(|&(nr, _)| find(nr));
+        let homes = beside.into_iter().chain(own).collect();
         Ok(self.owners.insert(Owner {
             account: demand.account,
             promise: demand.promise,
             left: parts,
             opportune,
             mover: None,
-            home,
+            homes,
             charged_pages: nr_pages,
         }))
     }
@@ -261,7 +270,7 @@ impl State {
             self.unpromise(&owner.left);
         }
         self.uncharge(owner.account, owner.charged_pages);
-        if let Some((nr, home)) = owner.home {
+        for (nr, home) in owner.homes {
             if let Some(part) = self.parts.get_mut(nr) {
                 part.homes.leave(home);
             }

@@ -111,14 +111,15 @@ impl PartState {
         outcome
     }
 
-    /// Takes a folio that nobody was promised; `None` if there is none.
+    /// Takes a folio that nobody was promised, at `home` if that is free; `None` if there is none.
     pub(super) fn take_unpromised(
         &mut self,
         owner: usize,
         size: FolioSize,
         page: Pgoff,
+        home: Option<u64>,
     ) -> Option<Got> {
-        let (start, bytes) = match self.frames.take(size, None, Promise::None) {
+        let (start, bytes) = match self.frames.take(size, home, Promise::None) {
             Taken::Clean(start) => (start, Bytes::Zero),
             Taken::Dirty(start) => (start, Bytes::Dirty),
             Taken::ScrubFirst(start) => return Some(Got::ScrubFirst(self.pfn(start))),

@@ -8,7 +8,7 @@ use slab::Slab;
 use super::account::Charge;
 use super::frames::{IsQuarantined, Promise, Taken};
 use super::ledger::Blocks;
-use super::owner::{Mover, Owner, Side};
+use super::owner::{Mover, Owner, Side, at_home};
 use super::part::{Bytes, Got, PartState, Zone, part_of};
 use super::record::{Record, Use};
 use crate::addr::{Pfn, Pgoff};
@@ -117,8 +117,7 @@ impl State {
                 outside = true;
                 continue;
             }
-            let home = owner.home.filter(|(home, _)| home == nr);
-            let home = home.and_then(|(_, home)| home.start.checked_add(page.get()));
+            let home = at_home(&owner.homes, *nr, page);
             let (start, bytes) = match part.frames.take(size, home, owner.promise) {
                 Taken::Clean(start) => (start, Bytes::Zero),
                 Taken::Dirty(start) => (start, Bytes::Dirty),
@@ -173,8 +172,11 @@ impl State {
         let parts = owner.opportune.iter().filter(|_| side == Side::SharedOnly);
         for &nr in parts {
             let Some(part) = self.parts.get_mut(nr) else { continue };
-            // Room that has to be waited for is no room.
-            let got = part.take_unpromised(key, size, page).filter(|&got| got != Got::Wait);
+            let home = at_home(&owner.homes, nr, page);
+            // Room that has to be waited for is no room, but at home.
+            let waits = home.is_some_and(|home| part.frames.is_in_hands(home));
+            let got = part.take_unpromised(key, size, page, home);
+            let got = got.filter(|&got| got != Got::Wait || waits);
             if got.is_some() {
                 return got;
             }
@@ -213,8 +215,9 @@ impl State {
             return self.take_from_parts(key, size, page, Side::Any);
         }
         let mut waits = false;
-        for part in self.parts.iter_mut().filter(|part| part.zone == zone) {
-            match part.take_unpromised(key, size, page) {
+        let parts = self.parts.iter_mut().enumerate().filter(|(_, part)| part.zone == zone);
+        for (nr, part) in parts {
+            match part.take_unpromised(key, size, page, at_home(&owner.homes, nr, page)) {
                 Some(Got::Wait) => waits = true,
                 Some(got) => return Ok(got),
                 None => {}

@@ -1,6 +1,7 @@
 //! Where objects come to lie beside a scrubber, and what is there but waits for a scrub.
 
 use super::*;
+use crate::backing::PartSpec;
 use crate::range::PfnRange;
 
 const HUGE: FolioSize = FolioSize::Huge2M;
@@ -218,4 +219,30 @@ fn who_scrubs_first_does_not_do_so_for_ever() {
         }
         assert!(pool.verify_scrubbed().is_ok());
     }
+}
+
+/// A home outside of the promise that somebody scrubs just now is waited for; what is elsewhere is no reason to go to
+/// pieces, and that there is room in the promise neither.
+#[test]
+fn who_floats_waits_for_his_home() {
+    let part = || PartSpec::new([ArenaBacking::Heap], ByteSize::from_pages(4 * 512));
+    let builder = FolioPool::builder().part(part(), Zone::Movable).part(part(), Zone::Normal);
+    let pool = builder.create().unwrap();
+    let zones = &[Zone::Movable, Zone::Normal];
+    let one = pool.reserve(Wanted { zones, ..wanted(2, 0) }).unwrap();
+    let [home, next] = [0, 1].map(|nr| {
+        let taken = one.take(HUGE, page(nr * 512), Side::SharedOnly).unwrap();
+        assert_eq!(pool.zone_of(taken), Some(Zone::Movable));
+        taken
+    });
+    assert_eq!(next.get(), home.get() + 512);
+    let lazy = pool.start_scrubber(ByteSize::from_bytes(0)).unwrap();
+    one.give_back(home, HUGE);
+    drop(lazy);
+    let (pfn, size) = pool.state().next_dirty().unwrap();
+    assert_eq!(pfn, home);
+    let again = || pool.state().take(one.key, HUGE, page(0), Side::SharedOnly);
+    assert_eq!(again(), Ok(Got::Wait));
+    pool.scrub_in_hands(pfn, size);
+    assert_eq!(again(), Ok(Got::Clean(home)));
 }
