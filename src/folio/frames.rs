@@ -431,6 +431,14 @@ impl Frames {
         for pfn in frames {
             self.buddy.allocate_at(pfn, 0);
         }
+        for size in [Huge2M, Huge1G] {
+            let first = start.next_multiple_of(size.nr_pages());
+            let whole = (first..start + nr_pages + 1).step_by(index(size.nr_pages()));
+            // Nothing is left of these to be scrubbed.
+            whole.skip(1).for_each(|end| {
+                self.dirty.take(end - size.nr_pages(), size);
+            });
+        }
         Ok(true)
     }
 

@@ -365,3 +365,30 @@ fn a_frame_that_fails_while_it_is_isolated_stays_out() {
     }
     assert_eq!((frames.free().pages(), frames.is_free(7), frames.is_free(8)), (510, false, true));
 }
+
+/// Of a page of 1 GiB that fails nothing is free, in whatever state its pieces are.
+#[test]
+fn a_failed_gib_is_in_no_map_in_pieces_either() {
+    use crate::folio::frames::{Frames, IsQuarantined, Taken};
+    let (huge, giant) = (FolioSize::Huge2M, FolioSize::Huge1G);
+    for in_pieces in [true, false] {
+        let mut frames = Frames::new(giant.nr_pages() + 512).unwrap();
+        assert_eq!(frames.take(giant, None, Promise::None), Taken::Clean(0));
+        frames.give_back_dirty(0, giant, Promise::None);
+        let mut in_hands = None;
+        if in_pieces {
+            frames.next_dirty().unwrap();
+            frames.cannot_be_scrubbed(0, giant, |_| ());
+            let (clean, _) = frames.next_dirty().unwrap();
+            frames.scrubbed(clean, huge);
+            in_hands = frames.next_dirty();
+        }
+        assert_eq!(frames.free().pages(), giant.nr_pages() + 512);
+        assert_eq!(frames.poison(0, giant.nr_pages(), IsQuarantined::No), Ok(true));
+        assert_eq!(frames.dirty_around(0), None);
+        in_hands.into_iter().for_each(|(start, size)| frames.scrubbed(start, size));
+        assert_eq!((frames.free().pages(), frames.nr_dirty()), (512, 0), "{in_pieces}");
+        assert_eq!(frames.take(huge, None, Promise::None), Taken::Clean(giant.nr_pages()));
+        assert_eq!(frames.take(huge, None, Promise::None), Taken::Nothing);
+    }
+}
