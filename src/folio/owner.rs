@@ -139,9 +139,13 @@ impl State {
             && demand.zones.iter().any(|&zone| zone != Zone::Normal);
         let (mut own, mut opportune) = (Vec::new(), Vec::new());
         for (nr, part) in demand.zones.iter().flat_map(|&zone| self.of_zone(zone)) {
-            match floats && part.zone != Zone::Normal {
-                true => opportune.push(nr),
-                false => own.push(nr),
+            let parts = match floats && part.zone != Zone::Normal {
+                true => &mut opportune,
+                false => &mut own,
+            };
+            // A zone may be named twice.
+            if !parts.contains(&nr) {
+                parts.push(nr);
             }
         }
         if floats && !demand.zones.contains(&Zone::Normal) {

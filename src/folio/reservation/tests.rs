@@ -323,6 +323,12 @@ fn what_is_quarantined_is_used_by_nobody() {
 fn a_zone_that_is_named_twice_is_one() {
     let pool = pool(4 * 512);
     let zones = &[Zone::Normal, Zone::Normal];
+    let twice = pool.reserve(Wanted { zones, ..wanted(6, 0) }).unwrap_err();
+    assert_eq!(twice.to_string(), pool.reserve(wanted(6, 0)).unwrap_err().to_string());
+    assert!(
+        twice.to_string().contains("still promise 0, 4 or 2048; 4194304 bytes are missing"),
+        "{twice}"
+    );
     let one = pool.reserve(Wanted { zones, ..wanted(1, 0) }).unwrap();
     let two = pool.reserve(wanted(2, 0)).unwrap();
     let pfn = one.take(FolioSize::Huge2M, page(0), Side::Any).unwrap();
