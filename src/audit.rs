@@ -106,8 +106,9 @@ fn check_pool(pool: &FolioPool, findings: &mut Vec<String>) {
     }
     // Somebody has taken it from outside, and a look at it might be the end of the process.
     let missing = pool.arena().missing().get();
-    // Holes are in folios that are in use.
-    let lost = missing + pool.arena().released().get().saturating_sub(stat.used.get());
+    // Holes are in folios that are in use, or that are quarantined since they could not be filled.
+    let may_lack = stat.used.get() + stat.quarantined.get();
+    let lost = missing + pool.arena().released().get().saturating_sub(may_lack);
     if lost > 0 {
         findings.push(format!("{lost} bytes of the pool have no memory behind them"));
     }

@@ -10,6 +10,7 @@ use std::os::fd::AsRawFd;
 use common::Capability;
 use gmem::addr::{ByteSize, Offset, Pgoff};
 use gmem::audit;
+use gmem::failpoint::{FailPoint, arm};
 use gmem::range::PgoffRange;
 use gmem::{
     ArenaBacking, Export, FolioPool, GuestMemfd, HostView, PartSpec, ViewOptions, ViewPath,
@@ -40,6 +41,21 @@ fn map_over(
     // SAFETY: one page of the view, which outlives what is mapped there, and nobody has a reference into it.
     let mapped = unsafe { libc::mmap(at.as_ptr().cast(), 4096, rights, flags, file, file_at) };
     assert_eq!(mapped, at.as_ptr().cast(), "{}", std::io::Error::last_os_error());
+}
+
+/// What the host could not fill again when its object ended is quarantined, and no more is wrong.
+#[test]
+fn a_folio_that_ended_with_holes_is_no_finding() {
+    let pool = FolioPool::new(ArenaBacking::Memfd, ByteSize::from_mib(8)).unwrap();
+    let builder = GuestMemfd::builder(ByteSize::from_mib(2)).initial(Visibility::Shared);
+    let memfd = builder.create(&pool).unwrap();
+    memfd.allocate(memfd.pages()).unwrap();
+    memfd.punch_hole(range(7, 1)).unwrap();
+    let armed = arm(FailPoint::Commit, 0);
+    drop(memfd);
+    assert!(armed.has_fired());
+    assert_eq!(pool.stat().quarantined, ByteSize::from_mib(2));
+    assert_eq!(audit::check(&pool, &[]).to_string(), "clean");
 }
 
 #[test]
