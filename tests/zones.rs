@@ -361,7 +361,7 @@ fn who_floats_is_one_run_on_either_side() {
     let [one, two] = [(); 2].map(|()| builder().zones(&zones).create(&pool).unwrap());
     for nr in [2, 0, 3, 1] {
         for memfd in [&one, &two] {
-            memfd.write(Offset::new(nr * FOLIO << 12), &[1]).unwrap();
+            memfd.write(Offset::new((nr * FOLIO) << 12), &[1]).unwrap();
         }
     }
     for memfd in [&one, &two] {
