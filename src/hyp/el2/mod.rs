@@ -43,11 +43,17 @@ mod tlb;
 mod transition;
 mod vm;
 
+#[cfg(feature = "oracle")]
 pub(crate) use access::{Bytes, GuestStop, KernelOutcome, Signal};
+#[cfg(feature = "oracle")]
 pub(crate) use guest_call::GuestAnswer;
+#[cfg(feature = "oracle")]
 pub(crate) use host_call::HostCall;
+#[cfg(feature = "oracle")]
 pub(crate) use machine::{FrameBytes, Machine, Region, RegionKind};
+#[cfg(feature = "oracle")]
 pub(crate) use profile::Profile;
+#[cfg(feature = "oracle")]
 pub(crate) use vm::{Fault, FaultKind, nr_pgd_pages, nr_vcpu_pages, nr_vm_pages};
 
 use crate::addr::{Gfn, Pfn};
@@ -58,6 +64,10 @@ use crate::sync::{Arc, Mutex};
 use host_mmu::{FramePool, HostMmu, Owner};
 use hyp_space::HypSpace;
 use incident::Incidents;
+#[cfg(not(feature = "oracle"))]
+use machine::Machine;
+#[cfg(not(feature = "oracle"))]
+use profile::Profile;
 use transition::Ffa;
 use vm::{Cpu, VmTable};
 
