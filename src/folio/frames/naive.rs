@@ -63,6 +63,8 @@ struct Both {
     frames: Frames,
     list: Vec<Frame>,
     has_failed: Vec<bool>,
+    /// A free block could not be scrubbed.
+    has_lost: bool,
     taken: Vec<(u64, FolioSize)>,
     promised: Blocks,
     wrong: Option<String>,
@@ -74,6 +76,7 @@ impl Both {
             frames: Frames::new(nr_pages)?,
             list: vec![Frame::Free; index(nr_pages)],
             has_failed: vec![false; index(nr_pages)],
+            has_lost: false,
             taken: Vec::new(),
             promised: Blocks::default(),
             wrong: None,
@@ -224,6 +227,7 @@ impl Both {
         let is_lost = |huge: &u64| end == End::Failed || has_failed(huge);
         let wanted: Vec<u64> = blocks.filter(is_lost).collect();
         self.expect("lost blocks are quarantined", quarantined == wanted);
+        self.has_lost |= !wanted.is_empty();
         wanted.iter().for_each(|&huge| self.set(huge, HUGE_PAGES, Frame::Quarantined));
     }
 
@@ -274,7 +278,7 @@ impl Both {
         self.taken.push((start, size));
         self.promised = promised;
         // Unless failures had broken them before.
-        let bad = self.has_failed.contains(&true);
+        let bad = self.has_lost || self.has_failed.contains(&true);
         self.expect("promises are kept", bad || self.fits(promised));
     }
 
