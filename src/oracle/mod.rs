@@ -34,6 +34,7 @@ mod pkvm;
 mod pool;
 mod real;
 mod run;
+mod shrink;
 mod step;
 
 pub use action::{Action, ByteClaim, Door, Patience, Question, RangeClaim, SizeClaim, ViewChange};

@@ -158,25 +158,7 @@ pub fn shrink(
     actions: &[Action],
     run: impl Fn(&[Action]) -> Result<Coverage, Disagreement>,
 ) -> Vec<Action> {
-    let mut kept = actions.to_vec();
-    if run(&kept).is_ok() {
-        return kept;
-    }
-    let mut chunk = kept.len().div_ceil(2);
-    while chunk > 0 {
-        let mut at = 0;
-        while at < kept.len() {
-            let end = kept.len().min(at + chunk);
-            let mut fewer = kept.clone();
-            fewer.drain(at..end);
-            match run(&fewer) {
-                Ok(_) => at = end,
-                Err(_) => kept = fewer,
-            }
-        }
-        chunk /= 2;
-    }
-    kept
+    super::shrink::without_the_needless(actions, |fewer| run(fewer).is_err())
 }
 
 struct Runner<'i, 'c> {

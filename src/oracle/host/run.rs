@@ -1,5 +1,6 @@
 //! Drives model and library side by side.
 
+use crate::oracle::shrink;
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -124,21 +125,7 @@ pub fn shrink_host(
     actions: &[HostAction],
     run: impl Fn(&[HostAction]) -> Result<HostCoverage, HostDisagreement>,
 ) -> Vec<HostAction> {
-    let mut kept = actions.to_vec();
-    let mut chunk = if run(&kept).is_err() { kept.len().div_ceil(2) } else { 0 };
-    while chunk > 0 {
-        let mut at = 0;
-        while at < kept.len() {
-            let mut fewer = kept.clone();
-            fewer.drain(at..kept.len().min(at + chunk));
-            match run(&fewer) {
-                Ok(_) => at += chunk,
-                Err(_) => kept = fewer,
-            }
-        }
-        chunk /= 2;
-    }
-    kept
+    shrink::without_the_needless(actions, |fewer| run(fewer).is_err())
 }
 
 struct Runner {

@@ -1,5 +1,6 @@
 //! Drives model and pool side by side.
 
+use crate::oracle::shrink;
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -104,21 +105,7 @@ pub fn run_pool_mistaken(
 
 /// The actions without those that a disagreement does not need. All of them if there is none.
 pub fn shrink_pool(actions: &[PoolAction], inspect: PoolInspect) -> Vec<PoolAction> {
-    let mut kept = actions.to_vec();
-    let mut chunk = if run_pool(&kept, inspect).is_err() { kept.len().div_ceil(2) } else { 0 };
-    while chunk > 0 {
-        let mut at = 0;
-        while at < kept.len() {
-            let mut fewer = kept.clone();
-            fewer.drain(at..kept.len().min(at + chunk));
-            match run_pool(&fewer, inspect) {
-                Ok(_) => at += chunk,
-                Err(_) => kept = fewer,
-            }
-        }
-        chunk /= 2;
-    }
-    kept
+    shrink::without_the_needless(actions, |fewer| run_pool(fewer, inspect).is_err())
 }
 
 fn run(
