@@ -326,6 +326,7 @@ impl Inner {
         content: ContentPolicy,
     ) -> Result<Settled, Error> {
         self.check_placed(op, frozen.runs())?;
+        self.check_may_be_private(op, layout, frozen.runs())?;
         let guest = self.guest_runs(op, layout, frozen.runs())?;
         if fails(FailPoint::Barrier) || !frozen.wait_for_sections(reader) {
             return Err(Error::new(op, ErrorKind::MissingCapability)

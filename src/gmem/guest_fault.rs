@@ -7,11 +7,12 @@ use std::sync::Weak;
 
 use super::layout::{Binding, Layout};
 use super::object::{GuestMemfd, Inner};
-use crate::addr::{Gfn, Pgoff};
+use crate::addr::{Gfn, Pfn, Pgoff};
 use crate::error::{Errno, Error, ErrorKind, Found, Op};
+use crate::geometry::{FolioSize, HUGE_PAGES};
 use crate::range::{GfnRange, PgoffRange};
-use crate::stage2::Stage2;
-use crate::state::{Phase, Visibility};
+use crate::stage2::{Faulted, GuestRun, Prevented, Stage2};
+use crate::state::{Phase, Refusal, Visibility, Word};
 
 /// A binding, to be undone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +56,7 @@ impl GuestMemfd {
         }
         // Subscribers are to find the pages at other places.
         object.take_back_thawed(op, layout, &[pages]).map_err(|error| error.on(pages))?;
+        *object.guest.lock() = Some(Weak::clone(&vm));
         layout.vm = Some(vm);
         let id = BindingId(layout.bindings.insert(Binding { pages, gfn }));
         if let Err(panic) = object.grant_to_each(layout, &[pages]) {
@@ -98,7 +100,7 @@ impl GuestMemfd {
             |errno| Error::new(op, ErrorKind::HypervisorRefused).errno_is(errno).on(pages);
         match outcome {
             Ok(()) => {
-                remove(layout, id);
+                object.remove(layout, id);
                 Ok(Unbound(object.grant_to_each(layout, &[pages])))
             }
             Err(errno) => {
@@ -108,37 +110,88 @@ impl GuestMemfd {
         }
     }
 
-    /// Resolves a guest's fault on a bound page: gives it a folio, and gives it to the guest if it is
-    /// private. For a shared page it says so and does nothing: whether the guest may have it like
-    /// that is the hypervisor's affair.
+    /// Resolves a guest's fault on a bound page: gives it a folio, and has the hypervisor map it if it is on the side
+    /// on which the guest may have it.
     ///
     /// Conversions wait meanwhile, so a fault never makes one fail.
-    pub(crate) fn guest_fault(&self, page: Pgoff) -> Result<Visibility, Error> {
+    pub(crate) fn guest_fault(&self, page: Pgoff) -> Result<Faulted, Error> {
         let op = Op::GuestFault;
         let object = &*self.0;
         let range = PgoffRange::single(page)?;
         object.check_range(op, range)?;
         let mut layout = object.layout.write();
-        let word = object.word(page);
-        if word.is_none_or(|word| word.phase() == Phase::Quarantined) {
+        let Some(word) = object.word(page).filter(|word| word.phase() != Phase::Quarantined) else {
             let error = Error::new(op, ErrorKind::Quarantined);
             return Err(error.at(page.offset(), Found::Quarantined));
-        }
-        if word.is_some_and(|word| word.visibility() == Visibility::Shared) {
-            return Ok(Visibility::Shared);
+        };
+        // No more bound, here or below: who looks again finds that.
+        let Some(hypervisor) = layout.hypervisor() else { return Ok(Faulted::Mapped) };
+        let side = word.visibility();
+        if (side == Visibility::Private) != hypervisor.has_private() {
+            return Ok(Faulted::OtherSide);
         }
         object.populate(op, &mut layout, range)?;
         let guest = object.guest_runs(op, &layout, &[range])?;
-        if let Some(hypervisor) = layout.hypervisor() {
-            hypervisor.make_private(&guest, &mut || ()).map_err(|errno| {
-                Error::new(op, ErrorKind::HypervisorRefused).errno_is(errno).on(range)
-            })?;
-        }
-        Ok(Visibility::Private)
+        let Some(&run) = guest.first() else { return Ok(Faulted::Mapped) };
+        let block = object.block_around(op, &layout, page, side)?;
+        hypervisor
+            .fault(side, run, block)
+            .map_err(|errno| Error::new(op, ErrorKind::HypervisorRefused).errno_is(errno).on(range))
+    }
+
+    /// Does something with the frame behind a page, which stays where it is meanwhile. What is not there, or is a hole,
+    /// has none.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`].
+    pub(crate) fn with_frame<T>(
+        &self,
+        page: Pgoff,
+        act: impl FnOnce(Option<Pfn>) -> T,
+    ) -> Result<T, Error> {
+        let object = &*self.0;
+        let range = PgoffRange::single(page)?;
+        object.check_range(Op::Range, range)?;
+        let _layout = object.layout.read();
+        let frame = object.frames.resident(range).next();
+        Ok(act(frame.map(|(_, frames)| frames.start())))
+    }
+
+    /// Whether some of it is made of folios of 2 MiB or more.
+    pub(crate) fn has_huge_folios(&self) -> bool {
+        let blocks = self.0.frames.shape().blocks();
+        blocks.giant + blocks.huge > 0
     }
 }
 
 impl Inner {
+    /// The 2 MiB around a page, if one folio holds them, all of it is there and on one side, nothing is under way, and
+    /// the guest sees it so that one entry of its tables can be all of it.
+    fn block_around(
+        &self,
+        op: Op,
+        layout: &Layout,
+        page: Pgoff,
+        side: Visibility,
+    ) -> Result<Option<GuestRun>, Error> {
+        let slot = self.frames.shape().slots(PgoffRange::single(page)?).next();
+        if slot.is_none_or(|slot| slot.size() == FolioSize::Base) {
+            return Ok(None);
+        }
+        let start = Pgoff::new(page.get() - page.get() % HUGE_PAGES);
+        let pages = PgoffRange::new(start, HUGE_PAGES)?;
+        let fits = |(_, word): (PgoffRange, Word)| {
+            word.visibility() == side && word.phase() == Phase::Settled
+        };
+        if !self.is_resident(pages) || !self.spans(pages).all(fits) {
+            return Ok(None);
+        }
+        let runs = self.guest_runs(op, layout, &[pages])?;
+        let is_block =
+            |run: &GuestRun| run.nr_pages == HUGE_PAGES && run.gfn.get() % HUGE_PAGES == 0;
+        Ok(runs.first().copied().filter(is_block))
+    }
+
     /// Takes the places of a binding from each subscriber before they are nobody's: afterwards it would be asked for the
     /// pages, but never for these.
     fn end_binding(&self, layout: &mut Layout, id: BindingId) -> Result<(), Box<dyn Any + Send>> {
@@ -148,14 +201,56 @@ impl Inner {
         for (_, hand_out) in &layout.subscribers {
             self.part_from(layout, hand_out, pages);
         }
-        remove(layout, id);
+        self.remove(layout, id);
         self.grant_to_each(layout, &[pages])
     }
-}
 
-fn remove(layout: &mut Layout, id: BindingId) {
-    layout.bindings.try_remove(id.0);
-    if layout.bindings.is_empty() {
-        layout.vm = None;
+    fn remove(&self, layout: &mut Layout, id: BindingId) {
+        layout.bindings.try_remove(id.0);
+        if layout.bindings.is_empty() {
+            layout.vm = None;
+            *self.guest.lock() = None;
+        }
+    }
+
+    /// Refuses to turn pages private that a guest sees which can have none to itself, with memory or without.
+    pub(super) fn check_may_be_private(
+        &self,
+        op: Op,
+        layout: &Layout,
+        ranges: &[PgoffRange],
+    ) -> Result<(), Error> {
+        if layout.hypervisor().is_none_or(|hypervisor| hypervisor.has_private()) {
+            return Ok(());
+        }
+        let bound = |range: &&PgoffRange| {
+            layout.bindings.iter().any(|(_, binding)| binding.pages.intersection(range).is_some())
+        };
+        match ranges.iter().find(bound) {
+            Some(&range) => Err(Error::new(op, ErrorKind::HypervisorRefused)
+                .errno_is(Errno::EOPNOTSUPP)
+                .because("the guest is not protected")
+                .on(range)),
+            None => Ok(()),
+        }
+    }
+
+    /// Tells the hypervisor of what was refused, if that is of its business. Refusals only, so a lock is no matter; the
+    /// layout's would be one, since some are found inside of a section.
+    #[cold]
+    pub(super) fn note_refused(&self, op: Op, refusal: Refusal) {
+        let is_pin = matches!(op, Op::Pin | Op::PinExclusive);
+        let moves =
+            matches!(op, Op::ConvertToPrivate | Op::ConvertToShared | Op::PunchHole | Op::Migrate);
+        let what = match refusal {
+            Refusal::Private if is_pin => Prevented::Pin,
+            Refusal::Private => Prevented::Access,
+            Refusal::Pinned(_) | Refusal::Exclusive if moves => Prevented::Conversion,
+            _ => return,
+        };
+        let guest = self.guest.lock().as_ref().and_then(Weak::upgrade);
+        if let Some(hypervisor) = guest {
+            hypervisor.note_prevented(what);
+        }
     }
 }

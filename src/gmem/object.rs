@@ -17,11 +17,12 @@ use crate::geometry::{FolioSize, MAX_BYTES};
 use crate::identity::ObjectId;
 use crate::os::memfd;
 use crate::range::{PfnRange, PgoffRange};
+use crate::stage2::Stage2;
 use crate::state::{
     Phase, Refusal, Shape as Blocks, Stop, Tree, Visibility, Word, enter_section, waiters,
     with_reader,
 };
-use crate::sync::RwLock;
+use crate::sync::{Mutex, RwLock};
 
 /// Guest memory: shared and private pages side by side, inside folios that stay whole.
 ///
@@ -46,6 +47,8 @@ pub(super) struct Inner {
     pub(super) reservation: Reservation,
     pub(super) ledger: Ledger,
     pub(super) layout: RwLock<Layout>,
+    /// Whom the layout names as the guest's hypervisor, for those who may not have the layout's lock.
+    pub(super) guest: Mutex<Option<Weak<dyn Stage2>>>,
     pub(super) identity: OwnedFd,
 }
 
@@ -193,6 +196,7 @@ impl GuestMemfdBuilder {
             reservation,
             ledger: Ledger::new(),
             layout: RwLock::new(Layout::default()),
+            guest: Mutex::new(None),
             identity: memfd::create_identity(&format!("gmem:{}", self.name))?,
             name: self.name.into_boxed_str(),
         });
@@ -465,7 +469,10 @@ impl Inner {
             error = error.on(range);
         }
         match at {
-            Some((page, refusal)) => error.at(page.offset(), self.found(page, refusal)),
+            Some((page, refusal)) => {
+                self.note_refused(op, refusal);
+                error.at(page.offset(), self.found(page, refusal))
+            }
             None => error,
         }
     }

@@ -42,6 +42,13 @@ pub enum Exit {
         /// What the guest asks for.
         regs: Registers,
     },
+    /// The page was the guest's own, and the host destroyed it: it touched the bytes without asking anybody, and
+    /// took the page by force. The guest gets nothing there any more, whatever the VMM does.
+    #[error("the page at {ipa} was destroyed by the host")]
+    Poisoned {
+        /// The first byte of the access that lies in the page.
+        ipa: Ipa,
+    },
     /// The access cannot be done: an unaligned atomic, memory that is quarantined, and so on.
     #[error(transparent)]
     Failed(#[from] Error),

@@ -3,15 +3,16 @@
 use std::fmt;
 
 use crate::addr::Ipa;
-use crate::geometry::PAGE_SIZE;
 
-const FEATURES: u64 = 0x8600_0000;
-const HYP_MEMINFO: u64 = 0xc600_0002;
-const MEM_SHARE: u64 = 0xc600_0003;
-const MEM_UNSHARE: u64 = 0xc600_0004;
-const MEM_RELINQUISH: u64 = 0xc600_0009;
-/// The low bits of an identifier: its number among the calls of its service.
-const FUNCTION: u64 = 0xffff;
+pub(super) const FEATURES: u64 = 0x8600_0000;
+pub(super) const HYP_MEMINFO: u64 = 0xc600_0002;
+pub(super) const MEM_SHARE: u64 = 0xc600_0003;
+pub(super) const MEM_UNSHARE: u64 = 0xc600_0004;
+pub(super) const MEM_RELINQUISH: u64 = 0xc600_0009;
+/// What KVM says of itself to a guest that is not protected: that it tells features, and has a clock.
+pub(super) const PLAIN_FEATURES: u64 = 3;
+/// How many pages one call may name where it may name several.
+const MOST_PAGES: u64 = 256;
 
 /// A vCPU's registers 0 to 3: what a hypercall is made of. They may hold anything.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -73,10 +74,21 @@ pub struct HvcResult(Registers);
 impl HvcResult {
     /// It was done.
     pub const SUCCESS: Self = Self::value(0);
-    /// It was refused: -3, the only error there is.
+    /// It was refused: -3, the only error that the hypervisor has.
     pub const INVALID_PARAMETER: Self = Self::value(u64::MAX - 2);
+    /// Nobody knows the call: -1.
+    pub const NOT_SUPPORTED: Self = Self::value(u64::MAX);
 
-    const fn value(value: u64) -> Self {
+    /// Whether it was done. Where calls may name several pages, register 1 has how many.
+    pub const fn is_success(self) -> bool {
+        self.0.0[0] == 0
+    }
+
+    pub(super) const fn of(regs: [u64; 4]) -> Self {
+        Self(Registers(regs))
+    }
+
+    pub(super) const fn value(value: u64) -> Self {
         Self(Registers([value, 0, 0, 0]))
     }
 
@@ -86,39 +98,39 @@ impl HvcResult {
     }
 }
 
-/// What the registers ask for.
+/// What the registers ask for, as far as the host has to do with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Asked {
-    /// Something that the hypervisor answers by itself.
-    Answered(HvcResult),
-    Share(Ipa),
-    Unshare(Ipa),
+    /// Pages from this address on, as many as there are up to this number, are to change sides.
+    Share(Ipa, u64),
+    Unshare(Ipa, u64),
     Relinquish(Ipa),
-    Unknown,
+    /// EL2 answers, or passes on.
+    Other,
 }
 
-/// Total: all registers mean something.
-pub(super) const fn decode(Registers(regs): Registers) -> Asked {
-    const fn bit(id: u64) -> u64 {
-        1 << (id & FUNCTION)
+/// How EL2 sees the registers: an identifier has 32 bits; what else register 0 holds is not looked at.
+pub(super) const fn seen(Registers([x0, x1, x2, x3]): Registers) -> [u64; 4] {
+    [x0 & 0xffff_ffff, x1, x2, x3]
+}
+
+/// Total: all registers mean something. What is not well formed EL2 refuses.
+pub(super) const fn decode(regs: Registers, takes_runs: bool) -> Asked {
+    let [id, x1, x2, x3] = seen(regs);
+    let ipa = Ipa::new(x1);
+    if !ipa.is_page_aligned() || x3 != 0 || x2 != 0 && (!takes_runs || id == MEM_RELINQUISH) {
+        return Asked::Other;
     }
-    let features =
-        bit(FEATURES) | bit(HYP_MEMINFO) | bit(MEM_SHARE) | bit(MEM_UNSHARE) | bit(MEM_RELINQUISH);
-    let invalid = Asked::Answered(HvcResult::INVALID_PARAMETER);
-    let ipa = Ipa::new(regs[1]);
-    let is_one_page = ipa.is_page_aligned() && regs[2] == 0 && regs[3] == 0;
-    // An identifier has 32 bits; what else register 0 holds is not looked at.
-    match regs[0] & 0xffff_ffff {
-        FEATURES => Asked::Answered(HvcResult::value(features)),
-        HYP_MEMINFO => match [regs[1], regs[2], regs[3]] {
-            [0, 0, 0] => Asked::Answered(HvcResult::value(PAGE_SIZE.get())),
-            _ => invalid,
-        },
-        MEM_SHARE if is_one_page => Asked::Share(ipa),
-        MEM_UNSHARE if is_one_page => Asked::Unshare(ipa),
-        MEM_RELINQUISH if is_one_page => Asked::Relinquish(ipa),
-        MEM_SHARE | MEM_UNSHARE | MEM_RELINQUISH => invalid,
-        _ => Asked::Unknown,
+    let nr_pages = match x2 {
+        0 => 1,
+        1..MOST_PAGES => x2,
+        _ => MOST_PAGES,
+    };
+    match id {
+        MEM_SHARE => Asked::Share(ipa, nr_pages),
+        MEM_UNSHARE => Asked::Unshare(ipa, nr_pages),
+        MEM_RELINQUISH => Asked::Relinquish(ipa),
+        _ => Asked::Other,
     }
 }
 
@@ -129,38 +141,41 @@ mod tests {
     #[test]
     fn well_formed_calls_are_understood() {
         let ipa = Ipa::new(0x7000);
-        assert_eq!(decode(Hypercall::MemShare(ipa).regs()), Asked::Share(ipa));
-        assert_eq!(decode(Hypercall::MemUnshare(ipa).regs()), Asked::Unshare(ipa));
-        assert_eq!(decode(Hypercall::MemRelinquish(ipa).regs()), Asked::Relinquish(ipa));
-        let features = decode(Hypercall::Features.regs());
-        assert_eq!(features, Asked::Answered(HvcResult::value(0b10_0001_1101)));
-        let meminfo = decode(Hypercall::HypMeminfo.regs());
-        assert_eq!(meminfo, Asked::Answered(HvcResult::value(4096)));
+        for takes_runs in [false, true] {
+            let asked = |call: Hypercall| decode(call.regs(), takes_runs);
+            assert_eq!(asked(Hypercall::MemShare(ipa)), Asked::Share(ipa, 1));
+            assert_eq!(asked(Hypercall::MemUnshare(ipa)), Asked::Unshare(ipa, 1));
+            assert_eq!(asked(Hypercall::MemRelinquish(ipa)), Asked::Relinquish(ipa));
+            assert_eq!(asked(Hypercall::Features), Asked::Other);
+            assert_eq!(asked(Hypercall::HypMeminfo), Asked::Other);
+        }
         assert_eq!(HvcResult::INVALID_PARAMETER.regs().0, [0xffff_ffff_ffff_fffd, 0, 0, 0]);
     }
 
     #[test]
     fn arguments_that_are_reserved_must_be_zero() {
-        let invalid = Asked::Answered(HvcResult::INVALID_PARAMETER);
         for id in [MEM_SHARE, MEM_UNSHARE, MEM_RELINQUISH] {
-            assert_eq!(decode(Registers([id, 0x7001, 0, 0])), invalid);
-            assert_eq!(decode(Registers([id, 0x7000, 1, 0])), invalid);
-            assert_eq!(decode(Registers([id, 0x7000, 0, 1])), invalid);
-            assert_eq!(decode(Registers([id, u64::MAX, u64::MAX, u64::MAX])), invalid);
+            for takes_runs in [false, true] {
+                let asked = |x: [u64; 3]| decode(Registers([id, x[0], x[1], x[2]]), takes_runs);
+                assert_eq!(asked([0x7001, 0, 0]), Asked::Other);
+                assert_eq!(asked([0x7000, 0, 1]), Asked::Other);
+                assert_eq!(asked([u64::MAX, u64::MAX, u64::MAX]), Asked::Other);
+                let is_run = takes_runs && id != MEM_RELINQUISH;
+                assert_eq!(asked([0x7000, 2, 0]) != Asked::Other, is_run);
+            }
         }
-        for at in 1..4 {
-            let Registers(mut regs) = Hypercall::HypMeminfo.regs();
-            regs[at] = 1 << 63;
-            assert_eq!(decode(regs.into()), invalid);
-        }
+        let many = Registers([MEM_SHARE, 0x7000, u64::MAX, 0]);
+        assert_eq!(decode(many, true), Asked::Share(Ipa::new(0x7000), 256));
     }
 
     #[test]
     fn only_32_bits_of_the_identifier_count() {
         let upper = 0xdead_beef << 32;
-        assert_eq!(decode(Registers([upper | MEM_SHARE, 0, 0, 0])), Asked::Share(Ipa::new(0)));
+        let regs = Registers([upper | MEM_SHARE, 0, 0, 0]);
+        assert_eq!(decode(regs, false), Asked::Share(Ipa::new(0), 1));
+        assert_eq!(seen(regs), [MEM_SHARE, 0, 0, 0]);
         for id in [0, 1, MEM_SHARE + 4, MEM_SHARE ^ 1 << 31, 0x8400_0000, u64::MAX] {
-            assert_eq!(decode(Registers([id, 0, 0, 0])), Asked::Unknown);
+            assert_eq!(decode(Registers([id, 0, 0, 0]), false), Asked::Other);
         }
     }
 }

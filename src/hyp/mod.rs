@@ -5,6 +5,7 @@
 //! | `vcpu` | a virtual CPU: the guest's loads, stores and atomics, and its hypercalls |
 //! | `exit` | why a vCPU stops, and what its VMM can do about it |
 //! | `hypercall` | what a guest's registers ask for |
+//! | `kernel` | what any host kernel does to have VMs at EL2 |
 //! | [`pkvm`] | the hypervisor behind them, after pKVM: who owns which page |
 //! | [`iommu`] | devices, and the domain that maps memory for them |
 //!
@@ -39,11 +40,11 @@
 //! A guest here is whatever code the VMM runs against a [`Vcpu`]. Nothing that it passes in is
 //! trusted: any address and any register value gets an answer or an exit.
 
-#[cfg_attr(not(test), expect(dead_code, reason = "until hyp/pkvm is built on it"))]
 pub(crate) mod el2;
 mod exit;
 mod hypercall;
 pub mod iommu;
+mod kernel;
 #[cfg(feature = "oracle")]
 pub mod linux;
 pub mod pkvm;

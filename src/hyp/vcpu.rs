@@ -2,26 +2,30 @@
 
 use std::sync::Arc;
 
+use super::el2::{GuestAnswer, GuestStop, HostCall, State};
 use super::exit::{ConversionRequest, Exit, MmioAccess};
-use super::hypercall::{Asked, HvcResult, Registers, decode};
-use super::pkvm::{Lease, Request, SlotPage};
+use super::hypercall::{
+    Asked, FEATURES, HYP_MEMINFO, HvcResult, MEM_RELINQUISH, MEM_SHARE, MEM_UNSHARE,
+    PLAIN_FEATURES, Registers, decode, seen,
+};
+use super::pkvm::{LastCpu, Lease, Request, SlotPage, VmKind};
 use crate::addr::{Access, ByteSize, Gfn, Ipa, Pa};
 use crate::backing::Arena;
-use crate::error::{Error, ErrorKind, Op};
+use crate::error::{Errno, Error, ErrorKind, Op};
 use crate::geometry::{PAGE_BYTES, index};
 use crate::range::{GfnRange, PgoffRange};
-use crate::stage2::{PageState, TableError};
+use crate::stage2::Faulted;
 use crate::state::Visibility;
 
 /// How often a fault is resolved for one access before it is called hopeless. One is enough unless
 /// somebody takes the page away between the fault and the retry.
 const MAX_FAULTS: usize = 16;
 
-/// A virtual CPU of a protected guest.
+/// A virtual CPU of a guest.
 ///
 /// Every access goes through the guest's stage-2 table, a page at a time. While it looks a page up
 /// and copies, no page of the guest can change hands, so it sees all of a conversion or nothing.
-/// Private memory that the guest has not touched before is given to it on the way.
+/// Memory that the guest has not touched before is given to it on the way, or shown to it.
 ///
 /// An access over several pages may have done the earlier ones when it exits at a later one, which
 /// it has not touched. Doing the whole access again is right.
@@ -29,22 +33,33 @@ const MAX_FAULTS: usize = 16;
 pub struct Vcpu {
     lease: Arc<Lease>,
     index: usize,
+    last_cpu: LastCpu,
     pending: Option<Request>,
 }
 
 /// What came of a stage-2 fault.
 enum Resolved {
-    /// The page was given to the guest: look again.
-    Donated,
+    /// The guest has the page: look again.
+    Mapped,
     /// No memslot is there.
     NoSlot,
-    /// The memory is on the host's side.
-    Shared,
+    /// The memory is on the side where this guest cannot have it.
+    OtherSide,
+}
+
+/// Why an attempt has not touched anything.
+enum Stop {
+    /// Nothing is mapped.
+    Fault,
+    /// Nothing is, and nothing will be: the host has destroyed the page.
+    Poisoned,
+    /// EL2 has not got the vCPU.
+    Invalid,
 }
 
 impl Vcpu {
-    pub(super) fn new(lease: Arc<Lease>, index: usize) -> Self {
-        Self { lease, index, pending: None }
+    pub(super) fn new(lease: Arc<Lease>, index: usize, last_cpu: LastCpu) -> Self {
+        Self { lease, index, last_cpu, pending: None }
     }
 
     /// Loads bytes.
@@ -139,49 +154,62 @@ impl Vcpu {
     ) -> Result<T, Exit> {
         self.withdraw();
         for _ in 0..MAX_FAULTS {
-            if let Some(done) = self.attempt(at, &mut act) {
-                return Ok(done?);
+            match self.attempt(at, access, &mut act) {
+                Ok(done) => return Ok(done?),
+                Err(Stop::Poisoned) => return Err(Exit::Poisoned { ipa: at }),
+                Err(Stop::Invalid) => return Err(not_loaded().into()),
+                Err(Stop::Fault) => {}
             }
             match self.resolve(at.gfn())? {
-                Resolved::Donated => {}
+                Resolved::Mapped => {}
                 Resolved::NoSlot => return Err(Exit::Mmio { ipa: at, access: mmio() }),
-                // Another vCPU may have brought the page in meanwhile, and shared it.
-                Resolved::Shared => match self.attempt(at, &mut act) {
-                    Some(done) => return Ok(done?),
-                    None => return Err(private_expected(at, size, access)),
+                // Another vCPU may have brought the page in meanwhile, and given it away.
+                Resolved::OtherSide => match self.attempt(at, access, &mut act) {
+                    Ok(done) => return Ok(done?),
+                    Err(_) => return Err(self.other_side_expected(at, size, access)),
                 },
             }
         }
         Err(hopeless())
     }
 
-    /// Translates and acts under one lock, so that the page cannot change hands in between.
+    /// Translates and acts at once, so that the page cannot change hands in between. No object is called here.
     fn attempt<T>(
-        &self,
+        &mut self,
         at: Ipa,
+        access: Access,
         act: impl FnOnce(&Arena, Pa) -> Result<T, Error>,
-    ) -> Option<Result<T, Error>> {
+    ) -> Result<Result<T, Error>, Stop> {
         let core = &self.lease.core;
-        let state = core.read();
-        let pa = state.translate(at.gfn())?.pa().checked_add(at.in_page())?;
-        Some(act(core.arena(), pa))
+        core.on_cpu(self.index, &mut self.last_cpu, |el2, cpu| {
+            let acted = el2.vcpu_act(cpu, at, access, |pa| act(core.arena(), pa));
+            acted.map_err(|stop| match stop {
+                // While the vCPU is still there, for its fault is what EL2 is asked about.
+                GuestStop::Fault(_) => match el2.call(cpu, HostCall::VcpuInPoisonFault, [0; 4]) {
+                    Ok(1) => Stop::Poisoned,
+                    _ => Stop::Fault,
+                },
+                GuestStop::Invalid | GuestStop::Broken => Stop::Invalid,
+            })
+        })
     }
 
     /// Resolves a stage-2 fault. The object is asked with no lock of ours held.
     fn resolve(&self, gfn: Gfn) -> Result<Resolved, Error> {
         let slot = self.lease.core.read().slot(gfn);
         let Some(SlotPage { memfd, page }) = slot else { return Ok(Resolved::NoSlot) };
-        match memfd.guest_fault(page)? {
-            Visibility::Private => Ok(Resolved::Donated),
-            Visibility::Shared => Ok(Resolved::Shared),
-        }
+        Ok(match memfd.guest_fault(page)? {
+            Faulted::Mapped => Resolved::Mapped,
+            Faulted::OtherSide => Resolved::OtherSide,
+        })
     }
 
     /// Makes a hypercall: a [`Hypercall`](super::Hypercall), or registers as they are.
     ///
-    /// A request to share a page or to unshare it exits with [`Exit::Conversion`] if it can be met,
+    /// A request to share memory or to unshare it exits with [`Exit::Conversion`] if it can be met,
     /// and [`Self::answer`] has its result. If the guest does anything else first, it has withdrawn
-    /// the request.
+    /// the request. Calls of the hypervisor's that its profile lacks are answered as KVM answers them; so are all of
+    /// them if the guest is not protected.
     ///
     /// # Errors
     /// The [`Exit`]: [`Conversion`](Exit::Conversion); [`Hypercall`](Exit::Hypercall) for a call that
@@ -190,65 +218,106 @@ impl Vcpu {
     pub fn hvc(&mut self, regs: impl Into<Registers>) -> Result<HvcResult, Exit> {
         self.withdraw();
         let regs = regs.into();
-        match decode(regs) {
-            Asked::Answered(result) => Ok(result),
-            Asked::Share(ipa) => self.share(ipa),
-            Asked::Unshare(ipa) => match self.page_state(ipa.gfn()) {
-                Ok(PageState::SharedOwned) => self.ask(ipa.gfn(), Visibility::Private),
-                _ => Ok(HvcResult::INVALID_PARAMETER),
-            },
-            Asked::Relinquish(ipa) => match self.lease.core.relinquish(ipa.gfn()) {
-                Ok(()) => Ok(HvcResult::SUCCESS),
-                Err(_) => Ok(HvcResult::INVALID_PARAMETER),
-            },
-            Asked::Unknown => Err(Exit::Hypercall { regs }),
+        let is_protected = self.lease.core.kind() == VmKind::Protected;
+        match decode(regs, self.lease.core.profile().is_android()) {
+            Asked::Share(ipa, most) if is_protected => self.share(ipa, most),
+            Asked::Unshare(ipa, most) if is_protected => {
+                self.ask(ipa.gfn(), most, Visibility::Private)
+            }
+            Asked::Relinquish(ipa) if is_protected => {
+                let (core, last) = (&self.lease.core, &mut self.last_cpu);
+                let answer = core.relinquish(self.index, last, ipa.gfn(), seen(regs));
+                self.answered(regs, answer)
+            }
+            _ => {
+                let core = &self.lease.core;
+                let answer = core.on_cpu(self.index, &mut self.last_cpu, |el2, cpu| {
+                    el2.guest_call(cpu, seen(regs))
+                });
+                self.answered(regs, answer)
+            }
         }
     }
 
-    fn page_state(&self, gfn: Gfn) -> Result<PageState, TableError> {
-        self.lease.core.read().page_state(gfn)
+    /// What EL2 has said, or leaves to the host.
+    fn answered(
+        &self,
+        regs: Registers,
+        answer: Result<GuestAnswer, Errno>,
+    ) -> Result<HvcResult, Exit> {
+        let x = match answer.map_err(|_| not_loaded())? {
+            GuestAnswer::Resume(x) => return Ok(HvcResult::of(x)),
+            GuestAnswer::Exit(x) => x,
+            GuestAnswer::Fault(_) | GuestAnswer::WantsSplit(_) => return Err(hopeless()),
+        };
+        match x[0] {
+            FEATURES => Ok(HvcResult::value(PLAIN_FEATURES)),
+            HYP_MEMINFO | MEM_SHARE | MEM_UNSHARE | MEM_RELINQUISH => Ok(HvcResult::NOT_SUPPORTED),
+            _ => Err(Exit::Hypercall { regs }),
+        }
     }
 
     /// A page that is not mapped yet is faulted in first, as if the guest had written to it.
-    fn share(&mut self, ipa: Ipa) -> Result<HvcResult, Exit> {
+    fn share(&mut self, ipa: Ipa, most: u64) -> Result<HvcResult, Exit> {
         let gfn = ipa.gfn();
         for _ in 0..MAX_FAULTS {
-            match self.page_state(gfn) {
-                Ok(PageState::Owned) => return self.ask(gfn, Visibility::Shared),
-                Err(TableError::Absent) => {}
-                _ => return Ok(HvcResult::INVALID_PARAMETER),
+            let has = self.lease.core.look().guest(gfn);
+            match has {
+                Err(Errno::ENOENT) => {}
+                _ => return self.ask(gfn, most, Visibility::Shared),
             }
             match self.resolve(gfn)? {
-                Resolved::Donated => {}
-                Resolved::NoSlot | Resolved::Shared => {
-                    return Err(private_expected(ipa, ByteSize::from_pages(1), Access::Write));
+                Resolved::Mapped => {}
+                Resolved::NoSlot | Resolved::OtherSide => {
+                    let size = ByteSize::from_pages(1);
+                    return Err(self.other_side_expected(ipa, size, Access::Write));
                 }
             }
         }
         Err(hopeless())
     }
 
-    /// Leaves with the guest's request. While it is pending, the hypervisor goes along with it.
-    fn ask(&mut self, gfn: Gfn, to: Visibility) -> Result<HvcResult, Exit> {
+    /// Leaves with the guest's request for as many pages from `gfn` on as can change sides. While it is pending, the
+    /// hypervisor goes along with it.
+    fn ask(&mut self, gfn: Gfn, most: u64, to: Visibility) -> Result<HvcResult, Exit> {
         let core = &self.lease.core;
-        let slot = core.read().slot(gfn);
+        let (slot, nr_in_slot) = {
+            let state = core.read();
+            (state.slot(gfn), state.nr_in_slot(gfn))
+        };
+        let from = match to {
+            Visibility::Shared => State::Owned,
+            Visibility::Private => State::SharedOwned,
+        };
+        let nr_pages = self.nr_in_state(gfn, most.min(nr_in_slot), from);
         // Another vCPU may have given the page up meanwhile, and the VMM taken the memslot away.
-        let Some(SlotPage { memfd, page }) = slot else {
+        let Some(SlotPage { memfd, page }) = slot.filter(|_| nr_pages > 0) else {
             return Ok(HvcResult::INVALID_PARAMETER);
         };
-        let gfns = GfnRange::single(gfn)?;
-        let pages = PgoffRange::single(page)?;
-        let request = Request { gfn, to };
+        let gfns = GfnRange::new(gfn, nr_pages)?;
+        let pages = PgoffRange::new(page, nr_pages)?;
+        let request = Request { gfns, to };
         core.set_request(self.index, Some(request));
         self.pending = Some(request);
         Err(Exit::Conversion(ConversionRequest { gfns, memfd, pages, to }))
     }
 
+    /// How many pages from there on the guest has in this state, up to so many.
+    fn nr_in_state(&self, gfn: Gfn, most: u64, state: State) -> u64 {
+        let look = self.lease.core.look();
+        let is_so = |nth: &u64| {
+            let has = gfn.checked_add(*nth).map(|gfn| look.guest(gfn));
+            matches!(has, Some(Ok(has)) if has.state == state)
+        };
+        (0..most).take_while(is_so).count() as u64
+    }
+
     /// Ends the request that an [`Exit::Conversion`] carried, and says what the guest gets: success
-    /// if the page is by now what it asked for, else [`HvcResult::INVALID_PARAMETER`].
+    /// if the memory is by now what it asked for, else [`HvcResult::INVALID_PARAMETER`].
     ///
     /// The hypervisor goes by what it finds, not by what the VMM says: a guest that is refused must
-    /// be able to rely on the page being as it was. So a VMM refuses by not converting.
+    /// be able to rely on the page being as it was. So a VMM refuses by not converting. If it has converted some of several
+    /// pages, the guest is told of those at the beginning.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] if no request is pending.
@@ -260,13 +329,15 @@ impl Vcpu {
         // First: what is found after this, no conversion can change any more.
         self.withdraw();
         let wanted = match request.to {
-            Visibility::Private => PageState::Owned,
-            Visibility::Shared => PageState::SharedOwned,
+            Visibility::Private => State::Owned,
+            Visibility::Shared => State::SharedOwned,
         };
-        match self.page_state(request.gfn) {
-            Ok(state) if state == wanted => Ok(HvcResult::SUCCESS),
-            _ => Ok(HvcResult::INVALID_PARAMETER),
-        }
+        let Request { gfns, .. } = request;
+        Ok(match self.nr_in_state(gfns.start(), gfns.nr_pages(), wanted) {
+            0 => HvcResult::INVALID_PARAMETER,
+            nr if self.lease.core.profile().is_android() => HvcResult::of([0, nr, 0, 0]),
+            _ => HvcResult::SUCCESS,
+        })
     }
 
     /// Ends the request, if one is pending.
@@ -274,6 +345,15 @@ impl Vcpu {
         if self.pending.take().is_some() {
             self.lease.core.set_request(self.index, None);
         }
+    }
+
+    /// The exit for memory that is on the side where this guest cannot have it.
+    fn other_side_expected(&self, ipa: Ipa, size: ByteSize, access: Access) -> Exit {
+        let expected = match self.lease.core.kind() {
+            VmKind::Protected => Visibility::Private,
+            VmKind::NonProtected => Visibility::Shared,
+        };
+        Exit::MemoryFault { ipa, size, access, expected }
     }
 }
 
@@ -283,8 +363,8 @@ impl Drop for Vcpu {
     }
 }
 
-fn private_expected(ipa: Ipa, size: ByteSize, access: Access) -> Exit {
-    Exit::MemoryFault { ipa, size, access, expected: Visibility::Private }
+fn not_loaded() -> Error {
+    Error::new(Op::Hypervisor, ErrorKind::HypervisorRefused).errno_is(Errno::EINVAL)
 }
 
 fn hopeless() -> Exit {

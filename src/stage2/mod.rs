@@ -20,6 +20,7 @@ pub(crate) use walk::{TableError, TableShape};
 
 use crate::addr::{Gfn, Pfn};
 use crate::error::Errno;
+use crate::state::Visibility;
 
 /// Pages that are consecutive both in guest frames and in the arena.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +40,26 @@ pub struct GuestMove {
     pub from: GuestRun,
     /// The first of as many frames that are to be behind it. They are nobody's, and all zeroes.
     pub to: Pfn,
+}
+
+/// What became of a guest's fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Faulted {
+    /// The guest has the page now, or had it already.
+    Mapped,
+    /// The guest may not have the page as long as it is on the side on which it is.
+    OtherSide,
+}
+
+/// What an object has refused for the sake of a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Prevented {
+    /// An access of the host's to private memory.
+    Access,
+    /// A pin on private memory.
+    Pin,
+    /// A conversion, a hole punch or a move of memory that is pinned.
+    Conversion,
 }
 
 /// What guest memory asks of the hypervisor that runs the guest.
@@ -69,6 +90,36 @@ pub trait Stage2: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// `EPERM` unless the guest has asked for exactly those pages and waits for the answer.
     fn make_shared(&self, runs: &[GuestRun], prepare: &mut dyn FnMut()) -> Result<(), Errno>;
+
+    /// A guest has touched a page that it has not got, which is on this side in the object. `block` are the
+    /// 2 MiB around it if they are one piece in guest frames and in the arena, aligned in both, and all on the
+    /// same side.
+    ///
+    /// # Errors
+    /// As [`make_private`](Self::make_private).
+    fn fault(
+        &self,
+        side: Visibility,
+        page: GuestRun,
+        block: Option<GuestRun>,
+    ) -> Result<Faulted, Errno> {
+        let _ = block;
+        match side {
+            Visibility::Shared => Ok(Faulted::OtherSide),
+            Visibility::Private => self.make_private(&[page], &mut || ()).map(|()| Faulted::Mapped),
+        }
+    }
+
+    /// Whether the guest may have memory to itself.
+    fn has_private(&self) -> bool {
+        true
+    }
+
+    /// Takes note of something that the object has refused. Called from anywhere, with any lock held: it only
+    /// counts.
+    fn note_prevented(&self, what: Prevented) {
+        let _ = what;
+    }
 
     /// Drops every stage-2 translation of pages that are not the guest's own.
     ///

@@ -174,12 +174,30 @@ impl El2 {
     /// # Errors
     /// Why it stops.
     pub(crate) fn vcpu(&self, cpu: usize, at: Ipa, mut bytes: Bytes<'_>) -> Result<(), GuestStop> {
+        let done = self.vcpu_act(cpu, at, bytes.access(), |at| self.copy(at, &mut bytes))?;
+        done.map_err(|errno| match errno {
+            Errno::EINVAL => GuestStop::Invalid,
+            _ => GuestStop::Broken,
+        })
+    }
+
+    /// The guest whose vCPU the CPU has loaded does something to bytes of one page.
+    ///
+    /// # Errors
+    /// Why it stops before that.
+    pub(crate) fn vcpu_act<T>(
+        &self,
+        cpu: usize,
+        at: Ipa,
+        access: Access,
+        act: impl FnOnce(Pa) -> T,
+    ) -> Result<T, GuestStop> {
         let Some(mut cpu) = self.cpu(cpu) else { return Err(GuestStop::Invalid) };
         let Some(loaded) = cpu.loaded.as_mut() else { return Err(GuestStop::Invalid) };
         let gfn = at.gfn();
         let mut guest = loaded.vm.mmu.lock();
         let found = guest.translate(loaded.vcpu.tlb, gfn);
-        let allowed = found.map(|to| match bytes.access() {
+        let allowed = found.map(|to| match access {
             Access::Read => to.prot.reads(),
             Access::Write => to.prot.writes(),
         });
@@ -189,11 +207,7 @@ impl El2 {
             loaded.vcpu.fault = Some(fault);
             return Err(GuestStop::Fault(fault));
         };
-        let at = Pa::new(to.pfn.pa().get() + at.in_page().get());
-        // With the lock held: whoever unmaps the page waits until the bytes are copied.
-        self.copy(at, &mut bytes).map_err(|errno| match errno {
-            Errno::EINVAL => GuestStop::Invalid,
-            _ => GuestStop::Broken,
-        })
+        // With the lock held: whoever unmaps the page waits until this is done.
+        Ok(act(Pa::new(to.pfn.pa().get() + at.in_page().get())))
     }
 }

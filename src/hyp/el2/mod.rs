@@ -13,6 +13,7 @@
 //! | `host_call` | the host's hypercalls, by number and raw arguments |
 //! | `guest_call` | the guest's |
 //! | `access` | who touches bytes, and what becomes of that |
+//! | `look` | what the host's kernel sees of all that without changing it |
 //! | `tlb` | translations that are remembered |
 //! | `profile` | which version this is |
 //! | `spec` | the states again, in the plainest way |
@@ -33,6 +34,7 @@ mod hyp_page;
 mod hyp_space;
 mod incident;
 mod invariants;
+mod look;
 mod machine;
 mod memcache;
 mod profile;
@@ -43,18 +45,22 @@ mod tlb;
 mod transition;
 mod vm;
 
-#[cfg(feature = "oracle")]
 pub(crate) use access::{Bytes, GuestStop, KernelOutcome, Signal};
-#[cfg(feature = "oracle")]
 pub(crate) use guest_call::GuestAnswer;
-#[cfg(feature = "oracle")]
 pub(crate) use host_call::HostCall;
+pub(crate) use incident::IncidentCounts;
+pub(crate) use look::{Look, Mapped};
 #[cfg(feature = "oracle")]
-pub(crate) use machine::{FrameBytes, Machine, Region, RegionKind};
+pub(crate) use machine::FrameBytes;
+pub(crate) use machine::{Machine, Region, RegionKind};
+pub use profile::Profile;
+
+/// Pages for tables that a vCPU must have at hand, whether it needs them or not.
+pub(crate) const MIN_MEMCACHE: u64 = guest_mmu::GuestMmu::MIN_MEMCACHE as u64;
+
 #[cfg(feature = "oracle")]
-pub(crate) use profile::Profile;
-#[cfg(feature = "oracle")]
-pub(crate) use vm::{Fault, FaultKind, nr_pgd_pages, nr_vcpu_pages, nr_vm_pages};
+pub(crate) use vm::{Fault, FaultKind};
+pub(crate) use vm::{MAX_VMS, Vm, nr_pgd_pages, nr_vcpu_pages, nr_vm_pages};
 
 use crate::addr::{Gfn, Pfn};
 use crate::error::Errno;
@@ -64,10 +70,6 @@ use crate::sync::{Arc, Mutex};
 use host_mmu::{FramePool, HostMmu, Owner};
 use hyp_space::HypSpace;
 use incident::Incidents;
-#[cfg(not(feature = "oracle"))]
-use machine::Machine;
-#[cfg(not(feature = "oracle"))]
-use profile::Profile;
 use transition::Ffa;
 use vm::{Cpu, VmTable};
 

@@ -1,8 +1,9 @@
 //! Which EL2 this is.
 
-/// A version whose answers are copied.
+/// Which pKVM a hypervisor answers as. What a profile lacks it answers as the original does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
-pub(crate) enum Profile {
+#[non_exhaustive]
+pub enum Profile {
     /// Mainline 7.2.
     #[default]
     Mainline72,
@@ -14,7 +15,7 @@ pub(crate) enum Profile {
 
 impl Profile {
     /// How many pages a protected guest may be given at once.
-    pub(crate) fn donates(self, nr_pages: u64) -> bool {
+    pub(crate) const fn donates(self, nr_pages: u64) -> bool {
         match self {
             Self::Mainline72 => nr_pages == 1,
             Self::Android618 | Self::HugeProtected => nr_pages == 1 || nr_pages == 512,

@@ -97,6 +97,12 @@ impl Memslots {
         Ok(())
     }
 
+    /// How many pages from a guest frame on are in its memslot.
+    pub(super) fn nr_from(&self, gfn: Gfn) -> u64 {
+        let slot = self.slots.iter().find(|slot| slot.gfns.contains(gfn));
+        slot.map_or(0, |slot| slot.gfns.end().get() - gfn.get())
+    }
+
     /// The slot of that number, unless it was given up meanwhile.
     pub(super) fn get_mut(&mut self, id: MemslotId) -> Option<&mut Slot> {
         self.slots.iter_mut().find(|slot| slot.id == id)

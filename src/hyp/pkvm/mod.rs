@@ -1,81 +1,92 @@
 //! pKVM: the host starts with all memory and gives it away; EL2 keeps the account.
 //!
-//! A [`Hypervisor`] is EL2 of one simulated machine, whose memory is one
-//! [`FolioPool`]. It knows for every frame who owns it and who may see it:
+//! A [`Hypervisor`] is EL2 of one simulated machine, whose memory is one [`FolioPool`], and as much of a host
+//! kernel as it takes to have VMs there. EL2 is a pKVM down to the bits (`hyp/el2`); everything here asks it by the
+//! hypercalls that a real kernel has, and gets its answers. It knows for every frame who owns it and who sees it:
 //!
-//! | host's record | guest's leaf | who sees the frame | how it gets there |
+//! | the host's state | guest's leaf | who sees the frame | how it gets there |
 //! |---|---|---|---|
-//! | `OWNED` (no entry) | none | the host | from the start; reclaim |
-//! | `NOPAGE` (annotation: which guest, which gfn) | `OWNED` | that guest | donate; unshare |
-//! | `SHARED_BORROWED` (leaf) | `SHARED_OWNED` | host and guest | share |
+//! | `OWNED` | none | the host | from the start; reclaim; unshare |
+//! | `NOPAGE` (annotation: which guest, where) | `OWNED` | that guest | donate; the guest unshares |
+//! | `SHARED_BORROWED` | `SHARED_OWNED` | host and guest | the guest shares |
+//! | `SHARED_OWNED` | `SHARED_BORROWED` | host and guest, which is not protected | the host shares |
+//! | `OWNED` | poison | the host, zeroed | the host touched what was the guest's alone |
 //!
-//! Nothing else is legal. There are five ways from row to row, all of 4 KiB; design/stage2.md has
-//! the order in which each looks at things, and what it answers.
+//! design/pkvm.md has the order in which each way looks at things, and what it answers. Which version of pKVM it is,
+//! is a [`Profile`].
 //!
-//! | transition | whose wish | from | to | bytes |
-//! |---|---|---|---|---|
-//! | `host_donate_guest` | the host's | host's | guest's | preserved |
-//! | `guest_share_host` | the guest's | guest's | shared | preserved |
-//! | `guest_unshare_host` | the guest's | shared | guest's | preserved |
-//! | `guest_relinquish_page` | the guest's | guest's, shared | host's | zeroed if it was the guest's alone |
-//! | `reclaim_dying_guest_page` | teardown | guest's, shared | host's | zeroed if it was the guest's alone |
+//! # Protected guests
+//! A guest by [`create_vm`](Hypervisor::create_vm) has its memory to itself. It is given a page when it touches it, or
+//! by a conversion to private, and keeps it until it is torn down.
+//!
+//! # Guests that are not
+//! A guest by [`create_non_protected_vm`](Hypervisor::create_non_protected_vm) is shown the host's pages, by 2 MiB
+//! where a huge folio allows that. They stay the host's: they can be punched, moved and unbound, and the guest loses
+//! them and faults again. A page that is private in the object is nobody's to such a guest: its access exits with
+//! [`MemoryFault`](crate::hyp::Exit::MemoryFault), and no page that it has bound turns private. An object whose pages
+//! are private at first may be bound; they fault until somebody converts them to shared.
 //!
 //! # Where this differs from pKVM
-//! - **Sharing asks the VMM.** A real EL2 answers `MEM_SHARE` and `MEM_UNSHARE` on its own. Here the
-//!   vCPU exits, the VMM converts the memory in its [`GuestMemfd`](crate::GuestMemfd), and that asks
-//!   EL2: so pins are honoured, and host views follow. EL2 goes along only while the guest's request
-//!   for that page is pending, and the guest is told what really became of the page.
-//! - **A memslot may go while the guest lives**, once the guest has relinquished what it had there. pKVM
-//!   refuses to delete one of a protected guest that has run.
-//! - A page may be donated before a vCPU has run: a payload is loaded, then converted.
-//! - The host's page state is kept in its stage-2 table alone, in the software bits of the leaf, where
-//!   current pKVM has an array of page records besides.
-//! - No huge mappings, no non-protected guests, no forced reclaim of single pages yet.
+//! - **Sharing asks the VMM.** A real EL2 answers `MEM_SHARE` and `MEM_UNSHARE` on its own. Here the vCPU exits, the
+//!   VMM converts the memory in its [`GuestMemfd`](crate::GuestMemfd), and that makes the guest's hypercall: so pins
+//!   are honoured, and host views follow. That happens only while the guest's request for that page is pending, and
+//!   the guest is told what really became of the page.
+//! - **A memslot may go while the guest lives**, as long as the guest has nothing there. pKVM refuses to delete any of a
+//!   protected guest that has run.
+//! - A page may be donated before a vCPU has run: a payload is loaded, then converted. One vCPU of each VM is nobody's,
+//!   for that.
 
-mod invariants;
+mod cpus;
+mod frames;
+mod hooks;
+mod incidents;
 mod memslot;
-mod page;
-mod spec;
-mod transition;
+mod plan;
+mod raw_host;
 mod vm;
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 
-use slab::Slab;
-
+use self::cpus::Cpus;
+pub(super) use self::cpus::LastCpu;
+use self::frames::FreePages;
+pub use self::incidents::IncidentStat;
+use self::incidents::PreventedCounts;
 pub use self::memslot::MemslotId;
 pub(super) use self::memslot::SlotPage;
-use self::page::{HostPage, HostPages, VmHandle};
-use self::vm::VmCore;
-pub(super) use self::vm::{Lease, Request};
-pub use self::vm::{Vm, VmStat};
+pub use self::raw_host::{RawHost, RawOutcome, RawPath};
+pub(super) use self::vm::{Lease, Request, VmCore};
+pub use self::vm::{Vm, VmKind, VmStat};
+use super::el2::{El2, MAX_VMS, State};
+use super::kernel::Calls;
 use crate::addr::{ByteSize, Pfn};
 use crate::backing::Arena;
 use crate::error::{Errno, Error, ErrorKind, Op};
 use crate::folio::{Claim, FolioPool};
-use crate::stage2::TableShape;
 use crate::state::Visibility;
 use crate::sync::Mutex;
 
-/// How many virtual machines EL2 has room for.
-const MAX_VMS: usize = 255;
-/// The handle of the first one: small numbers are not handles.
-const FIRST_HANDLE: u16 = 0x1000;
+pub use super::el2::Profile;
 
-/// EL2 of a simulated machine. Clones are handles to the same one.
+/// EL2 of a simulated machine, and the kernel of its host. Clones are handles to the same one.
 ///
 /// All guests whose memory comes from one pool run under one hypervisor: another one would not know
 /// which frames are given away, and is refused.
 #[derive(Clone, Debug)]
 pub struct Hypervisor(Arc<Host>);
 
-/// Lock order: the machines, the host's pages, then the state of one machine. None of them is held
-/// while an object is called.
+/// Lock order: the VMs, the state of one, a CPU, then EL2's own, then the kernel's pages. None of them is held while an
+/// object is called.
 #[derive(Debug)]
 struct Host {
+    profile: Profile,
     arena: Arc<Arena>,
-    vms: Mutex<Slab<Weak<VmCore>>>,
-    pages: Mutex<HostPages>,
+    el2: El2,
+    cpus: Cpus,
+    kernel: Mutex<FreePages>,
+    vms: Mutex<BTreeMap<u64, Weak<VmCore>>>,
+    prevented: PreventedCounts,
     _claim: Claim,
 }
 
@@ -87,85 +98,138 @@ pub struct HostStat {
     pub donated: ByteSize,
     /// Memory of guests that the host may see.
     pub borrowed: ByteSize,
+    /// Memory of the host that guests may see.
+    pub shown: ByteSize,
     /// Virtual machines that are not torn down.
     pub nr_vms: usize,
 }
 
 impl Hypervisor {
-    /// EL2 of a machine whose memory is this pool.
+    /// EL2 of a machine whose memory is this pool, as mainline has it.
     ///
     /// # Errors
     /// [`ErrorKind::Exists`] while the pool has a hypervisor already; [`ErrorKind::Exhausted`].
     pub fn new(pool: &FolioPool) -> Result<Self, Error> {
+        Self::with_profile(pool, Profile::default())
+    }
+
+    /// The same as another version has it.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_profile(pool: &FolioPool, profile: Profile) -> Result<Self, Error> {
         let claim = pool.claim().ok_or_else(|| {
             Error::new(Op::Hypervisor, ErrorKind::Exists).because("the pool has one already")
         })?;
         let arena = Arc::clone(pool.arena());
-        let pages = Mutex::new(HostPages::new(arena.nr_pages()).map_err(refused)?);
-        Ok(Self(Arc::new(Host { arena, vms: Mutex::new(Slab::new()), pages, _claim: claim })))
+        let cpus = Cpus::new();
+        let (el2, kernel) = frames::boot(profile, &arena, cpus.nr()).map_err(refused)?;
+        Ok(Self(Arc::new(Host {
+            profile,
+            arena,
+            el2,
+            cpus,
+            kernel: Mutex::new(kernel),
+            vms: Mutex::new(BTreeMap::new()),
+            prevented: PreventedCounts::default(),
+            _claim: claim,
+        })))
+    }
+
+    /// Which version it is.
+    pub fn profile(&self) -> Profile {
+        self.0.profile
     }
 
     /// A protected guest, with no memory and no vCPU, and 40 bits of address.
     ///
     /// # Errors
-    /// [`ErrorKind::Exhausted`] beyond 255 guests, or without memory for its table.
+    /// [`ErrorKind::Exhausted`] beyond 255 guests, or without memory for it.
     pub fn create_vm(&self) -> Result<Vm, Error> {
-        self.create_vm_with(TableShape::IPA_40, usize::MAX)
+        self.create(VmKind::Protected)
     }
 
-    /// A guest with another address space, or with a limit to the memory for its table.
-    fn create_vm_with(&self, shape: TableShape, nr_tables: usize) -> Result<Vm, Error> {
+    /// A guest that is not protected: its memory stays the host's, which shows it to the guest.
+    ///
+    /// # Errors
+    /// As [`create_vm`](Self::create_vm).
+    pub fn create_non_protected_vm(&self) -> Result<Vm, Error> {
+        self.create(VmKind::NonProtected)
+    }
+
+    fn create(&self, kind: VmKind) -> Result<Vm, Error> {
         let mut vms = self.0.vms.lock();
-        let exhausted = || Error::new(Op::Hypervisor, ErrorKind::Exhausted);
         if vms.len() >= MAX_VMS {
-            return Err(exhausted().because("too many virtual machines"));
+            return Err(Error::new(Op::Hypervisor, ErrorKind::Exhausted)
+                .because("too many virtual machines"));
         }
-        let entry = vms.vacant_entry();
-        let index = u16::try_from(entry.key()).map_err(|_| exhausted())?;
-        let handle = VmHandle(FIRST_HANDLE.checked_add(index).ok_or_else(exhausted)?);
-        let core = VmCore::new(Arc::clone(&self.0), handle, shape, nr_tables)?;
-        entry.insert(Arc::downgrade(&core));
+        let core = VmCore::new(Arc::clone(&self.0), kind).map_err(refused)?;
+        vms.insert(core.handle(), Arc::downgrade(&core));
         Ok(Vm::of(core))
     }
 
-    /// The frames that are guests', ascending: private to one, or shared by it with the host. What
-    /// an audit compares with the objects.
+    /// The frames that guests see, ascending: private to one, or seen by the host as well. What an audit compares
+    /// with the objects.
     pub(crate) fn frames_of_guests(&self) -> Vec<(Pfn, Visibility)> {
-        let host = self.0.pages.lock();
-        let visibility = |page| match page {
-            HostPage::SharedBorrowed => Visibility::Shared,
-            _ => Visibility::Private,
+        let visibility = |state| match state {
+            State::NoPage => Visibility::Private,
+            _ => Visibility::Shared,
         };
-        host.taken().map(|(pfn, page)| (pfn, visibility(page))).collect()
+        let frames = self.0.frames_of_guests();
+        frames.into_iter().map(|(pfn, state)| (pfn, visibility(state))).collect()
+    }
+
+    /// Everything that is wrong at EL2; empty if all is well. Everybody waits meanwhile.
+    pub(crate) fn check_invariants(&self) -> Vec<String> {
+        self.0.el2.check()
     }
 
     /// What is given away.
     pub fn stat(&self) -> HostStat {
         let nr_vms = self.0.vms.lock().len();
-        let (mut donated, mut borrowed) = (0, 0);
-        for (_, page) in self.0.pages.lock().taken() {
-            match page {
-                HostPage::SharedBorrowed => borrowed += 1,
+        let (mut donated, mut borrowed, mut shown) = (0, 0, 0);
+        for (_, state) in self.0.frames_of_guests() {
+            match state {
+                State::SharedBorrowed => borrowed += 1,
+                State::SharedOwned => shown += 1,
                 _ => donated += 1,
             }
         }
-        let [donated, borrowed] = [donated, borrowed].map(ByteSize::from_pages);
-        HostStat { donated, borrowed, nr_vms }
+        let [donated, borrowed, shown] = [donated, borrowed, shown].map(ByteSize::from_pages);
+        HostStat { donated, borrowed, shown, nr_vms }
+    }
+
+    /// How often a real host would have crashed or lost something, and how often it was kept from that.
+    pub fn incidents(&self) -> IncidentStat {
+        IncidentStat::new(self.0.el2.incidents.counts(), &self.0.prevented)
+    }
+
+    /// The host as it is without this library: it touches the bytes of an object by itself.
+    pub fn raw_host(&self) -> RawHost {
+        RawHost(self.clone())
     }
 }
 
 impl Host {
+    fn frames_of_guests(&self) -> Vec<(Pfn, State)> {
+        self.el2.frames_of_guests(Pfn::new(self.arena.nr_pages()))
+    }
+
+    /// Does what a kernel does, with its own pages.
+    fn with_kernel<T>(&self, act: impl FnOnce(&mut Calls<'_, FreePages>) -> T) -> T {
+        let mut pages = self.kernel.lock();
+        // Calls of which EL2 does not ask on which CPU they come.
+        act(&mut Calls { el2: &self.el2, cpu: 0, pages: &mut pages })
+    }
+
     /// The handle is free for another machine.
-    fn forget(&self, handle: VmHandle) {
-        if let Some(key) = handle.0.checked_sub(FIRST_HANDLE) {
-            self.vms.lock().try_remove(usize::from(key));
-        }
+    fn forget(&self, handle: u64) {
+        self.vms.lock().remove(&handle);
     }
 }
 
 /// What EL2 refuses by itself.
-fn refused(errno: impl Into<Errno>) -> Error {
-    let errno = errno.into();
+fn refused(errno: Errno) -> Error {
     let kind = match errno {
         Errno::ENOMEM => ErrorKind::Exhausted,
         _ => ErrorKind::HypervisorRefused,

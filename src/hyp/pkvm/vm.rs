@@ -5,17 +5,17 @@ use std::sync::{Arc, RwLockReadGuard, Weak};
 
 use slab::Slab;
 
+use super::cpus::{LastCpu, Resident};
 use super::memslot::{MemslotId, Memslots, Slot, SlotPage};
-use super::page::{GuestPages, Life, VmHandle};
-use super::transition::Parties;
-use super::{Host, Hypervisor, refused};
-use crate::addr::{ByteSize, Gfn, Ipa, Offset, Pfn};
+use super::{Host, Hypervisor, Profile, refused};
+use crate::addr::{ByteSize, Gfn, Ipa, Offset};
 use crate::backing::Arena;
 use crate::error::{Errno, Error, ErrorKind, Op};
 use crate::gmem::{GuestMemfd, Unbound};
 use crate::hyp::Vcpu;
+use crate::hyp::el2::{self, El2, HostCall, Look, Mapped, State};
+use crate::hyp::kernel::Made;
 use crate::range::{GfnRange, PgoffRange};
-use crate::stage2::{Entry, GuestMove, GuestRun, PageState, Stage2, Table, TableError, TableShape};
 use crate::state::Visibility;
 use crate::sync::RwLock;
 
@@ -23,8 +23,21 @@ use crate::sync::RwLock;
 const MAX_VCPUS: usize = 512;
 /// How many pages teardown takes back without letting go of the locks.
 const RECLAIM_BATCH: usize = 64;
+/// The vCPU that is nobody's: what the host does for a guest it does with this one loaded.
+const LOADER: u64 = 0;
+/// Guest frame numbers that a guest has.
+const GFN_LIMIT: Gfn = Gfn::new(1 << (40 - 12));
 
-/// A protected guest. Clones are handles to the same one, and its vCPUs hold it too; when the last
+/// Whether a guest's memory is its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum VmKind {
+    /// It is.
+    Protected,
+    /// It is the host's, who shows it to the guest.
+    NonProtected,
+}
+
+/// A guest. Clones are handles to the same one, and its vCPUs hold it too; when the last
 /// of them is gone, it is torn down.
 #[derive(Clone, Debug)]
 pub struct Vm(Arc<Lease>);
@@ -43,28 +56,43 @@ impl Drop for Lease {
     }
 }
 
-/// The guest as EL2 has it.
+/// The guest as the host's kernel has it.
 #[derive(Debug)]
 pub(in crate::hyp) struct VmCore {
-    host: Arc<Host>,
-    handle: VmHandle,
-    state: RwLock<VmState>,
+    pub(super) host: Arc<Host>,
+    pub(super) kind: VmKind,
+    pub(super) made: Made,
+    /// What EL2 has of it, to look at.
+    seen: Arc<el2::Vm>,
+    pub(super) state: RwLock<VmState>,
 }
 
-/// What changes of a guest, under one lock. A vCPU holds it for reading from its translation to the
-/// end of its copy.
+/// What changes of a guest, under one lock. Whoever moves a page of the guest's holds it for writing.
 #[derive(Debug)]
 pub(in crate::hyp) struct VmState {
-    pub(super) pages: GuestPages,
+    pub(super) life: Life,
     slots: Memslots,
-    /// The vCPUs, and what each has asked for and waits for.
+    /// The vCPUs, and what each has asked for and waits for. EL2's numbers are one higher.
     vcpus: Slab<Option<Request>>,
+    /// The kernel's structures of all vCPUs that EL2 knows, the loader's first. One that is dropped is used again.
+    made: Vec<u64>,
+    loader: LastCpu,
 }
 
-/// A guest's wish for a page, pending until it is answered.
+/// How far a virtual machine has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Life {
+    Alive,
+    /// Its pages are being taken back; nothing is given to it any more.
+    Dying,
+    /// All of them are back.
+    Gone,
+}
+
+/// A guest's wish for pages, pending until it is answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::hyp) struct Request {
-    pub(in crate::hyp) gfn: Gfn,
+    pub(in crate::hyp) gfns: GfnRange,
     pub(in crate::hyp) to: Visibility,
 }
 
@@ -76,6 +104,8 @@ pub struct VmStat {
     pub owned: ByteSize,
     /// Memory that it lets the host see.
     pub shared: ByteSize,
+    /// Memory of the host that it sees.
+    pub borrowed: ByteSize,
     /// Tables that its stage 2 is made of.
     pub nr_tables: usize,
 }
@@ -123,14 +153,21 @@ impl Vm {
         self.0.core.bind(Some(id), gfn, memfd, pages).map(drop)
     }
 
+    /// Whether its memory is its own.
+    pub fn kind(&self) -> VmKind {
+        self.0.core.kind
+    }
+
     /// Deletes a memslot. Its vCPUs may run meanwhile: from here on they find no memory there. The pages stay in
     /// the object as they are, and can be bound again, here or elsewhere.
     ///
-    /// A protected guest loses nothing against its will: it must have [given up](crate::hyp::Hypercall::MemRelinquish)
-    /// whatever it had been given there.
+    /// A protected guest loses nothing against its will. In Android's profile it may
+    /// [give up](crate::hyp::Hypercall::MemRelinquish) whatever it had been given there; in others a memslot stays in
+    /// which the guest has something. What another guest sees there it loses.
     ///
     /// # Errors
-    /// [`ErrorKind::HypervisorRefused`] with `EBUSY` while the guest has a page there, private or shared;
+    /// [`ErrorKind::HypervisorRefused`] while the guest has a page there, private or shared: with `EPERM`, and in
+    /// Android's profile with `EBUSY`, since that passes;
     /// [`ErrorKind::NotFound`] (`EINVAL`) if there is no such memslot; [`ErrorKind::Busy`] while it is being
     /// bound or deleted by somebody else. Nothing has changed then.
     pub fn unbind(&self, id: MemslotId) -> Result<(), Error> {
@@ -141,17 +178,10 @@ impl Vm {
     ///
     /// # Errors
     /// [`ErrorKind::Saturated`] beyond 512, [`ErrorKind::HypervisorRefused`] with `EINVAL` if the
-    /// guest is torn down.
+    /// guest is torn down, [`ErrorKind::Exhausted`] without memory for it.
     pub fn create_vcpu(&self) -> Result<Vcpu, Error> {
-        let mut state = self.0.core.state.write();
-        if state.pages.life != Life::Alive {
-            return Err(refused(Errno::EINVAL).because("the guest is torn down"));
-        }
-        if state.vcpus.len() >= MAX_VCPUS {
-            return Err(Error::new(Op::Hypervisor, ErrorKind::Saturated).because("vCPUs"));
-        }
-        let index = state.vcpus.insert(None);
-        Ok(Vcpu::new(Arc::clone(&self.0), index))
+        let (index, last) = self.0.core.create_vcpu()?;
+        Ok(Vcpu::new(Arc::clone(&self.0), index, last))
     }
 
     /// Ends the guest: takes its pages back, zeroed where the host could not see them, and gives up
@@ -176,57 +206,148 @@ impl Vm {
 
     /// What it has.
     pub fn stat(&self) -> VmStat {
-        let state = self.0.core.read();
-        let (mut owned, mut shared) = (0, 0);
-        for (_, _, entry) in state.pages.table.entries() {
-            match entry {
-                Entry::Leaf(leaf) if leaf.state == PageState::Owned => owned += 1,
-                Entry::Leaf(_) => shared += 1,
-                _ => {}
+        let look = self.0.core.look();
+        let (mut owned, mut shared, mut borrowed) = (0, 0, 0);
+        for Mapped { state, nr_pages, .. } in look.leaves() {
+            match state {
+                State::Owned => owned += nr_pages,
+                State::SharedBorrowed => borrowed += nr_pages,
+                _ => shared += nr_pages,
             }
         }
-        let [owned, shared] = [owned, shared].map(ByteSize::from_pages);
-        VmStat { owned, shared, nr_tables: state.pages.table.nr_tables() }
+        let [owned, shared, borrowed] = [owned, shared, borrowed].map(ByteSize::from_pages);
+        VmStat { owned, shared, borrowed, nr_tables: look.nr_tables() }
     }
 }
 
 impl VmState {
-    /// The frame behind a guest frame: the walk of the guest's own stage-2 table.
-    pub(in crate::hyp) fn translate(&self, gfn: Gfn) -> Option<Pfn> {
-        self.pages.table.translate(gfn)
-    }
-
-    /// The state of the guest's page there, as its table has it.
-    pub(in crate::hyp) fn page_state(&self, gfn: Gfn) -> Result<PageState, TableError> {
-        Ok(self.pages.table.page(gfn)?.state)
-    }
-
     /// What a memslot has there.
     pub(in crate::hyp) fn slot(&self, gfn: Gfn) -> Option<SlotPage> {
         self.slots.page(gfn)
     }
+
+    /// How many pages from there on are in the same memslot.
+    pub(in crate::hyp) fn nr_in_slot(&self, gfn: Gfn) -> u64 {
+        self.slots.nr_from(gfn)
+    }
+
+    /// Whether the memory there is of huge folios.
+    pub(super) fn is_huge(&self, gfn: Gfn) -> bool {
+        self.slots.page(gfn).is_some_and(|slot| slot.memfd.has_huge_folios())
+    }
+
+    /// Whether a vCPU waits for an answer about this very page, and wants it to go this way. The way back is the
+    /// host's to ask for no more than any other: until it has its answer the guest takes the page to be as it was.
+    pub(super) fn consents(&self, gfn: Gfn, to: Visibility) -> bool {
+        let is_for = |request: &Request| request.to == to && request.gfns.contains(gfn);
+        self.vcpus.iter().any(|(_, request)| request.as_ref().is_some_and(is_for))
+    }
 }
 
 impl VmCore {
-    pub(super) fn new(
-        host: Arc<Host>,
-        handle: VmHandle,
-        shape: TableShape,
-        nr_tables: usize,
-    ) -> Result<Arc<Self>, Error> {
-        let table = Table::with_limit(shape, nr_tables).map_err(refused)?;
-        let pages = GuestPages { handle, table, life: Life::Alive };
-        let state = VmState { pages, slots: Memslots::default(), vcpus: Slab::new() };
-        Ok(Arc::new(Self { host, handle, state: RwLock::new(state) }))
+    pub(super) fn new(host: Arc<Host>, kind: VmKind) -> Result<Arc<Self>, Errno> {
+        let protected = kind == VmKind::Protected;
+        // Room for all, and for the one that is nobody's.
+        let nr_vcpus = MAX_VCPUS as u64 + 1;
+        let made = host.with_kernel(|kernel| kernel.make_vm(nr_vcpus, protected))?;
+        let loader = host.with_kernel(|kernel| kernel.make_vcpu(made, LOADER));
+        let seen = u16::try_from(made.handle).ok().and_then(|handle| host.el2.vm(handle));
+        let (Ok(loader), Some(seen)) = (loader, seen) else {
+            let _ = host.el2.call(0, HostCall::StartTeardownVm, [made.handle, 0, 0, 0]);
+            host.with_kernel(|kernel| kernel.finish(made, loader.into_iter()))?;
+            return Err(loader.err().unwrap_or(Errno::EINVAL));
+        };
+        let state = VmState {
+            life: Life::Alive,
+            slots: Memslots::default(),
+            vcpus: Slab::new(),
+            made: vec![loader],
+            loader: host.cpus.first_for(made.handle),
+        };
+        Ok(Arc::new(Self { host, kind, made, seen, state: RwLock::new(state) }))
     }
 
-    /// Looks at the guest. As long as the guard lives, no translation changes.
+    pub(super) fn handle(&self) -> u64 {
+        self.made.handle
+    }
+
+    /// Looks at the guest's memslots.
     pub(in crate::hyp) fn read(&self) -> RwLockReadGuard<'_, VmState> {
         self.state.read()
     }
 
     pub(in crate::hyp) fn arena(&self) -> &Arena {
         &self.host.arena
+    }
+
+    pub(in crate::hyp) fn kind(&self) -> VmKind {
+        self.kind
+    }
+
+    pub(in crate::hyp) fn profile(&self) -> Profile {
+        self.host.profile
+    }
+
+    /// Looks at what EL2 has of the guest. No page of it changes hands meanwhile.
+    pub(in crate::hyp) fn look(&self) -> Look<'_> {
+        self.host.el2.look(&self.seen)
+    }
+
+    pub(super) fn with_guest_stopped(
+        &self,
+        ranges: impl Iterator<Item = (Gfn, u64)>,
+        act: impl FnOnce(),
+    ) {
+        self.host.el2.with_guest_stopped(&self.seen, ranges, act);
+    }
+
+    /// Does something on a CPU that has a vCPU loaded. No object may be called.
+    pub(in crate::hyp) fn on_cpu<T>(
+        &self,
+        index: usize,
+        last: &mut LastCpu,
+        act: impl FnOnce(&El2, usize) -> T,
+    ) -> T {
+        let who = self.resident(index as u64 + 1);
+        self.host.cpus.with(&self.host.el2, last, who, |cpu| act(&self.host.el2, cpu))
+    }
+
+    /// The same with the vCPU that is nobody's.
+    pub(super) fn on_loader<T>(
+        &self,
+        state: &mut VmState,
+        act: impl FnOnce(&El2, usize) -> T,
+    ) -> T {
+        let who = self.resident(LOADER);
+        let Host { cpus, el2, .. } = &*self.host;
+        cpus.with(el2, &mut state.loader, who, |cpu| act(el2, cpu))
+    }
+
+    fn resident(&self, idx: u64) -> Resident {
+        Resident { handle: self.made.handle, idx }
+    }
+
+    /// Has pages at hand for so many tables, with those that EL2 wants to see however few it needs.
+    pub(super) fn top_up(&self, state: &VmState, nr_tables: u64) -> Result<(), Errno> {
+        let loader = state.made.first().copied().ok_or(Errno::EINVAL)?;
+        self.host.with_kernel(|kernel| kernel.top_up(loader, nr_tables + el2::MIN_MEMCACHE))
+    }
+
+    fn create_vcpu(&self) -> Result<(usize, LastCpu), Error> {
+        let mut state = self.state.write();
+        if state.life != Life::Alive {
+            return Err(refused(Errno::EINVAL).because("the guest is torn down"));
+        }
+        if state.vcpus.len() >= MAX_VCPUS {
+            return Err(Error::new(Op::Hypervisor, ErrorKind::Saturated).because("vCPUs"));
+        }
+        let idx = state.vcpus.vacant_key() as u64 + 1;
+        if state.made.len() as u64 <= idx {
+            let made = self.host.with_kernel(|kernel| kernel.make_vcpu(self.made, idx));
+            state.made.push(made.map_err(refused)?);
+        }
+        let index = state.vcpus.insert(None);
+        Ok((index, self.host.cpus.first_for(self.made.handle + idx)))
     }
 
     /// What a vCPU asks for from now on, or no longer.
@@ -237,6 +358,9 @@ impl VmCore {
     }
 
     pub(in crate::hyp) fn forget_vcpu(&self, vcpu: usize) {
+        let who = self.resident(vcpu as u64 + 1);
+        // First: its number may be somebody else's at once.
+        self.host.cpus.put(&self.host.el2, |other| other == who);
         self.state.write().vcpus.try_remove(vcpu);
     }
 
@@ -256,10 +380,10 @@ impl VmCore {
         let gfns = GfnRange::new(gfn, pages.nr_pages()).map_err(|_| too_far())?;
         let id = {
             let mut state = self.state.write();
-            if state.pages.life != Life::Alive {
+            if state.life != Life::Alive {
                 return Err(torn_down());
             }
-            if gfns.end() > state.pages.table.shape().gfn_limit() {
+            if gfns.end() > GFN_LIMIT {
                 return Err(too_far());
             }
             let id = id.map_or_else(|| state.slots.free_id(), Ok)?;
@@ -314,110 +438,98 @@ impl VmCore {
         if is_left_behind {
             memfd.unbind(binding);
         }
-        outcome.unwrap_or_else(|panic| resume_unwind(panic)).map(Unbound::settle)
+        let outcome = outcome.unwrap_or_else(|panic| resume_unwind(panic)).map(Unbound::settle);
+        outcome.map_err(|error| match error.errno() {
+            // Where a guest can give pages up it may have done so before the next attempt.
+            Errno::EBUSY if !self.host.profile.is_android() => error.errno_is(Errno::EPERM),
+            _ => error,
+        })
     }
 
     /// A guest gives up a page for good.
-    pub(in crate::hyp) fn relinquish(&self, gfn: Gfn) -> Result<(), Errno> {
-        self.with_parties(|parties, _| parties.guest_relinquish_page(gfn, &self.host.arena))
+    ///
+    /// # Errors
+    /// None that the guest sees: it finds the answer in `x`.
+    pub(in crate::hyp) fn relinquish(
+        &self,
+        index: usize,
+        last: &mut LastCpu,
+        gfn: Gfn,
+        x: [u64; 4],
+    ) -> Result<el2::GuestAnswer, Errno> {
+        let mut state = self.state.write();
+        let has = self.look().guest(gfn);
+        if has.is_ok_and(|has| has.nr_pages > 1) && self.host.profile.splits() {
+            self.split(&mut state, gfn)?;
+        }
+        self.on_cpu(index, last, |el2, cpu| el2.guest_call(cpu, x))
     }
 
     fn teardown(&self) -> Result<(), Error> {
         self.start_teardown().map_err(refused)?;
         let reclaimed = self.reclaim_all();
-        for Slot { memfd, binding, .. } in self.finalize_teardown() {
+        let finished = self.finalize_teardown();
+        for Slot { memfd, binding, .. } in self.state.write().slots.take() {
             if let Some(id) = binding {
                 memfd.unbind(id);
             }
         }
-        reclaimed.map_err(refused)
+        reclaimed.and(finished).map_err(refused)
     }
 
     /// From here on nothing is given to the guest any more.
     fn start_teardown(&self) -> Result<(), Errno> {
         let mut state = self.state.write();
-        if !state.vcpus.is_empty() || state.pages.life != Life::Alive {
+        if !state.vcpus.is_empty() || state.life != Life::Alive {
             return Err(Errno::EINVAL);
         }
-        state.pages.life = Life::Dying;
+        let handle = self.made.handle;
+        self.host.cpus.put(&self.host.el2, |who| who.handle == handle);
+        self.host.el2.call(0, HostCall::StartTeardownVm, [handle, 0, 0, 0])?;
+        state.life = Life::Dying;
         Ok(())
     }
 
-    /// Takes every page back, a few at a time. A page that cannot be taken back stays annotated and
-    /// is nobody's; the first such failure is reported.
+    /// Takes every page back, a few at a time. A page that cannot be taken back is nobody's; the first such failure is
+    /// reported.
     fn reclaim_all(&self) -> Result<(), Errno> {
+        let leaves = self.look().leaves();
         let mut outcome = Ok(());
-        let mut next = Some(Gfn::new(0));
-        while let Some(from) = next {
-            let batch = self.with_parties(|parties, _| {
-                let mut at = from;
-                for _ in 0..RECLAIM_BATCH {
-                    let (gfn, ..) = parties.guest.table.next_entry(at)?;
-                    let done = parties.reclaim_dying_guest_page(gfn, &self.host.arena);
-                    outcome = outcome.and(done);
-                    at = gfn.checked_add(1)?;
-                }
-                Some(at)
-            });
-            next = batch;
+        for batch in leaves.chunks(RECLAIM_BATCH) {
+            let _state = self.state.write();
+            for leaf in batch {
+                outcome = outcome.and(self.take_back(leaf));
+            }
         }
         outcome
     }
 
+    /// Takes a leaf of a dying guest back, or hides it from one that is shown it. It may have gone meanwhile.
+    pub(super) fn take_back(&self, leaf: &Mapped) -> Result<(), Errno> {
+        let (start, handle) = (leaf.start.get(), self.made.handle);
+        let done = match self.kind {
+            VmKind::Protected => {
+                self.host.el2.call(0, HostCall::ReclaimDyingGuestPage, [handle, start, 0, 0])
+            }
+            VmKind::NonProtected => {
+                let x = [handle, start, leaf.nr_pages, 0];
+                self.host.el2.call(0, HostCall::UnshareGuest, x)
+            }
+        };
+        match done {
+            Ok(_) | Err(Errno::ENOENT) => Ok(()),
+            Err(errno) => Err(errno),
+        }
+    }
+
     /// The guest is gone, and its handle may name another.
-    fn finalize_teardown(&self) -> Vec<Slot> {
-        self.host.forget(self.handle);
+    fn finalize_teardown(&self) -> Result<(), Errno> {
         let mut state = self.state.write();
-        state.pages.life = Life::Gone;
-        state.slots.take()
-    }
-
-    /// Does something with both parties locked, the host first.
-    fn with_parties<T>(
-        &self,
-        act: impl FnOnce(&mut Parties<'_>, &Slab<Option<Request>>) -> T,
-    ) -> T {
-        let mut host = self.host.pages.lock();
-        let mut state = self.state.write();
-        let VmState { pages, vcpus, .. } = &mut *state;
-        act(&mut Parties { host: &mut host, guest: pages }, vcpus)
-    }
-}
-
-/// Whether a vCPU waits for an answer about this very page, and wants it to go this way. The way back
-/// is the host's to ask for no more than any other: until it has its answer the guest takes the page
-/// to be as it was.
-fn consents(vcpus: &Slab<Option<Request>>, gfn: Gfn, to: Visibility) -> bool {
-    vcpus.iter().any(|(_, request)| *request == Some(Request { gfn, to }))
-}
-
-impl Stage2 for VmCore {
-    fn make_private(&self, runs: &[GuestRun], prepare: &mut dyn FnMut()) -> Result<(), Errno> {
-        self.with_parties(|parties, vcpus| {
-            let consents = |gfn| consents(vcpus, gfn, Visibility::Private);
-            // Before the locks are let go: no vCPU can get to the pages in between.
-            parties.make_private(runs, consents).inspect(|()| prepare())
-        })
-    }
-
-    fn make_shared(&self, runs: &[GuestRun], prepare: &mut dyn FnMut()) -> Result<(), Errno> {
-        self.with_parties(|parties, vcpus| {
-            let consents = |gfn| consents(vcpus, gfn, Visibility::Shared);
-            parties.make_shared(runs, consents).inspect(|()| prepare())
-        })
-    }
-
-    /// Nothing to do: a protected guest maps no page that is not its own, and what it owns nobody
-    /// takes out of its table while it lives.
-    fn invalidate_range(&self, _runs: &[GuestRun]) {}
-
-    fn reclaim(&self, runs: &[GuestRun]) -> Result<(), Errno> {
-        self.with_parties(|parties, _| parties.reclaim(runs, &self.host.arena))
-    }
-
-    fn migrate(&self, moves: &[GuestMove], copy: &mut dyn FnMut()) -> Result<(), Errno> {
-        self.with_parties(|parties, _| {
-            parties.check_movable(moves.iter().map(|one| one.from)).inspect(|()| copy())
-        })
+        let vcpus = std::mem::take(&mut state.made);
+        let finished = self.host.with_kernel(|kernel| kernel.finish(self.made, vcpus.into_iter()));
+        state.life = Life::Gone;
+        drop(state);
+        self.host.forget(self.made.handle);
+        finished
     }
 }
