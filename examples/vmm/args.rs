@@ -4,19 +4,22 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use gmem::ArenaBacking;
+use gmem::hyp::pkvm::VmKind;
 
 /// What `--help` prints.
 pub(crate) const USAGE: &str = "\
-Boots a protected guest on gmem and lets it read FILE from a virtio disk, with everything that can
-be tried against its private memory being tried meanwhile.
+Boots a guest on gmem and lets it read FILE from a virtio disk, with everything that can be tried
+against its memory being tried meanwhile.
 
-usage: vmm [--json] [--map FILE.svg] [--backing auto|hugetlb|thp|memfd] [FILE]
+usage: vmm [--guest KIND] [--backing KIND] [--json] [--map FILE.svg] [FILE]
 
   FILE             what the disk holds; a regular file of any size (default: this program itself)
+  --guest KIND     protected or non-protected: whether its memory is its own (default: protected)
+  --backing KIND   what its memory is made of: hugetlb, thp, memfd, or the best that is to be had
+                   (default: auto)
   --json           print a summary as one line of JSON at the end, also of a run that fails; only a
                    wrong command line and a run that hangs have none
   --map FILE.svg   write a picture of the guest's memory, taken while a request is in flight
-  --backing KIND   what the guest's memory is made of (default: auto, the best that is to be had)
   --help           print this
 
 Exit status: 0 if everything held, 1 if something did not, 2 for a wrong command line.";
@@ -26,6 +29,7 @@ Exit status: 0 if everything held, 1 if something did not, 2 for a wrong command
 pub(crate) struct Args {
     pub(crate) json: bool,
     pub(crate) map: Option<PathBuf>,
+    pub(crate) guest: VmKind,
     pub(crate) backing: Backing,
     pub(crate) file: Option<PathBuf>,
 }
@@ -58,7 +62,13 @@ impl Backing {
 
 /// Reads the arguments that follow the program's name.
 pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, String> {
-    let mut out = Args { json: false, map: None, backing: Backing::Auto, file: None };
+    let mut out = Args {
+        json: false,
+        map: None,
+        guest: VmKind::Protected,
+        backing: Backing::Auto,
+        file: None,
+    };
     let mut args = args.into_iter();
     let mut only_files = false;
     while let Some(arg) = args.next() {
@@ -74,6 +84,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command,
             Some("--help" | "-h") if is_option => return Ok(Command::Help),
             Some("--json") if is_option && !has_value => out.json = true,
             Some("--map") if is_option => out.map = Some(value_of("--map")?.into()),
+            Some("--guest") if is_option => out.guest = guest(&value_of("--guest")?)?,
             Some("--backing") if is_option => out.backing = backing(&value_of("--backing")?)?,
             _ if is_option => return Err(format!("unknown option {}", Path::new(&arg).display())),
             _ if out.file.is_some() => {
@@ -94,6 +105,21 @@ fn split_value(arg: &OsStr) -> (OsString, Option<OsString>) {
     match split {
         Some((name, value)) => (name.into(), Some(value.into())),
         None => (arg.into(), None),
+    }
+}
+
+fn guest(value: &OsStr) -> Result<VmKind, String> {
+    let kinds = [VmKind::Protected, VmKind::NonProtected];
+    kinds.into_iter().find(|&kind| value == name_of(kind)).ok_or_else(|| {
+        format!("--guest is protected or non-protected, not {}", Path::new(value).display())
+    })
+}
+
+/// What a kind of guest is called.
+pub(crate) const fn name_of(kind: VmKind) -> &'static str {
+    match kind {
+        VmKind::Protected => "protected",
+        VmKind::NonProtected => "non-protected",
     }
 }
 
@@ -123,12 +149,16 @@ mod tests {
         let expected = Command::Run(Args {
             json: true,
             map: Some("m.svg".into()),
+            guest: VmKind::NonProtected,
             backing: Backing::Only(ArenaBacking::Memfd),
             file: Some("f".into()),
         });
-        let spaced = parsed(&["--map", "m.svg", "f", "--json", "--backing", "memfd"]);
+        let (guest, backing) = (["--guest", "non-protected"], ["--backing", "memfd"]);
+        let spaced =
+            parsed(&[&["--map", "m.svg", "f", "--json"], &guest[..], &backing[..]].concat());
         assert_eq!(spaced.as_ref(), Ok(&expected));
-        assert_eq!(parsed(&["--backing=memfd", "--json", "--map=m.svg", "f"]), spaced);
+        let joined = ["--backing=memfd", "--json", "--guest=non-protected", "--map=m.svg", "f"];
+        assert_eq!(parsed(&joined), spaced);
         assert_eq!(parsed(&["--json", "--help", "--nonsense"]), Ok(Command::Help));
     }
 
@@ -136,6 +166,7 @@ mod tests {
     fn a_file_may_be_called_like_an_option() {
         let Ok(Command::Run(args)) = parsed(&["--", "--json"]) else { panic!("should parse") };
         assert_eq!((args.json, args.file), (false, Some("--json".into())));
+        assert_eq!(args.guest, VmKind::Protected, "unless something else is said");
         assert_eq!(parsed(&["a=b"]).map(|c| matches!(c, Command::Run(_))), Ok(true));
     }
 
@@ -146,6 +177,7 @@ mod tests {
             (vec!["--frob"], "unknown option --frob"),
             (vec!["--json=yes"], "unknown option --json=yes"),
             (vec!["a", "b"], "one FILE only, but there is also b"),
+            (vec!["--guest=open"], "--guest is protected or non-protected, not open"),
             (vec!["--backing", "floppy"], "--backing is auto, hugetlb, thp or memfd, not floppy"),
         ] {
             assert_eq!(parsed(&args), Err(complaint.to_owned()));

@@ -10,7 +10,7 @@ use crate::Fallible;
 use crate::console::Console;
 use crate::guest::word;
 use crate::layout::{self, REPORT, board, report, virtio};
-use crate::report::GuestReport;
+use crate::outcome::GuestReport;
 use crate::run::{Run, lock};
 use crate::transport::Transport;
 

@@ -37,7 +37,7 @@ impl Console {
     pub(crate) fn say(&self, who: &str, what: &str) {
         let mut bar = lock(&self.bar);
         bar.clear();
-        let _ = writeln!(stdout(), "{who:>8} | {what}");
+        let _ = writeln!(stdout(), "{who:>10} | {what}");
     }
 
     /// Expects so many bytes.

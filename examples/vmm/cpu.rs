@@ -13,6 +13,9 @@ use crate::Fallible;
 use crate::board::Board;
 use crate::layout::board;
 
+/// The bits for these calls in what a hypervisor says it has: the unit of sharing, to share, to take back.
+const SHARING: u64 = 1 << 2 | 1 << 3 | 1 << 4;
+
 /// What the guest's code holds.
 #[derive(Debug)]
 pub(crate) struct Cpu {
@@ -81,6 +84,13 @@ impl Cpu {
             }
             Err(exit) => Err(stuck(exit)),
         }
+    }
+
+    /// Whether memory is the guest's own until it is shared. A guest that is not protected finds no call to share
+    /// any: the host sees all of it anyway.
+    pub(crate) fn has_private_memory(&mut self) -> Fallible<bool> {
+        let features = self.vcpu.hvc(Hypercall::Features).map_err(stuck)?;
+        Ok(features.regs().0[0] & SHARING == SHARING)
     }
 
     /// Lets the host see a page. It is cleared first: what was in it is not the host's business.

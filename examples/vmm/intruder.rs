@@ -1,9 +1,13 @@
 //! A thread of the host that goes at the guest's memory while requests are in flight.
 //!
-//! Each attempt does three things. It orders a conversion of pages that the device has pinned, which
-//! has to be refused with the right page and the right owner. It touches private memory through a
-//! raw address, which has to end in a SIGBUS with exactly that address. And it reads private memory
-//! by the checked way, which has to end in an error.
+//! Each attempt on a protected guest does three things. It orders a conversion of pages that the
+//! device has pinned, which has to be refused with the right page and the right owner. It touches
+//! private memory through a raw address, which has to end in a SIGBUS with exactly that address. And
+//! it reads private memory by the checked way, which has to end in an error.
+//!
+//! A guest that is not protected has no private memory. There it punches the pages that the device
+//! has pinned, tries to make others private, which has to be refused too, and sees that it can touch
+//! whatever it likes.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -12,6 +16,7 @@ use std::time::Duration;
 use gmem::addr::{Access, ByteSize, Hva, Offset, Pgoff};
 use gmem::error::{Error, ErrorKind, Found};
 use gmem::geometry::PAGE_SIZE;
+use gmem::hyp::pkvm::VmKind;
 use gmem::range::PgoffRange;
 use gmem::{
     ContentPolicy, FaultCause, GuestMemfd, HostView, PageInfo, SigbusHandler, Touch, Visibility,
@@ -23,8 +28,8 @@ use crate::device::OWNER;
 use crate::layout::{self, PAYLOAD, QUEUE, RAM, RAM_BYTES, RING, params};
 use crate::run::{Run, lock};
 
-/// Guest addresses that are private throughout; the last of them has never been touched.
-const PRIVATE: [u64; 4] = [params::BASE, PAYLOAD + 5, RING + 4096 + 77, RAM + RAM_BYTES - 1];
+/// Guest addresses that a protected guest has to itself throughout; it has never touched the last of them.
+const UNSHARED: [u64; 4] = [params::BASE, PAYLOAD + 5, RING + 4096 + 77, RAM + RAM_BYTES - 1];
 
 /// A buffer that is pinned right now.
 #[derive(Clone, Copy, Debug)]
@@ -49,12 +54,16 @@ impl Attempt {
     }
 }
 
-/// What was tried, and refused as it should be.
+/// What was tried, and came out as it should.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct IntruderStat {
     pub(crate) busy_refused: u64,
     pub(crate) sigbus: u64,
     pub(crate) reads_refused: u64,
+    /// Conversions to private of what a guest that is not protected has.
+    pub(crate) private_refused: u64,
+    /// Touches of such memory that went through.
+    pub(crate) open_touches: u64,
 }
 
 /// The device's end: asks for an attempt and waits until it is over.
@@ -67,6 +76,7 @@ pub(crate) struct Intruder {
 /// The thread's end.
 #[derive(Debug)]
 pub(crate) struct Intrusion {
+    pub(crate) kind: VmKind,
     pub(crate) memfd: GuestMemfd,
     pub(crate) view: Arc<HostView>,
     pub(crate) sigbus: SigbusHandler,
@@ -134,11 +144,19 @@ impl Intrusion {
     /// One of each; returns what to say about it.
     fn attack(&self, attempt: Attempt, stat: &mut IntruderStat) -> Fallible<Vec<String>> {
         let pinned = attempt.pages(self.unit).ok_or("the device pinned what is no guest memory")?;
-        let refused = self.convert_pinned(pinned)?;
+        let refused = self.take_pinned(pinned)?;
         stat.busy_refused += 1;
         let mut said = vec![format!("tried: {refused}")];
-        for (i, ipa) in PRIVATE.into_iter().enumerate() {
-            let at = offset(ipa)?;
+        match self.kind {
+            VmKind::Protected => self.go_at_private(stat, &mut said)?,
+            VmKind::NonProtected => self.go_at_open(stat, &mut said)?,
+        }
+        Ok(said)
+    }
+
+    fn go_at_private(&self, stat: &mut IntruderStat, said: &mut Vec<String>) -> Fallible<()> {
+        for (i, ipa) in UNSHARED.into_iter().enumerate() {
+            let at = layout::offset(ipa)?;
             for access in [Access::Read, Access::Write] {
                 let hva = self.touch_private(at, access)?;
                 stat.sigbus += 1;
@@ -153,23 +171,38 @@ impl Intrusion {
             }
         }
         // So that the above is no proof that nothing can be touched at all.
-        match self.view.touch(self.sigbus, offset(QUEUE)?, Access::Read)? {
-            Touch::Byte(_) => Ok(said),
-            Touch::Fault(fault) => Err(format!("shared memory faulted: {fault:?}").into()),
-        }
+        self.touch_open(QUEUE)
     }
 
-    /// Orders a conversion that begins a page before what is pinned, where that page is not pinned
+    fn go_at_open(&self, stat: &mut IntruderStat, said: &mut Vec<String>) -> Fallible<()> {
+        let error = self.make_private(PAYLOAD)?;
+        stat.private_refused += 1;
+        said.push(format!("tried: {error}"));
+        for ipa in UNSHARED {
+            self.touch_open(ipa)?;
+            self.memfd.read(layout::offset(ipa)?, &mut [0])?;
+            stat.open_touches += 1;
+        }
+        said.push(
+            "SIGBUS and refused reads do not apply: no memory of this guest is private".into(),
+        );
+        Ok(())
+    }
+
+    /// Tries to take away memory that begins a page before what is pinned, where that page is not pinned
     /// along with its unit for some other buffer.
-    fn convert_pinned(&self, pinned: PgoffRange) -> Fallible<Error> {
+    fn take_pinned(&self, pinned: PgoffRange) -> Fallible<Error> {
         let before = u64::from(self.unit == PAGE_SIZE);
         let start = Pgoff::new(pinned.start().get().saturating_sub(before));
         let range = PgoffRange::new(start, pinned.end().get() - start.get())?;
         let before: Vec<_> = self.memfd.visibility(range)?.collect();
-        let outcome = self.memfd.convert(range, Visibility::Private, ContentPolicy::Preserve);
+        let outcome = match self.kind {
+            VmKind::Protected => self.convert_to_private(range),
+            VmKind::NonProtected => self.memfd.punch_hole(range).map(drop),
+        };
         let after: Vec<_> = self.memfd.visibility(range)?.collect();
         let error = match outcome {
-            Ok(_) => return Err(format!("{range} was converted though {pinned} is pinned").into()),
+            Ok(()) => return Err(format!("{range} was taken though {pinned} is pinned").into()),
             Err(error) => error,
         };
         let culprit_is_right = error.culprit().is_some_and(|culprit| {
@@ -183,9 +216,30 @@ impl Intrusion {
             return Err(format!("{pinned} is pinned, but the refusal says: {error}").into());
         }
         if before != after {
-            return Err(format!("a conversion that was refused has changed {range}").into());
+            return Err(format!("what was refused has changed {range}").into());
         }
         Ok(error)
+    }
+
+    fn convert_to_private(&self, range: PgoffRange) -> Result<(), Error> {
+        self.memfd.convert(range, Visibility::Private, ContentPolicy::Preserve).map(drop)
+    }
+
+    /// Tries to give a guest memory of its own that cannot have any.
+    fn make_private(&self, at: u64) -> Fallible<Error> {
+        let range = Attempt::on(at, 1).pages(self.unit).ok_or("there is no guest memory")?;
+        match self.convert_to_private(range) {
+            Ok(()) => Err(format!("{range} is private to a guest that is not protected").into()),
+            Err(error) if error.kind() == ErrorKind::HypervisorRefused => Ok(error),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn touch_open(&self, ipa: u64) -> Fallible<()> {
+        match self.view.touch(self.sigbus, layout::offset(ipa)?, Access::Read)? {
+            Touch::Byte(_) => Ok(()),
+            Touch::Fault(fault) => Err(format!("shared memory faulted: {fault:?}").into()),
+        }
     }
 
     fn touch_private(&self, at: Offset, access: Access) -> Fallible<Hva> {
@@ -214,8 +268,4 @@ impl Intrusion {
             Err(error) => Err(error.into()),
         }
     }
-}
-
-fn offset(ipa: u64) -> Fallible<Offset> {
-    layout::offset_of(ipa).ok_or_else(|| format!("{ipa:#x} is no guest memory").into())
 }

@@ -4,6 +4,8 @@ use gmem::addr::{ByteSize, Gfn, Ipa, Offset, Pgoff};
 use gmem::error::Error;
 use gmem::range::{GfnRange, PgoffRange};
 
+use crate::Fallible;
+
 const PAGE: u64 = 4096;
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -140,6 +142,11 @@ pub(crate) fn ram() -> Result<GfnRange, Error> {
 /// Where in the object a guest address lies; `None` outside of guest memory.
 pub(crate) fn offset_of(ipa: u64) -> Option<Offset> {
     ipa.checked_sub(RAM).filter(|&at| at < RAM_BYTES).map(Offset::new)
+}
+
+/// The same, where the address has to be one of guest memory.
+pub(crate) fn offset(ipa: u64) -> Fallible<Offset> {
+    offset_of(ipa).ok_or_else(|| format!("{ipa:#x} is no guest memory").into())
 }
 
 /// The pages of the object that are these guest frames.

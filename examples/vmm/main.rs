@@ -1,16 +1,21 @@
-//! A small VMM: boots a protected guest on gmem and lets it read a real file through virtio.
+//! A small VMM: boots a guest on gmem, protected or not, and lets it read a real file through virtio.
 //!
 //! | module | holds |
 //! |---|---|
-//! | `machine` | the machine: built, run, and taken apart |
+//! | `machine` | the machine: built, and run until the guest powers off |
+//! | `firmware` | what the guest finds in memory when it boots |
 //! | `board` | what a vCPU's exits lead to |
 //! | `cpu` | the run loop: a vCPU with its VMM behind it |
 //! | `transport`, `device` | the disk: registers, and the thread that serves requests |
 //! | `intruder` | a thread that goes at private and pinned memory meanwhile |
+//! | `hazard` | what a host's own pointer does to a guest's page, and how a pin saves it |
+//! | `aftermath` | what is left when all is over |
 //! | `guest` | the guest's own code: both vCPUs' programs, and the disk driver |
 //! | `layout` | what guest and VMM agree on |
 //! | `disk` | FILE, and the host's own hash of it |
-//! | `args`, `console`, `report`, `run` | command line, output, verdict, watchdog |
+//! | `outcome`, `report` | what the run has shown: the verdict, the words |
+//! | `args`, `console` | command line, output |
+//! | `run`, `threads` | the watchdog, and the threads that it watches |
 
 #![cfg_attr(
     not(test),
@@ -23,18 +28,23 @@
     )
 )]
 
+mod aftermath;
 mod args;
 mod board;
 mod console;
 mod cpu;
 mod device;
 mod disk;
+mod firmware;
 mod guest;
+mod hazard;
 mod intruder;
 mod layout;
 mod machine;
+mod outcome;
 mod report;
 mod run;
+mod threads;
 mod transport;
 
 use std::io::Write;
@@ -49,7 +59,7 @@ use gmem::render::Picture;
 use args::{Args, Command};
 use console::Console;
 use disk::Disk;
-use report::Outcome;
+use outcome::Outcome;
 use run::{Run, eprintln_quietly};
 
 /// What an example fails with: a sentence for people.
@@ -99,14 +109,14 @@ fn boot(args: &Args) -> Fallible<Outcome> {
         let thread = Builder::new().name("watchdog".into()).spawn(move || run.watch());
         thread.map_err(|error| format!("cannot start a thread for the watchdog: {error}"))?
     };
-    let outcome = machine::run(args.backing, &disk, &console, &run);
+    let outcome = machine::run(args, &disk, &console, &run);
     run.finish();
     let watched = watchdog.join();
     let (outcome, snapshot) = outcome?;
     watched.map_err(|_| "the watchdog panicked")?;
 
     if let Some(map) = &args.map {
-        let title = format!("A protected guest while its disk reads {name}");
+        let title = format!("A {} guest while its disk reads {name}", args::name_of(args.guest));
         let picture = Picture { title: &title, folio_size: FolioSize::Huge2M, pages: &snapshot };
         std::fs::write(map, picture.to_svg()).map_err(|e| format!("{}: {e}", map.display()))?;
         console.say("vmm", &format!("wrote a picture of guest memory to {}", map.display()));

@@ -1,68 +1,13 @@
-//! What a run has shown, in plain words and as JSON.
+//! The summary of a run, in plain words and as JSON.
 
 use std::fmt::Write;
-use std::time::Duration;
 
-use crate::device::DeviceStat;
-use crate::intruder::IntruderStat;
+use gmem::hyp::pkvm::VmKind;
 
-/// The facts; [`Outcome::complaints`] judges them.
-#[derive(Debug)]
-pub(crate) struct Outcome {
-    pub(crate) backing: String,
-    pub(crate) disk_bytes: u64,
-    pub(crate) guest: Option<GuestReport>,
-    pub(crate) host_sha256: [u8; 32],
-    pub(crate) device: DeviceStat,
-    pub(crate) intruder: IntruderStat,
-    pub(crate) conversions: u64,
-    pub(crate) serving: Duration,
-    /// What the audits found, before and after the machine was torn down.
-    pub(crate) findings: Vec<String>,
-    /// What is not as it was before there was a guest.
-    pub(crate) left_behind: Vec<String>,
-    pub(crate) leaked_frames: u64,
-    pub(crate) scrubbed_bytes: u64,
-}
-
-/// What the guest said at the end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct GuestReport {
-    pub(crate) disk_bytes: u64,
-    pub(crate) sha256: [u8; 32],
-}
-
-/// How many descriptors the guest makes that the device has to refuse.
-const MALICIOUS: u64 = 3;
+use crate::args::name_of;
+use crate::outcome::Outcome;
 
 impl Outcome {
-    fn sha256_match(&self) -> bool {
-        self.guest.is_some_and(|guest| {
-            guest.sha256 == self.host_sha256 && guest.disk_bytes == self.disk_bytes
-        })
-    }
-
-    /// Everything that did not hold.
-    pub(crate) fn complaints(&self) -> Vec<String> {
-        let mut complaints = self.findings.clone();
-        complaints.extend(self.left_behind.iter().cloned());
-        let mut expect = |held: bool, complaint: &str| {
-            if !held {
-                complaints.push(complaint.to_owned());
-            }
-        };
-        expect(self.guest.is_some(), "the guest did not report");
-        expect(self.sha256_match(), "the guest's hash of FILE is not the host's");
-        expect(self.intruder.busy_refused > 0, "nobody tried to convert pinned pages");
-        expect(self.intruder.sigbus > 0, "nobody touched private memory");
-        expect(
-            self.device.bad_descriptors == MALICIOUS,
-            "not exactly the malicious descriptors were refused",
-        );
-        expect(self.leaked_frames == 0, "frames are missing from the pool");
-        complaints
-    }
-
     /// The summary for people.
     pub(crate) fn lines(&self) -> Vec<String> {
         let seconds = self.serving.as_secs_f64();
@@ -75,53 +20,89 @@ impl Outcome {
                 "{} bytes in {} requests, {seconds:.2} s, {rate:.0} MiB/s",
                 self.disk_bytes, self.device.requests
             ),
-            format!(
-                "refused: {} conversions of pinned pages, {} touches of private memory (SIGBUS), {} \
-                 checked reads of it, {} bad descriptors",
-                self.intruder.busy_refused,
-                self.intruder.sigbus,
-                self.intruder.reads_refused,
-                self.device.bad_descriptors
-            ),
+            self.refusals(),
+            self.incidents(),
             format!(
                 "done: {} conversions in place; audit {}; {} bytes back in the pool and zero, {} \
                  frames missing",
                 self.conversions,
                 self.audit(),
-                self.scrubbed_bytes,
-                self.leaked_frames
+                self.aftermath.scrubbed_bytes,
+                self.aftermath.leaked_frames
             ),
         ]
     }
 
+    fn refusals(&self) -> String {
+        let (intruder, bad) = (self.intruder, self.device.bad_descriptors);
+        match self.kind {
+            VmKind::Protected => format!(
+                "refused: {} conversions of pinned pages, {} touches of private memory (SIGBUS), {} \
+                 checked reads of it, {bad} bad descriptors",
+                intruder.busy_refused, intruder.sigbus, intruder.reads_refused
+            ),
+            VmKind::NonProtected => format!(
+                "refused: {} punches of pinned pages, {} conversions to private, {bad} bad \
+                 descriptors; {} touches of memory went through, for none is private",
+                intruder.busy_refused, intruder.private_refused, intruder.open_touches
+            ),
+        }
+    }
+
+    fn incidents(&self) -> String {
+        let seen = self.aftermath.incidents;
+        format!(
+            "incidents: pages destroyed {}, reads of private memory by a device {}, oopses {}; \
+             prevented: accesses {}, pins {}, conversions {}",
+            seen.nr_destroyed,
+            seen.nr_dma_into_private,
+            seen.nr_oopses,
+            seen.nr_accesses_prevented,
+            seen.nr_pins_prevented,
+            seen.nr_conversions_prevented
+        )
+    }
+
     /// The summary for programs, on one line.
     pub(crate) fn json(&self) -> String {
-        let mut out = String::from("{");
-        let mut field = |name: &str, value: &str| {
-            let comma = if out.len() > 1 { "," } else { "" };
-            let _ = write!(out, "{comma}\"{name}\":{value}");
-        };
-        field("sha256_match", &self.sha256_match().to_string());
-        field("bytes", &self.disk_bytes.to_string());
-        field("sigbus", &self.intruder.sigbus.to_string());
-        field("busy_refused", &self.intruder.busy_refused.to_string());
-        field("bad_descriptors", &self.device.bad_descriptors.to_string());
-        field("conversions", &self.conversions.to_string());
-        field("audit", &quoted(&self.audit()));
-        field("leaked_frames", &self.leaked_frames.to_string());
-        field("ok", &self.complaints().is_empty().to_string());
-        field("sha256", &quoted(&hex(&self.host_sha256)));
-        field("requests", &self.device.requests.to_string());
-        field("reads_refused", &self.intruder.reads_refused.to_string());
-        field("scrubbed_bytes", &self.scrubbed_bytes.to_string());
-        field("backing", &quoted(&self.backing));
-        field("seconds", &format!("{:.3}", self.serving.as_secs_f64()));
-        out.push('}');
-        out
+        let seen = &self.aftermath.incidents;
+        let caused = object(&[
+            ("destroyed", &seen.nr_destroyed.to_string()),
+            ("dma_into_private", &seen.nr_dma_into_private.to_string()),
+            ("oopses", &seen.nr_oopses.to_string()),
+            ("stuck", &seen.nr_stuck.to_string()),
+            ("orphaned", &seen.nr_orphaned.to_string()),
+        ]);
+        let prevented = object(&[
+            ("accesses", &seen.nr_accesses_prevented.to_string()),
+            ("pins", &seen.nr_pins_prevented.to_string()),
+            ("conversions", &seen.nr_conversions_prevented.to_string()),
+        ]);
+        object(&[
+            ("sha256_match", &self.sha256_match().to_string()),
+            ("bytes", &self.disk_bytes.to_string()),
+            ("sigbus", &self.intruder.sigbus.to_string()),
+            ("busy_refused", &self.intruder.busy_refused.to_string()),
+            ("bad_descriptors", &self.device.bad_descriptors.to_string()),
+            ("conversions", &self.conversions.to_string()),
+            ("audit", &quoted(&self.audit())),
+            ("leaked_frames", &self.aftermath.leaked_frames.to_string()),
+            ("ok", &self.complaints().is_empty().to_string()),
+            ("guest", &quoted(name_of(self.kind))),
+            ("incidents", &object(&[("caused", &caused), ("prevented", &prevented)])),
+            ("sha256", &quoted(&hex(&self.host_sha256))),
+            ("requests", &self.device.requests.to_string()),
+            ("reads_refused", &self.intruder.reads_refused.to_string()),
+            ("private_refused", &self.intruder.private_refused.to_string()),
+            ("open_touches", &self.intruder.open_touches.to_string()),
+            ("scrubbed_bytes", &self.aftermath.scrubbed_bytes.to_string()),
+            ("backing", &quoted(&self.backing)),
+            ("seconds", &format!("{:.3}", self.serving.as_secs_f64())),
+        ])
     }
 
     fn audit(&self) -> String {
-        match self.findings.as_slice() {
+        match self.aftermath.findings.as_slice() {
             [] => "clean".to_owned(),
             findings => findings.join("; "),
         }
@@ -130,11 +111,25 @@ impl Outcome {
 
 /// The line of JSON for a run that came to no outcome. How many frames are missing it cannot say.
 pub(crate) fn json_of_failure(why: &str) -> String {
-    format!(
-        "{{\"sha256_match\":false,\"bytes\":0,\"sigbus\":0,\"busy_refused\":0,\"bad_descriptors\":0,\
-         \"conversions\":0,\"audit\":\"not run\",\"leaked_frames\":null,\"ok\":false,\"error\":{}}}",
-        quoted(why)
-    )
+    object(&[
+        ("sha256_match", "false"),
+        ("bytes", "0"),
+        ("sigbus", "0"),
+        ("busy_refused", "0"),
+        ("bad_descriptors", "0"),
+        ("conversions", "0"),
+        ("audit", &quoted("not run")),
+        ("leaked_frames", "null"),
+        ("ok", "false"),
+        ("incidents", "null"),
+        ("error", &quoted(why)),
+    ])
+}
+
+/// A JSON object. The values are JSON already.
+fn object(fields: &[(&str, &str)]) -> String {
+    let fields: Vec<_> = fields.iter().map(|(key, value)| format!("\"{key}\":{value}")).collect();
+    format!("{{{}}}", fields.join(","))
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -163,56 +158,31 @@ fn quoted(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn good() -> Outcome {
-        Outcome {
-            backing: "memfd".into(),
-            disk_bytes: 3,
-            guest: Some(GuestReport { disk_bytes: 3, sha256: [0xab; 32] }),
-            host_sha256: [0xab; 32],
-            device: DeviceStat { requests: 5, bytes: 512, bad_descriptors: 3 },
-            intruder: IntruderStat { busy_refused: 1, sigbus: 8, reads_refused: 4 },
-            conversions: 9,
-            serving: Duration::from_millis(1500),
-            findings: vec![],
-            left_behind: vec![],
-            leaked_frames: 0,
-            scrubbed_bytes: 4096,
-        }
-    }
+    use crate::outcome::tests::{good, good_non_protected};
 
     #[test]
     fn json_begins_with_what_was_promised() {
         let expected = "{\"sha256_match\":true,\"bytes\":3,\"sigbus\":8,\"busy_refused\":1,\
                         \"bad_descriptors\":3,\"conversions\":9,\"audit\":\"clean\",\
-                        \"leaked_frames\":0,\"ok\":true,\"sha256\":\"abab";
+                        \"leaked_frames\":0,\"ok\":true,\"guest\":\"protected\",\"incidents\":\
+                        {\"caused\":{\"destroyed\":1,\"dma_into_private\":1,\"oopses\":0,\
+                        \"stuck\":0,\"orphaned\":0},\"prevented\":{\"accesses\":5,\"pins\":3,\
+                        \"conversions\":2}},\"sha256\":\"abab";
         assert!(good().json().starts_with(expected), "{}", good().json());
     }
 
     #[test]
-    fn whatever_did_not_hold_is_a_complaint() {
-        assert!(good().complaints().is_empty());
-        let spoil: [fn(&mut Outcome); 8] = [
-            |o| o.guest = None,
-            |o| o.host_sha256[31] = 0,
-            |o| o.intruder.busy_refused = 0,
-            |o| o.intruder.sigbus = 0,
-            |o| o.device.bad_descriptors = 2,
-            |o| o.leaked_frames = 1,
-            |o| o.findings.push("a finding".into()),
-            |o| o.left_behind.push("something".into()),
-        ];
-        for spoil in spoil {
-            let mut outcome = good();
-            spoil(&mut outcome);
-            assert!(!outcome.complaints().is_empty());
-            assert!(outcome.json().contains("\"ok\":false"));
-        }
+    fn each_kind_of_guest_is_told_of_in_its_words() {
+        let (protected, other) =
+            (good().lines().join("\n"), good_non_protected().lines().join("\n"));
+        assert!(protected.contains("(SIGBUS)") && protected.contains("pages destroyed 1"));
+        assert!(!other.contains("(SIGBUS)") && other.contains("4 touches of memory went through"));
+        assert!(other.contains("pages destroyed 0"));
     }
 
     #[test]
     fn strings_are_escaped() {
         assert_eq!(quoted("a\"b\\c\nd"), "\"a\\\"b\\\\c\\u000ad\"");
-        assert!(json_of_failure("x").ends_with("\"ok\":false,\"error\":\"x\"}"));
+        assert!(json_of_failure("x").ends_with("\"ok\":false,\"incidents\":null,\"error\":\"x\"}"));
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! vCPU 0 checks what it was booted with, shares what the disk needs, drives the disk, and copies
 //! what arrives into private memory. vCPU 1 hashes it there. Then vCPU 0 reports, takes back what it
-//! had shared, and powers off.
+//! had shared, and powers off. Where the hypervisor has no call to share memory, as for a guest that
+//! is not protected, all of it is the host's to see, and nothing is shared or taken back.
 
 mod driver;
 mod malice;
@@ -16,6 +17,7 @@ use crate::layout::{
     control, params, report, shared_areas,
 };
 use driver::{Driver, Request};
+use malice::Malice;
 
 /// How much a vCPU moves at a time: what a loop of loads and stores would do through its cache.
 const BURST: usize = 64 << 10;
@@ -34,12 +36,16 @@ pub(crate) fn boot(cpu: &mut Cpu) -> Fallible<()> {
     verify_payload(cpu, &params)?;
     cpu.store(control::START, &[0; control::BYTES])?;
 
-    let shared = shared_areas(params.share_unit);
+    let is_protected = cpu.has_private_memory()?;
+    let shared = if is_protected { shared_areas(params.share_unit) } else { Vec::new() };
     for page in shared.iter().flat_map(pages) {
         cpu.share_page(page)?;
     }
     let nr_pages: u64 = shared.iter().map(|(_, nr_pages)| nr_pages).sum();
-    cpu.print(&format!("shared {nr_pages} pages for the virtqueue and bounce buffers"))?;
+    cpu.print(&match is_protected {
+        true => format!("shared {nr_pages} pages for the virtqueue and bounce buffers"),
+        false => "there is no call to share memory: the host sees all of it".to_owned(),
+    })?;
     let mut disk = Driver::start(cpu)?;
     let sectors = params.disk_bytes.div_ceil(SECTOR);
     if disk.capacity_sectors() != sectors {
@@ -51,15 +57,21 @@ pub(crate) fn boot(cpu: &mut Cpu) -> Fallible<()> {
     cpu.print(&format!("disk {id:?}, {} bytes in {sectors} sectors", params.disk_bytes))?;
 
     cpu.store_u64(control::BOOT, 1)?;
-    let border = shared.last().and_then(|area| pages(area).last()).ok_or("nothing is shared")?;
-    read_disk(cpu, &mut disk, params.disk_bytes, border)?;
+    let malice = match shared.last().and_then(|area| pages(area).last()) {
+        Some(border) => Malice::of_protected(border),
+        None => Malice::of_non_protected(),
+    };
+    read_disk(cpu, &mut disk, params.disk_bytes, &malice)?;
     send_report(cpu, params.disk_bytes)?;
 
     disk.stop(cpu)?;
     for page in shared.iter().flat_map(pages) {
         cpu.unshare_page(page)?;
     }
-    cpu.print("took back every shared page; powering off")
+    cpu.print(match is_protected {
+        true => "took back every shared page; powering off",
+        false => "powering off",
+    })
 }
 
 /// The program of vCPU 1.
@@ -119,7 +131,7 @@ fn verify_payload(cpu: &mut Cpu, params: &Params) -> Fallible<()> {
     if hasher.finalize().as_slice() != params.payload_sha256 {
         return Err("the payload is not what was preloaded".into());
     }
-    cpu.print(&format!("payload of {} bytes is intact in private memory", params.payload_bytes))
+    cpu.print(&format!("payload of {} bytes is intact", params.payload_bytes))
 }
 
 /// The addresses of an area's pages.
@@ -128,15 +140,14 @@ fn pages(area: &(u64, u64)) -> impl Iterator<Item = u64> + use<> {
     (0..nr_pages).map(move |page| start + page * 4096)
 }
 
-/// Reads the whole disk through the bounce buffers into the private ring. Half way, malice strikes;
-/// `border` is a shared page with private memory behind it.
-fn read_disk(cpu: &mut Cpu, disk: &mut Driver, disk_bytes: u64, border: u64) -> Fallible<()> {
+/// Reads the whole disk through the bounce buffers into the ring. Half way, malice strikes.
+fn read_disk(cpu: &mut Cpu, disk: &mut Driver, disk_bytes: u64, malice: &Malice) -> Fallible<()> {
     let chunks = disk_bytes.div_ceil(CHUNK);
     let mut buf = vec![0; BURST];
     let mut submitted = 0;
     for chunk in 0..chunks {
         if chunk == chunks / 2 {
-            malice::try_all(cpu, disk, border)?;
+            malice.strike(cpu, disk)?;
         }
         let before = submitted;
         while submitted < chunks && submitted < chunk + BOUNCE_SLOTS {
@@ -165,7 +176,7 @@ fn read_disk(cpu: &mut Cpu, disk: &mut Driver, disk_bytes: u64, border: u64) -> 
         cpu.store_u64(control::PRODUCED, chunk + 1)?;
     }
     if chunks == 0 {
-        malice::try_all(cpu, disk, border)?;
+        malice.strike(cpu, disk)?;
     }
     cpu.store_u64(control::END, chunks + 1)
 }
