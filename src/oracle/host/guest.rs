@@ -174,17 +174,18 @@ impl Model {
                 }
                 _ => Answer::Granted(false),
             },
-            GuestAct::Relinquish => {
-                self.guest.remove(&at);
-                let keeps = self.errs(HostMistake::RelinquishedPagesKeepBytes);
-                match has {
-                    Some(Has { side: Visibility::Private, page }) if !keeps => {
+            GuestAct::Relinquish => match has {
+                // It takes the page back first.
+                Some(Has { side: Visibility::Shared, .. }) => Answer::Granted(false),
+                Some(Has { side: Visibility::Private, page }) => {
+                    self.guest.remove(&at);
+                    if !self.errs(HostMistake::RelinquishedPagesKeepBytes) {
                         self.fill((page, 1), 0);
                     }
-                    _ => {}
+                    Answer::Granted(true)
                 }
-                Answer::Granted(has.is_some())
-            }
+                None => Answer::Granted(true),
+            },
         }
     }
 
