@@ -15,8 +15,8 @@ use common::Capability;
 use gmem::addr::{ByteSize, Gfn, Ipa, Offset, Pgoff};
 use gmem::audit;
 use gmem::error::{Errno, ErrorKind};
-use gmem::hyp::pkvm::{Hypervisor, MemslotId, Vm};
-use gmem::hyp::{Exit, HvcResult, Hypercall};
+use gmem::hyp::pkvm::{Hypervisor, MemslotId, Profile, Vm};
+use gmem::hyp::{Exit, HvcResult, Hypercall, Vcpu};
 use gmem::range::PgoffRange;
 use gmem::{ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, Visibility};
 use kvm::KernelVm;
@@ -216,9 +216,9 @@ fn page(at: u64, nr_pages: u64) -> PgoffRange {
     PgoffRange::new(Pgoff::new(at), nr_pages).unwrap()
 }
 
-fn world() -> (FolioPool, Hypervisor, GuestMemfd, Vm) {
+fn world(profile: Profile) -> (FolioPool, Hypervisor, GuestMemfd, Vm) {
     let pool = FolioPool::new(ArenaBacking::Heap, ByteSize::from_mib(4)).unwrap();
-    let hyp = Hypervisor::new(&pool).unwrap();
+    let hyp = Hypervisor::with_profile(&pool, profile).unwrap();
     let memfd = GuestMemfd::builder(ByteSize::from_mib(2)).create(&pool).unwrap();
     let vm = hyp.create_vm().unwrap();
     (pool, hyp, memfd, vm)
@@ -226,18 +226,14 @@ fn world() -> (FolioPool, Hypervisor, GuestMemfd, Vm) {
 
 #[test]
 fn a_guest_keeps_what_it_has_not_given_up() {
-    let (pool, _hyp, memfd, vm) = world();
+    let (pool, _hyp, memfd, vm) = world(Profile::Android618);
     let stays = vm.bind(Gfn::new(0), &memfd, page(0, 4)).unwrap();
     let goes = vm.bind(Gfn::new(0x100), &memfd, page(4, 4)).unwrap();
     assert_eq!((stays.to_u16(), goes.to_u16()), (0, 1));
     let mut vcpu = vm.create_vcpu().unwrap();
     vcpu.store(Ipa::new(0x10_1000), b"private").unwrap();
     vcpu.store(Ipa::new(0x10_2000), b"shared").unwrap();
-    match vcpu.hvc(Hypercall::MemShare(Ipa::new(0x10_2000))) {
-        Err(Exit::Conversion(request)) => assert!(request.convert().is_ok()),
-        other => panic!("{other:?}"),
-    }
-    assert_eq!(vcpu.answer().unwrap(), HvcResult::SUCCESS);
+    agreed(&mut vcpu, Hypercall::MemShare(Ipa::new(0x10_2000)));
 
     for at in [0x10_1000, 0x10_2000] {
         let refused = vm.unbind(goes).unwrap_err();
@@ -246,35 +242,66 @@ fn a_guest_keeps_what_it_has_not_given_up() {
         let mut buf = [0; 6];
         vcpu.load(Ipa::new(at), &mut buf).unwrap();
         assert_ne!(buf, [0; 6]);
-        let gone = vcpu.hvc(Hypercall::MemRelinquish(Ipa::new(at))).unwrap();
-        assert_eq!(gone, HvcResult::SUCCESS);
-        let again = vcpu.hvc(Hypercall::MemRelinquish(Ipa::new(at))).unwrap();
-        assert_eq!(again, HvcResult::INVALID_PARAMETER, "it has not got it any more");
+        let gives_up = Hypercall::MemRelinquish(Ipa::new(at));
+        if at == 0x10_2000 {
+            // What is shared is taken back first.
+            assert_eq!(vcpu.hvc(gives_up).unwrap(), HvcResult::INVALID_PARAMETER);
+            agreed(&mut vcpu, Hypercall::MemUnshare(Ipa::new(at)));
+        }
+        assert_eq!(vcpu.hvc(gives_up).unwrap(), HvcResult::SUCCESS);
+        assert_eq!(vcpu.hvc(gives_up).unwrap(), HvcResult::SUCCESS, "nothing there is no error");
         assert_eq!(audit::check(&pool, &[&memfd]).to_string(), "clean");
     }
     vm.unbind(goes).unwrap();
     assert!(vm.memslot(Ipa::new(0x10_1000)).is_none());
     assert!(matches!(vcpu.load(Ipa::new(0x10_1000), &mut [0]), Err(Exit::Mmio { .. })));
     assert_eq!(vm.unbind(goes).unwrap_err().errno(), Errno::EINVAL);
-    // Whoever gets the memory next finds nothing of what was private; what was shared is still there.
+    // Whoever gets the memory next finds nothing of it.
     let _ = memfd.convert(page(4, 4), Visibility::Shared, ContentPolicy::Preserve).unwrap();
     let mut buf = [1; 7];
-    memfd.read(Offset::new(5 * PAGE), &mut buf).unwrap();
-    assert_eq!(buf, [0; 7]);
-    memfd.read(Offset::new(6 * PAGE), &mut buf).unwrap();
-    assert_eq!(&buf[..6], b"shared");
+    for page in [5, 6] {
+        memfd.read(Offset::new(page * PAGE), &mut buf).unwrap();
+        assert_eq!(buf, [0; 7]);
+    }
+    memfd.write(Offset::new(6 * PAGE), b"again!").unwrap();
     let _ = memfd.convert(page(4, 4), Visibility::Private, ContentPolicy::Preserve).unwrap();
     // And the guest may have it again, elsewhere.
     vm.bind_slot(goes, Gfn::new(0x200), &memfd, page(4, 4)).unwrap();
     vcpu.load(Ipa::new(0x20_2000), &mut buf[..6]).unwrap();
-    assert_eq!(&buf[..6], b"shared");
+    assert_eq!(&buf[..6], b"again!");
     assert_eq!(audit::check(&pool, &[&memfd]).to_string(), "clean");
+}
+
+/// The guest asks, and the VMM does it.
+#[track_caller]
+fn agreed(vcpu: &mut Vcpu, call: Hypercall) {
+    match vcpu.hvc(call) {
+        Err(Exit::Conversion(request)) => assert!(request.convert().is_ok()),
+        other => panic!("{other:?}"),
+    }
+    assert!(vcpu.answer().unwrap().is_success());
+}
+
+/// In mainline a guest has no way to give anything up, and a memslot that it uses stays.
+#[test]
+fn mainline_has_no_way_out_of_a_memslot() {
+    let (_pool, hyp, memfd, vm) = world(Profile::Mainline72);
+    let used = vm.bind(Gfn::new(0), &memfd, page(0, 4)).unwrap();
+    let idle = vm.bind(Gfn::new(0x100), &memfd, page(4, 4)).unwrap();
+    let mut vcpu = vm.create_vcpu().unwrap();
+    vcpu.store(Ipa::new(0), b"private").unwrap();
+    let gives_up = vcpu.hvc(Hypercall::MemRelinquish(Ipa::new(0))).unwrap();
+    assert_eq!(gives_up, HvcResult::NOT_SUPPORTED);
+    let refused = vm.unbind(used).unwrap_err();
+    assert_eq!((refused.kind(), refused.errno()), (ErrorKind::HypervisorRefused, Errno::EPERM));
+    vm.unbind(idle).unwrap();
+    assert_eq!(hyp.stat().donated, ByteSize::from_pages(1));
 }
 
 /// One vCPU works in memory that stays, another in memory that is plugged and unplugged under it.
 #[test]
 fn memory_comes_and_goes_while_guests_run() {
-    let (pool, hyp, memfd, vm) = world();
+    let (pool, hyp, memfd, vm) = world(Profile::Android618);
     vm.bind(Gfn::new(0), &memfd, page(0, 8)).unwrap();
     let stop = AtomicBool::new(false);
     let (stop, vm) = (&stop, &vm);

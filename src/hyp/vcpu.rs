@@ -189,7 +189,7 @@ impl Vcpu {
                     Ok(1) => Stop::Poisoned,
                     _ => Stop::Fault,
                 },
-                GuestStop::Invalid | GuestStop::Broken => Stop::Invalid,
+                _ => Stop::Invalid,
             })
         })
     }

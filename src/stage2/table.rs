@@ -11,9 +11,9 @@
 
 use slab::Slab;
 
-use super::pte::{Annotation, Entry, Leaf, Level, Pte};
+use super::pte::{Entry, Leaf, Level, Pte};
 use super::walk::{TableError, TableShape};
-use crate::addr::{Gfn, Pfn};
+use crate::addr::Gfn;
 use crate::geometry::index;
 
 /// One table: entries, and how many of them are not zero.
@@ -95,11 +95,6 @@ impl Table {
         self.shape
     }
 
-    /// How many tables are in use, the root included.
-    pub(crate) fn nr_tables(&self) -> usize {
-        self.nodes.len()
-    }
-
     fn pte(&self, place: Place) -> Pte {
         self.nodes[place.node].entries[place.index]
     }
@@ -131,29 +126,6 @@ impl Table {
         self.walk(gfn).map(|found| (found.level, found.entry))
     }
 
-    /// The frame behind a guest frame, be it mapped by a page or by a block.
-    pub(crate) fn translate(&self, gfn: Gfn) -> Option<Pfn> {
-        match self.lookup(gfn) {
-            Ok((level, Entry::Leaf(leaf))) => {
-                leaf.pfn.checked_add(gfn.get() & (self.shape.pages_at(level) - 1))
-            }
-            _ => None,
-        }
-    }
-
-    /// The leaf of a single page: what most transitions begin with.
-    ///
-    /// # Errors
-    /// [`TableError::Poisoned`], else [`TableError::Absent`], else [`TableError::Block`].
-    pub(crate) fn page(&self, gfn: Gfn) -> Result<Leaf, TableError> {
-        match self.lookup(gfn)? {
-            (_, Entry::Annotated(Annotation::GuestPoisoned, _)) => Err(TableError::Poisoned),
-            (Level::PAGE, Entry::Leaf(leaf)) => Ok(leaf),
-            (_, Entry::Leaf(_)) => Err(TableError::Block),
-            _ => Err(TableError::Absent),
-        }
-    }
-
     /// Maps a page, or at a level above [`Level::PAGE`] a block.
     ///
     /// An entry that differs in more than permissions is replaced, break before make. What lies
@@ -171,21 +143,6 @@ impl Table {
             return Err(TableError::Invalid);
         }
         self.put(gfn, level, pte)
-    }
-
-    /// Makes the page of `gfn` lead nowhere, and says why. Replaces a leaf.
-    ///
-    /// # Errors
-    /// [`TableError::Invalid`] for a payload that needs bit 0 or bits 63:60,
-    /// [`TableError::BeyondIpa`], [`TableError::Block`], [`TableError::Unchanged`],
-    /// [`TableError::NoMemory`].
-    pub(crate) fn annotate(
-        &mut self,
-        gfn: Gfn,
-        kind: Annotation,
-        payload: u64,
-    ) -> Result<(), TableError> {
-        self.put(gfn, Level::PAGE, Pte::annotation(kind, payload)?)
     }
 
     fn put(&mut self, gfn: Gfn, level: Level, new: Pte) -> Result<(), TableError> {
@@ -366,44 +323,6 @@ impl Table {
             self.next_entry(gfn.checked_add(self.shape.pages_at(level))?)
         };
         std::iter::successors(self.next_entry(Gfn::new(0)), after)
-    }
-
-    /// What is wrong with the tree itself: counts, strays, entries left in the middle of a change.
-    pub(crate) fn check(&self) -> Vec<String> {
-        let mut wrong = Vec::new();
-        let mut nr_reached = 0;
-        let mut todo = vec![(self.root, self.shape.root())];
-        while let Some((key, level)) = todo.pop() {
-            let Some(node) = self.nodes.get(key) else {
-                wrong.push(format!("{level:?} table {key} is reachable and gone"));
-                continue;
-            };
-            nr_reached += 1;
-            let nr_used = node.entries.iter().filter(|pte| !pte.is_empty()).count();
-            if nr_used != node.nr_used || nr_used == 0 && key != self.root {
-                wrong.push(format!(
-                    "{level:?} table {key} counts {} entries and has {nr_used}",
-                    node.nr_used
-                ));
-            }
-            for pte in &node.entries {
-                match pte.decode(level) {
-                    Entry::Table(next) => todo.push((next, level.below())),
-                    Entry::Locked | Entry::Reserved => {
-                        wrong.push(format!("{level:?} table {key} has an entry {pte:?}"));
-                    }
-                    _ => {}
-                }
-            }
-            if nr_reached > self.nodes.len() {
-                wrong.push("a table is reachable twice".into());
-                return wrong;
-            }
-        }
-        if nr_reached != self.nodes.len() {
-            wrong.push(format!("{} of {} tables are reachable", nr_reached, self.nodes.len()));
-        }
-        wrong
     }
 }
 

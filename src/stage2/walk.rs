@@ -12,8 +12,6 @@ pub(crate) enum TableError {
     BeyondIpa,
     #[error("nothing is mapped there")]
     Absent,
-    #[error("the page there was destroyed")]
-    Poisoned,
     #[error("a block covers the page")]
     Block,
     #[error("smaller pages are mapped under the block")]
@@ -31,7 +29,6 @@ impl From<TableError> for Errno {
         match error {
             TableError::BeyondIpa => Self::ERANGE,
             TableError::Absent => Self::ENOENT,
-            TableError::Poisoned => Self::EHWPOISON,
             TableError::Block => Self::E2BIG,
             TableError::TableInTheWay => Self::EEXIST,
             TableError::Invalid => Self::EINVAL,

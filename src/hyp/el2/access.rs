@@ -1,11 +1,14 @@
 //! Who touches bytes, and what becomes of that. Each kind of access has its own observable result when the page is
 //! somebody else's.
 
+#[cfg(any(test, feature = "oracle"))]
+use super::Pages;
 use super::host_call::HostCall;
 use super::incident::Incident;
+#[cfg(any(test, feature = "oracle"))]
 use super::transition::{unuse_dma, use_dma};
 use super::vm::{Fault, FaultKind};
-use super::{El2, Pages, State};
+use super::{El2, State};
 use crate::addr::{Access, Ipa, Pa};
 use crate::error::Errno;
 
@@ -16,6 +19,7 @@ pub(crate) enum Bytes<'a> {
     Store(&'a [u8]),
 }
 
+#[cfg(any(test, feature = "oracle"))]
 impl Bytes<'_> {
     /// The same once more.
     pub(crate) fn again(&mut self) -> Bytes<'_> {
@@ -62,6 +66,7 @@ pub(crate) enum GuestStop {
     /// No vCPU is loaded, or the bytes are not of one page.
     Invalid,
     /// The memory is broken.
+    #[cfg(any(test, feature = "oracle"))]
     Broken,
 }
 
@@ -151,6 +156,7 @@ impl El2 {
     ///
     /// # Errors
     /// `ENOSYS` in others; as for the transition.
+    #[cfg(any(test, feature = "oracle"))]
     pub(crate) fn map_dma(&self, pages: Pages) -> Result<(), Errno> {
         match self.profile.is_android() {
             true => use_dma(&mut self.host.lock(), pages),
@@ -162,6 +168,7 @@ impl El2 {
     ///
     /// # Errors
     /// As for [`Self::map_dma`].
+    #[cfg(any(test, feature = "oracle"))]
     pub(crate) fn unmap_dma(&self, pages: Pages) -> Result<(), Errno> {
         match self.profile.is_android() {
             true => unuse_dma(&mut self.host.lock(), pages),
@@ -173,6 +180,7 @@ impl El2 {
     ///
     /// # Errors
     /// Why it stops.
+    #[cfg(any(test, feature = "oracle"))]
     pub(crate) fn vcpu(&self, cpu: usize, at: Ipa, mut bytes: Bytes<'_>) -> Result<(), GuestStop> {
         let done = self.vcpu_act(cpu, at, bytes.access(), |at| self.copy(at, &mut bytes))?;
         done.map_err(|errno| match errno {

@@ -74,6 +74,7 @@ impl GuestMmu {
     ///
     /// # Errors
     /// `ERANGE` beyond the guest's addresses.
+    #[cfg(test)]
     pub(crate) fn state(&self, gfn: Gfn) -> Result<State, Errno> {
         let (level, pte) = self.tree.get(gfn)?;
         Ok(state_of(level, pte))

@@ -3,9 +3,11 @@
 //! Registers are cut to the width that the original declares for them, as its compiler does. A handle has 16 bits, so
 //! what lies above them is not looked at.
 
+use super::El2;
+#[cfg(test)]
+use super::Pages;
 use super::transition::{self, Age, NpRange, frame, guest_frame};
 use super::vm::{FaultKind, Loaded};
-use super::{El2, Pages};
 use crate::addr::Pa;
 use crate::error::Errno;
 
@@ -246,11 +248,13 @@ impl El2 {
     ///
     /// # Errors
     /// As for the transition.
+    #[cfg(test)]
     pub(crate) fn pin_shared(&self, pages: Pages) -> Result<(), Errno> {
         transition::pin(&mut self.host.lock(), &mut self.hyp.lock(), pages)
     }
 
     /// And let go.
+    #[cfg(test)]
     pub(crate) fn unpin_shared(&self, pages: Pages) {
         transition::unpin(&mut self.host.lock(), &mut self.hyp.lock(), pages);
     }

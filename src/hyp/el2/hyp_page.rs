@@ -102,6 +102,7 @@ impl HypPages {
     }
 
     /// How many bytes the records take.
+    #[cfg(test)]
     pub(crate) fn nr_bytes(&self) -> usize {
         let made = self.chunks.iter().flatten().count();
         made * size_of::<Chunk>() + self.chunks.len() * size_of::<Option<Box<Chunk>>>()

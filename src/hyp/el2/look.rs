@@ -59,6 +59,12 @@ impl El2 {
         // What is shared with EL2 or the secure world alone is the kernel's own, and lies beyond.
         touched.filter(|&(pfn, state)| pfn < end && state != State::Owned).collect()
     }
+
+    /// Has EL2 believe something else of a frame, for somebody to notice.
+    #[cfg(test)]
+    pub(crate) fn mistake(&self, pfn: Pfn, state: State) {
+        self.host.lock().pages.update(pfn, |page| page.set_host(state));
+    }
 }
 
 impl Look<'_> {

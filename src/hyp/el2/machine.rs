@@ -53,6 +53,10 @@ impl FrameBytes for Arc<Arena> {
 pub(crate) enum RegionKind {
     Memory,
     /// Memory that the host must not map by itself, and may give to nobody.
+    #[cfg_attr(
+        not(any(test, feature = "oracle")),
+        expect(dead_code, reason = "a pool has none; it is here for hosts that do anything")
+    )]
     NoMap,
 }
 
@@ -113,6 +117,7 @@ impl Machine {
         Ok(Self { regions, bytes, structs: Mutex::new(HashMap::new()) })
     }
 
+    #[cfg(any(test, feature = "oracle"))]
     pub(crate) fn regions(&self) -> &[Region] {
         &self.regions
     }

@@ -21,6 +21,10 @@ pub(crate) enum SpecPage {
     /// The host's, shown to EL2.
     HostAndHyp,
     /// The host's, shown to the secure world.
+    #[cfg_attr(
+        not(any(test, feature = "oracle")),
+        expect(dead_code, reason = "only the oracle and tests have a secure world")
+    )]
     HostAndFfa,
     #[cfg(debug_assertions)]
     /// The host's, in non-protected guests, once for each time that it is mapped.

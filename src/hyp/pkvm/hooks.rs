@@ -31,7 +31,12 @@ impl VmCore {
         if !plan.parts.is_empty() {
             self.top_up(state, plan.nr_tables)?;
         }
-        self.with_guest_stopped(runs.iter().map(|run| (run.gfn, run.nr_pages)), prepare);
+        match plan.is_reached {
+            true => {
+                self.with_guest_stopped(runs.iter().map(|run| (run.gfn, run.nr_pages)), prepare)
+            }
+            false => prepare(),
+        }
         for &(run, step) in &plan.parts {
             let mut at = 0;
             while at < run.nr_pages {

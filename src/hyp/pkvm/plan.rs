@@ -29,6 +29,8 @@ impl Step {
 pub(super) struct Plan {
     pub(super) parts: Vec<(GuestRun, Step)>,
     pub(super) nr_tables: u64,
+    /// Whether the guest has any of the pages.
+    pub(super) is_reached: bool,
 }
 
 /// Whose life it is and who has asked for what.
@@ -92,6 +94,7 @@ impl Plan {
                 last_block = Some(gfn.get() / HUGE_PAGES);
                 plan.nr_tables += 1;
             }
+            plan.is_reached |= step != Step::Donate && look.guest(gfn).is_ok();
             plan.add(gfn, pfn, step)?;
         }
         for (run, step) in &plan.parts {

@@ -5,7 +5,9 @@ use super::keepers::Why;
 use super::mistake::HostMistake;
 use super::model::{Model, OUT_OF_RANGE};
 use super::step::{Answer, Refused, Run, pages_of};
+use crate::backing::ArenaBacking;
 use crate::error::{Errno, ErrorKind};
+use crate::geometry::HUGE_PAGES;
 use crate::gmem::ContentPolicy;
 use crate::state::Visibility;
 
@@ -174,17 +176,18 @@ impl Model {
                 }
                 _ => Answer::Granted(false),
             },
-            GuestAct::Relinquish => {
-                self.guest.remove(&at);
-                let keeps = self.errs(HostMistake::RelinquishedPagesKeepBytes);
-                match has {
-                    Some(Has { side: Visibility::Private, page }) if !keeps => {
+            GuestAct::Relinquish => match has {
+                // It takes the page back first.
+                Some(Has { side: Visibility::Shared, .. }) => Answer::Granted(false),
+                Some(Has { side: Visibility::Private, page }) => {
+                    self.guest.remove(&at);
+                    if !self.errs(HostMistake::RelinquishedPagesKeepBytes) {
                         self.fill((page, 1), 0);
                     }
-                    _ => {}
+                    Answer::Granted(true)
                 }
-                Answer::Granted(has.is_some())
-            }
+                None => Answer::Granted(true),
+            },
         }
     }
 
@@ -198,8 +201,28 @@ impl Model {
             return Err(Answer::NotPrivate);
         }
         self.populate((page, 1));
-        self.guest.insert(at, Has { page, side: Visibility::Private });
+        for (at, page) in self.given_with(at, page) {
+            self.guest.insert(at, Has { page, side: Visibility::Private });
+        }
         Ok(page)
+    }
+
+    /// What the guest is given with a page: its whole huge folio, if one entry of its tables can be all of that.
+    fn given_with(&self, at: u64, page: u64) -> Vec<(u64, u64)> {
+        let alone = vec![(at, page)];
+        let Some(first) = at.checked_sub(page % HUGE_PAGES) else { return alone };
+        if self.backing != ArenaBacking::MemfdHugetlb2M || first % HUGE_PAGES != 0 {
+            return alone;
+        }
+        let start = page - page % HUGE_PAGES;
+        let block: Vec<_> = (0..HUGE_PAGES).map(|nth| (first + nth, start + nth)).collect();
+        let fits = |&(at, page): &(u64, u64)| {
+            self.bound_at(at) == Some(page)
+                && self.is(page, Visibility::Private)
+                && self.is_resident(page)
+                && !self.guest.contains_key(&at)
+        };
+        if block.iter().all(fits) { block } else { alone }
     }
 
     /// The VMM does what the guest asks for, if it can.

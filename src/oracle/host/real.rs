@@ -18,8 +18,8 @@ use crate::gmem::{
     Subscription, ViewOptions, ViewPath,
 };
 use crate::hyp::iommu::{Device, Domain};
-use crate::hyp::pkvm::{Hypervisor, MemslotId, Vm};
-use crate::hyp::{Exit, HvcResult, Hypercall, Vcpu};
+use crate::hyp::pkvm::{Hypervisor, MemslotId, Profile, Vm};
+use crate::hyp::{Exit, Hypercall, Vcpu};
 use crate::range::PgoffRange;
 use crate::state::Visibility;
 
@@ -82,7 +82,8 @@ impl Real {
             .initial(Visibility::Shared)
             .name("host oracle")
             .create(&pool)?;
-        let hypervisor = Hypervisor::new(&pool)?;
+        // The only one in which guests give pages up.
+        let hypervisor = Hypervisor::with_profile(&pool, Profile::Android618)?;
         let vm = hypervisor.create_vm()?;
         Ok(Self {
             vcpu: Some(vm.create_vcpu()?),
@@ -270,11 +271,11 @@ impl Real {
         };
         Ok(match outcome {
             Ok(None) => Answer::Done,
-            Ok(Some(result)) => Answer::Granted(result == HvcResult::SUCCESS),
+            Ok(Some(result)) => Answer::Granted(result.is_success()),
             Err(Exit::Conversion(request)) => {
                 // The guest hears what is there, not what we say.
                 let _ = request.convert();
-                Answer::Granted(vcpu.answer()? == HvcResult::SUCCESS)
+                Answer::Granted(vcpu.answer()?.is_success())
             }
             Err(Exit::Mmio { .. }) => Answer::NoSlot,
             Err(Exit::MemoryFault { .. }) => Answer::NotPrivate,

@@ -3,6 +3,84 @@ use std::collections::BTreeMap;
 use super::*;
 use crate::stage2::{PageState, Prot};
 
+/// What only tests ask of a table.
+impl Table {
+    /// How many tables are in use, the root included.
+    fn nr_tables(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// The frame behind a guest frame, be it mapped by a page or by a block.
+    fn translate(&self, gfn: Gfn) -> Option<Pfn> {
+        match self.lookup(gfn) {
+            Ok((level, Entry::Leaf(leaf))) => {
+                leaf.pfn.checked_add(gfn.get() & (self.shape.pages_at(level) - 1))
+            }
+            _ => None,
+        }
+    }
+
+    /// The leaf of a single page: what most transitions begin with.
+    ///
+    /// # Errors
+    /// [`TableError::Absent`], else [`TableError::Block`].
+    fn page(&self, gfn: Gfn) -> Result<Leaf, TableError> {
+        match self.lookup(gfn)? {
+            (Level::PAGE, Entry::Leaf(leaf)) => Ok(leaf),
+            (_, Entry::Leaf(_)) => Err(TableError::Block),
+            _ => Err(TableError::Absent),
+        }
+    }
+
+    /// Makes the page of `gfn` lead nowhere, and says why. Replaces a leaf.
+    ///
+    /// # Errors
+    /// [`TableError::Invalid`] for a payload that needs bit 0 or bits 63:60,
+    /// [`TableError::BeyondIpa`], [`TableError::Block`], [`TableError::Unchanged`],
+    /// [`TableError::NoMemory`].
+    fn annotate(&mut self, gfn: Gfn, kind: Annotation, payload: u64) -> Result<(), TableError> {
+        self.put(gfn, Level::PAGE, Pte::annotation(kind, payload)?)
+    }
+
+    /// What is wrong with the tree itself: counts, strays, entries left in the middle of a change.
+    fn check(&self) -> Vec<String> {
+        let mut wrong = Vec::new();
+        let mut nr_reached = 0;
+        let mut todo = vec![(self.root, self.shape.root())];
+        while let Some((key, level)) = todo.pop() {
+            let Some(node) = self.nodes.get(key) else {
+                wrong.push(format!("{level:?} table {key} is reachable and gone"));
+                continue;
+            };
+            nr_reached += 1;
+            let nr_used = node.entries.iter().filter(|pte| !pte.is_empty()).count();
+            if nr_used != node.nr_used || nr_used == 0 && key != self.root {
+                wrong.push(format!(
+                    "{level:?} table {key} counts {} entries and has {nr_used}",
+                    node.nr_used
+                ));
+            }
+            for pte in &node.entries {
+                match pte.decode(level) {
+                    Entry::Table(next) => todo.push((next, level.below())),
+                    Entry::Locked | Entry::Reserved => {
+                        wrong.push(format!("{level:?} table {key} has an entry {pte:?}"));
+                    }
+                    _ => {}
+                }
+            }
+            if nr_reached > self.nodes.len() {
+                wrong.push("a table is reachable twice".into());
+                return wrong;
+            }
+        }
+        if nr_reached != self.nodes.len() {
+            wrong.push(format!("{} of {} tables are reachable", nr_reached, self.nodes.len()));
+        }
+        wrong
+    }
+}
+
 /// Three levels of four entries: 64 pages, blocks of 4 pages and of 16.
 fn tiny() -> Table {
     Table::new(TableShape::new(3, 2, 2).unwrap()).unwrap()
@@ -55,7 +133,7 @@ fn an_annotation_keeps_its_table() {
     let again = table.annotate(Gfn::new(5), Annotation::HostDonation, 0x40);
     assert_eq!(again, Err(TableError::Unchanged));
     table.annotate(Gfn::new(5), Annotation::GuestPoisoned, 0).unwrap();
-    assert_eq!(table.page(Gfn::new(5)), Err(TableError::Poisoned));
+    assert_eq!(table.page(Gfn::new(5)), Err(TableError::Absent));
     sound(&table);
     table.clear(Gfn::new(5), Level::PAGE).unwrap();
     assert_eq!(table.nr_tables(), 1);

@@ -127,6 +127,7 @@ impl El2 {
     }
 
     /// Rule 31, which is the host's to keep: frames that VMs which are gone have kept.
+    #[cfg(test)]
     pub(crate) fn orphans(&self) -> Vec<Pfn> {
         self.host.lock().orphans.clone()
     }

@@ -2,19 +2,22 @@
 
 use std::collections::BTreeMap;
 
-use super::super::host_mmu::HostMmu;
-use super::super::spec::SpecPage;
-use super::super::{El2, Pages, State};
+use super::super::Pages;
+#[cfg(any(test, feature = "oracle"))]
+use super::super::{El2, State, host_mmu::HostMmu, spec::SpecPage};
+#[cfg(any(test, feature = "oracle"))]
 use super::touched;
+#[cfg(any(test, feature = "oracle"))]
 use crate::error::Errno;
 
-/// What the secure world has: runs of pages, by the handle that it gave for them.
+/// What the secure world has: nothing, but in tests and for the oracle. Runs of pages, by the handle that it gave for them.
 ///
 /// EL2's own check says only that the host shows the page to somebody. That it is to the secure world is known
 /// because the secure world has agreed to give the handle up.
 #[derive(Debug, Default)]
 pub(crate) struct Ffa {
     held: BTreeMap<u64, Pages>,
+    #[cfg(any(test, feature = "oracle"))]
     next: u64,
 }
 
@@ -24,6 +27,7 @@ impl Ffa {
     }
 }
 
+#[cfg(any(test, feature = "oracle"))]
 fn share(host: &mut HostMmu, pages: Pages) -> Result<(), Errno> {
     host.check_state(pages, State::Owned)?;
     if pages.iter().any(|pfn| host.page(pfn).nr_pins > 0) {
@@ -35,6 +39,7 @@ fn share(host: &mut HostMmu, pages: Pages) -> Result<(), Errno> {
     Ok(())
 }
 
+#[cfg(any(test, feature = "oracle"))]
 fn unshare(host: &mut HostMmu, pages: Pages) -> Result<(), Errno> {
     host.check_state(pages, State::SharedOwned)?;
     host.pages.set_host(pages, State::Owned);
@@ -43,6 +48,7 @@ fn unshare(host: &mut HostMmu, pages: Pages) -> Result<(), Errno> {
     Ok(())
 }
 
+#[cfg(any(test, feature = "oracle"))]
 impl El2 {
     /// The host shows pages to the secure world, which answers with a handle.
     ///

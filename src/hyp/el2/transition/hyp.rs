@@ -47,6 +47,7 @@ pub(crate) fn unshare_hyp(host: &mut HostMmu, pfn: Pfn) -> Result<(), Errno> {
 ///
 /// # Errors
 /// `EINVAL` or `EPERM` for what is no memory; `EPERM` for what is not the host's alone; `EBUSY` for too many devices.
+#[cfg(any(test, feature = "oracle"))]
 pub(crate) fn use_dma(host: &mut HostMmu, pages: Pages) -> Result<(), Errno> {
     host.check_state(pages, State::Owned)?;
     if pages.iter().any(|pfn| host.page(pfn).nr_pins == u16::MAX) {
@@ -60,6 +61,7 @@ pub(crate) fn use_dma(host: &mut HostMmu, pages: Pages) -> Result<(), Errno> {
 ///
 /// # Errors
 /// As for [`use_dma`]; `EINVAL` if no device used one of them.
+#[cfg(any(test, feature = "oracle"))]
 pub(crate) fn unuse_dma(host: &mut HostMmu, pages: Pages) -> Result<(), Errno> {
     host.check_state(pages, State::Owned)?;
     if pages.iter().any(|pfn| host.page(pfn).nr_pins == 0) {

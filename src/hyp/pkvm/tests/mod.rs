@@ -4,6 +4,7 @@ use super::*;
 use crate::addr::{Access, Gfn, Ipa, Offset, Pgoff};
 use crate::backing::ArenaBacking;
 use crate::gmem::{ContentPolicy, GuestMemfd, PinMode};
+use crate::hyp::kernel::KernelPages;
 use crate::hyp::{ConversionRequest, Exit, HvcResult, Hypercall, MmioAccess, Vcpu};
 use crate::range::PgoffRange;
 use crate::stage2::{GuestRun, Stage2};
@@ -23,17 +24,17 @@ struct World {
 
 impl World {
     fn new() -> Self {
-        Self::with(Visibility::Private, TableShape::IPA_40, usize::MAX)
+        Self::with(Visibility::Private)
     }
 
-    fn with(initial: Visibility, shape: TableShape, nr_tables: usize) -> Self {
+    fn with(initial: Visibility) -> Self {
         let pool = FolioPool::new(ArenaBacking::Heap, ByteSize::from_pages(2 * NR_PAGES)).unwrap();
         let hyp = Hypervisor::new(&pool).unwrap();
         let memfd = GuestMemfd::builder(ByteSize::from_pages(NR_PAGES))
             .initial(initial)
             .create(&pool)
             .unwrap();
-        let vm = hyp.create_vm_with(shape, nr_tables).unwrap();
+        let vm = hyp.create_vm().unwrap();
         vm.bind(Gfn::new(BASE), &memfd, memfd.pages()).unwrap();
         Self { pool, hyp, memfd, vm }
     }
@@ -112,7 +113,7 @@ fn memory_is_given_when_it_is_touched() {
 
 #[test]
 fn a_payload_is_there_when_the_guest_starts() {
-    let world = World::with(Visibility::Shared, TableShape::IPA_40, usize::MAX);
+    let world = World::with(Visibility::Shared);
     world.memfd.write(Offset::new(0x1ffe), b"boot").unwrap();
     world.convert(0, NR_PAGES, Visibility::Private).unwrap();
     assert_eq!(world.donated(), 2, "pages without a folio are given when they are touched");
@@ -187,7 +188,7 @@ fn atomics_are_aligned_or_refused() {
 
 #[test]
 fn shared_memory_is_not_what_a_protected_guest_expects() {
-    let world = World::with(Visibility::Shared, TableShape::IPA_40, usize::MAX);
+    let world = World::with(Visibility::Shared);
     let mut vcpu = world.vcpu();
     world.memfd.write(Offset::new(0x5000), b"hello").unwrap();
     let at = Ipa::new(ipa(5).get() + 1);
@@ -404,7 +405,7 @@ fn hypercalls_that_cannot_be_met_are_refused() {
     assert_eq!(vcpu.hvc(Hypercall::MemShare(beyond)).unwrap(), invalid, "no such address");
     let outside = vcpu.hvc(Hypercall::MemShare(Ipa::new(0)));
     assert!(matches!(outside, Err(Exit::MemoryFault { ipa, .. }) if ipa == Ipa::new(0)));
-    assert_eq!(vcpu.hvc(Hypercall::Features).unwrap().regs().0[0], 0b10_0001_1101);
+    assert_eq!(vcpu.hvc(Hypercall::Features).unwrap().regs().0[0], 0b1_1101);
     assert_eq!(vcpu.hvc(Hypercall::HypMeminfo).unwrap().regs().0[0], 4096);
 }
 
@@ -439,7 +440,8 @@ fn teardown_zeroes_what_was_private_and_returns_everything() {
     drop(vcpu);
     world.vm.teardown().unwrap();
     assert_eq!(world.hyp.stat(), HostStat::default());
-    assert_eq!(world.vm.stat(), VmStat { nr_tables: 1, ..VmStat::default() });
+    // The root, which is two pages.
+    assert_eq!(world.vm.stat(), VmStat { nr_tables: 2, ..VmStat::default() });
     world.sound();
     assert_eq!(world.host_reads(30), Ok(7), "the host saw it anyway");
     // Without a guest the host may convert as it likes, and finds zeroes.
@@ -505,18 +507,81 @@ fn memslots_do_not_overlap_and_lie_within() {
     second.bind(Gfn::new(0), &foreign, foreign.pages()).unwrap_err();
 }
 
+/// All of the kernel's own pages, taken by somebody else.
+fn kernel_pages(hyp: &Hypervisor, left: u64) -> Vec<u64> {
+    let mut kernel = hyp.0.kernel.lock();
+    (left..kernel.nr()).map(|_| kernel.take(1).unwrap()).collect()
+}
+
 #[test]
 fn without_memory_for_tables_nothing_is_given() {
-    let tiny = TableShape::new(4, 2, 3).unwrap();
-    let world = World::with(Visibility::Shared, tiny, 6);
+    let world = World::with(Visibility::Shared);
     world.memfd.allocate(world.memfd.pages()).unwrap();
+    let taken = kernel_pages(&world.hyp, 1);
     let error = world.convert(0, NR_PAGES, Visibility::Private).unwrap_err();
     assert_eq!((error.kind(), error.errno()), (ErrorKind::HypervisorRefused, Errno::ENOMEM));
     assert_eq!((world.donated(), world.host_reads(0)), (0, Ok(0)));
+    let error = world.hyp.create_vm().unwrap_err();
+    assert_eq!((error.kind(), error.errno()), (ErrorKind::Exhausted, Errno::ENOMEM));
+    assert_eq!(world.vm.create_vcpu().unwrap_err().kind(), ErrorKind::Exhausted);
+    world.sound();
+    taken.into_iter().for_each(|at| world.hyp.0.kernel.lock().give(at));
     world.convert(0, 16, Visibility::Private).unwrap();
     let mut vcpu = world.vcpu();
     vcpu.store(ipa(15), &[1]).unwrap();
     world.sound();
+}
+
+#[test]
+fn the_kernel_has_all_of_its_pages_back() {
+    let pool = FolioPool::new(ArenaBacking::Heap, ByteSize::from_mib(4)).unwrap();
+    let hyp = Hypervisor::new(&pool).unwrap();
+    let before = hyp.0.kernel.lock().nr();
+    for make in [Hypervisor::create_vm, Hypervisor::create_non_protected_vm] {
+        let initial = Visibility::Shared;
+        let object = GuestMemfd::builder(ByteSize::from_mib(2)).initial(initial).create(&pool);
+        let object = object.unwrap();
+        let vm = make(&hyp).unwrap();
+        // Each page has tables of its own.
+        for page in 0..64 {
+            vm.bind(Gfn::new(page << 18), &object, range(page, 1)).unwrap();
+        }
+        if vm.kind() == VmKind::Protected {
+            let _ = object.convert(object.pages(), Visibility::Private, PRESERVE).unwrap();
+        }
+        let mut vcpus: Vec<_> = (0..5).map(|_| vm.create_vcpu().unwrap()).collect();
+        for page in 0..64 {
+            vcpus[4].store(Gfn::new(page << 18).ipa(), &[1]).unwrap();
+        }
+        assert!(hyp.0.kernel.lock().nr() < before - 128);
+        drop(vcpus);
+        drop(vm);
+        assert_eq!((hyp.0.kernel.lock().nr(), hyp.stat()), (before, HostStat::default()));
+        assert_eq!(hyp.check_invariants(), Vec::<String>::new());
+    }
+}
+
+/// More vCPUs than the machine has CPUs, at once and one after the other.
+#[test]
+fn vcpus_take_turns() {
+    let world = World::new();
+    let mut vcpus: Vec<_> = (0..80).map(|_| world.vcpu()).collect();
+    for round in 0..3 {
+        for (nr, vcpu) in vcpus.iter_mut().enumerate() {
+            let at = ipa(nr as u64 % NR_PAGES);
+            vcpu.store(at, &[nr as u8, round]).unwrap();
+        }
+        for (nr, vcpu) in vcpus.iter_mut().enumerate() {
+            let mut seen = [0; 2];
+            vcpu.load(ipa((nr as u64 + 1) % NR_PAGES), &mut seen).unwrap();
+            assert_eq!(seen[1], round);
+        }
+        world.sound();
+        // Numbers of those that are gone are used again.
+        vcpus.truncate(40);
+        vcpus.extend((0..40).map(|_| world.vcpu()));
+    }
+    assert_eq!(world.vm.stat().owned, ByteSize::from_pages(NR_PAGES));
 }
 
 #[test]
@@ -544,26 +609,13 @@ fn there_is_room_for_so_many() {
 
 #[test]
 fn the_invariants_notice_what_is_wrong() {
-    let breakages: [fn(&World, Pfn); 4] = [
-        // The host has a page that is a guest's.
-        |world, pfn| world.hyp.0.pages.lock().set_owned(pfn).unwrap(),
-        // The host sees a page that the guest has to itself.
-        |world, pfn| world.hyp.0.pages.lock().set_borrowed(pfn).unwrap(),
-        // The host has it down as another guest's.
-        |world, pfn| {
-            let owner = page::GuestOwner { handle: VmHandle(7), gfn: Gfn::new(0) };
-            world.hyp.0.pages.lock().set_donated(pfn, owner).unwrap();
-        },
-        // The machine is forgotten before its pages are back.
-        |world, _| world.hyp.0.forget(VmHandle(FIRST_HANDLE)),
-    ];
-    for breaks in breakages {
+    for state in [State::Owned, State::SharedBorrowed, State::SharedOwned] {
         let world = World::new();
         world.vcpu().store(ipa(1), &[1]).unwrap();
         world.sound();
         let (pfn, _) = world.hyp.frames_of_guests()[0];
-        breaks(&world, pfn);
-        assert_ne!(world.hyp.check_invariants(), Vec::<String>::new());
+        world.hyp.0.el2.mistake(pfn, state);
+        assert_ne!(world.hyp.check_invariants(), Vec::<String>::new(), "{state:?}");
     }
 }
 

@@ -20,7 +20,7 @@ fn random_steps_keep_the_invariants() {
         seed ^= seed << 17;
         (seed >> 33) % below
     };
-    let world = World::with(Visibility::Shared, TableShape::new(4, 2, 3).unwrap(), usize::MAX);
+    let world = World::with(Visibility::Shared);
     let mut vcpu = world.vcpu();
     let mut model = [Model::Host; NR_PAGES as usize];
     for step in 0..4000_u64 {
