@@ -9,6 +9,7 @@ use crate::geometry::{HUGE_PAGES, PAGE_BYTES, index};
 use crate::hyp::el2::{
     Bytes, El2, FrameBytes, KernelOutcome, Machine, Pages, Profile, Region, RegionKind,
 };
+use crate::hyp::kernel::KernelPages;
 use crate::range::PfnRange;
 use crate::sync::Mutex;
 
@@ -93,17 +94,18 @@ fn take_run(free: &mut BTreeSet<u64>, nr: u64, nr_align: u64) -> Option<u64> {
     Some(start)
 }
 
-impl Frames {
-    /// Consecutive pages of the kernel's own, by address.
-    pub(super) fn kernel_pages(&mut self, nr: u64) -> Result<u64, Errno> {
+impl KernelPages for Frames {
+    fn take(&mut self, nr: u64) -> Result<u64, Errno> {
         let start = take_run(&mut self.kernel, nr, 1).ok_or(Errno::ENOMEM)?;
         Ok(Pfn::new(start).pa().get())
     }
 
-    pub(super) fn free_kernel_page(&mut self, at: u64) {
+    fn give(&mut self, at: u64) {
         self.kernel.insert(Pa::new(at).pfn().get());
     }
+}
 
+impl Frames {
     /// Zeroed frames for a process: one, or 512 for a huge page. Each has one reference.
     pub(super) fn user_pages(&mut self, el2: &El2, nr: u64) -> Result<Pfn, Errno> {
         let start = match nr {

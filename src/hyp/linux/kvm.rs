@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 
+use super::frames::Frames;
 use super::memory::{Backing, MemoryId, PageKind};
 use super::run::GuestAct;
 use super::{CPU, Linux, PROGRAM};
-use crate::addr::{Gfn, Ipa, Pa, Pfn};
+use crate::addr::{Gfn, Ipa, Pfn};
 use crate::error::Errno;
 use crate::geometry::{HUGE_PAGES, PAGE_BYTES};
-use crate::hyp::el2::{HostCall, nr_pgd_pages, nr_vcpu_pages, nr_vm_pages};
+use crate::hyp::el2::HostCall;
+use crate::hyp::kernel::{Calls, Made};
 use crate::hyp::pkvm::MemslotId;
 
 /// A VM of the process's.
@@ -90,14 +92,6 @@ pub(super) struct Vm {
     /// The program's memory, once a vCPU has brought it.
     program: Option<MemoryId>,
     made: Option<Made>,
-}
-
-/// What EL2 knows of a VM.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Made {
-    pub(super) handle: u64,
-    /// The kernel's structure.
-    kvm: u64,
 }
 
 #[derive(Debug)]
@@ -284,25 +278,18 @@ impl Linux {
         self.vcpus.get(vcpu.0).is_some_and(|vcpu| vcpu.has_fd && vcpu.has_run)
     }
 
+    /// What this kernel does with EL2 and its own pages.
+    pub(super) fn kernel(&mut self) -> Calls<'_, Frames> {
+        Calls { el2: &self.el2, cpu: CPU, pages: &mut self.frames }
+    }
+
     /// Has EL2 make the VM, as its first run does.
     pub(super) fn make_vm(&mut self, vm: VmId) -> Result<Made, Errno> {
         if let Some(made) = self.vms[vm.0].made {
             return Ok(made);
         }
         let (kind, nr_vcpus) = (self.vms[vm.0].kind, self.vms[vm.0].nr_vcpus);
-        let handle = self.el2.call(CPU, HostCall::ReserveVm, [0; 4])?;
-        let kvm = self.shared_page()?;
-        {
-            let said = self.el2.machine().host_struct(kvm);
-            let mut said = said.lock();
-            (said.handle, said.nr_vcpus) = (handle, nr_vcpus);
-            said.protected = kind == VmKind::Protected;
-            said.returned.clear();
-        }
-        let vm_at = self.frames.kernel_pages(nr_vm_pages(nr_vcpus))?;
-        let pgd_at = self.frames.kernel_pages(nr_pgd_pages())?;
-        self.el2.call(CPU, HostCall::InitVm, [kvm, vm_at, pgd_at, 0])?;
-        let made = Made { handle, kvm };
+        let made = self.kernel().make_vm(nr_vcpus, kind == VmKind::Protected)?;
         self.vms[vm.0].made = Some(made);
         Ok(made)
     }
@@ -312,49 +299,15 @@ impl Linux {
         if let Some(at) = self.vcpus[vcpu.0].host_at {
             return Ok(at);
         }
-        let at = self.shared_page()?;
-        {
-            let said = self.el2.machine().host_struct(at);
-            let mut said = said.lock();
-            *said = Default::default();
-            said.vcpu_idx = self.vcpus[vcpu.0].idx;
-        }
-        let nr = nr_vcpu_pages();
-        let vcpu_at = self.frames.kernel_pages(nr)?;
-        let init = self.el2.call(CPU, HostCall::InitVcpu, [made.handle, at, vcpu_at, 0]);
-        if let Err(errno) = init {
-            for page in 0..nr {
-                self.frames.free_kernel_page(vcpu_at + page * PAGE_BYTES as u64);
-            }
-            self.free_shared_page(at);
-            return Err(errno);
-        }
+        let idx = self.vcpus[vcpu.0].idx;
+        let at = self.kernel().make_vcpu(made, idx)?;
         self.vcpus[vcpu.0].host_at = Some(at);
         Ok(at)
     }
 
-    /// A page of the kernel's that EL2 may read.
-    fn shared_page(&mut self) -> Result<u64, Errno> {
-        let at = self.frames.kernel_pages(1)?;
-        self.el2.call(CPU, HostCall::ShareHyp, [Pa::new(at).pfn().get(), 0, 0, 0])?;
-        Ok(at)
-    }
-
-    fn free_shared_page(&mut self, at: u64) {
-        if self.el2.call(CPU, HostCall::UnshareHyp, [Pa::new(at).pfn().get(), 0, 0, 0]).is_ok() {
-            self.frames.free_kernel_page(at);
-        }
-    }
-
     /// Pages for tables, on the vCPU's list, as before every fault.
     pub(super) fn top_up(&mut self, host_at: u64) -> Result<(), Errno> {
-        let said = self.el2.machine().host_struct(host_at);
-        let mut said = said.lock();
-        while said.nr_memcache < NR_MEMCACHE {
-            said.memcache.push(self.frames.kernel_pages(1)?);
-            said.nr_memcache += 1;
-        }
-        Ok(())
+        self.kernel().top_up(host_at, NR_MEMCACHE)
     }
 
     /// Closes a VM's descriptor.
@@ -417,15 +370,6 @@ impl Linux {
                 }
             }
         }
-        let _ = self.el2.call(CPU, HostCall::FinalizeTeardownVm, [made.handle, 0, 0, 0]);
-        let returned =
-            std::mem::take(&mut self.el2.machine().host_struct(made.kvm).lock().returned);
-        returned.into_iter().for_each(|at| self.frames.free_kernel_page(at));
-        for at in vcpus.iter().filter_map(|vcpu| vcpu.host_at) {
-            let unused = std::mem::take(&mut self.el2.machine().host_struct(at).lock().memcache);
-            unused.into_iter().for_each(|at| self.frames.free_kernel_page(at));
-            self.free_shared_page(at);
-        }
-        self.free_shared_page(made.kvm);
+        let _ = self.kernel().finish(made, vcpus.iter().filter_map(|vcpu| vcpu.host_at));
     }
 }

@@ -1,5 +1,7 @@
 //! Calls that KVM answers itself: versions, PSCI, random numbers, and its own.
 
+use crate::hyp::hypercall::{FEATURES, PLAIN_FEATURES};
+
 /// `KVM_EXIT_SYSTEM_EVENT`.
 pub(super) const SYSTEM_EVENT: u32 = 24;
 
@@ -15,8 +17,6 @@ pub(super) enum Answer {
 
 const NOT_SUPPORTED: i64 = -1;
 const INVALID_PARAMETERS: i64 = -2;
-/// What a guest that is not protected finds of KVM's own calls: features, and the clock.
-const PLAIN_FEATURES: i64 = 3;
 /// `KVM_VENDOR_HYP_UID`.
 const UID: [u64; 4] = [0xb66f_b428, 0xe911_c52e, 0x564b_caa9, 0x743a_004d];
 
@@ -30,7 +30,6 @@ const PSCI_SYSTEM_RESET: u64 = 0x8400_0009;
 const PSCI_FEATURES: u64 = 0x8400_000a;
 const PSCI_AFFINITY_INFO: u64 = 0xc400_0004;
 const TRNG_VERSION: u64 = 0x8400_0050;
-const KVM_FEATURES: u64 = 0x8600_0000;
 const KVM_UID: u64 = 0x8600_ff01;
 
 /// What KVM says to a call.
@@ -46,7 +45,7 @@ pub(super) fn call_of(x: [u64; 4], is_protected: bool) -> Answer {
         PSCI_AFFINITY_INFO if x[1] == 0 => 0,
         PSCI_AFFINITY_INFO => INVALID_PARAMETERS,
         TRNG_VERSION => 0x1_0000,
-        KVM_FEATURES if !is_protected => PLAIN_FEATURES,
+        FEATURES if !is_protected => PLAIN_FEATURES as i64,
         KVM_UID => return Answer::Registers(UID),
         _ => NOT_SUPPORTED,
     };

@@ -1,7 +1,8 @@
 use std::collections::BTreeMap;
 
 use super::*;
-use crate::stage2::{PageState, Prot};
+use crate::addr::Pfn;
+use crate::stage2::{Annotation, PageState, Prot};
 
 /// What only tests ask of a table.
 impl Table {
