@@ -33,12 +33,14 @@ const OWNER: &str = "host kernel";
 /// What was seen, each as it should be.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct HazardStat {
-    /// Pages destroyed under the guest, which then exits as poisoned.
+    /// Pages destroyed under the guest, and its exits because of that.
     pub(crate) destroyed: u64,
+    pub(crate) poisoned_exits: u64,
     /// Reads of private memory by a device.
     pub(crate) dma_into_private: u64,
-    /// Touches of private memory that EL2 stopped: `SIGSEGV` and `EFAULT`.
-    pub(crate) stopped: u64,
+    /// Touches of private memory that EL2 stopped, by user space and by a copy of the kernel's.
+    pub(crate) sigsegv: u64,
+    pub(crate) efault: u64,
     /// What gmem refused.
     pub(crate) accesses_prevented: u64,
     pub(crate) pins_prevented: u64,
@@ -103,6 +105,7 @@ impl Scene {
         self.say("the kernel writes by the pointer it has kept: EL2 gives it the page, destroyed");
         match self.vcpu.load(Ipa::new(LOST + WORDS_AT), &mut [0]) {
             Err(exit @ Exit::Poisoned { ipa }) if ipa == Ipa::new(LOST + WORDS_AT) => {
+                self.stat.poisoned_exits += 1;
                 self.say(&format!("the guest's next load exits: {exit}"));
             }
             other => return Err(format!("a load of a destroyed page: {other:?}").into()),
@@ -121,9 +124,10 @@ impl Scene {
     fn go_at_private(&mut self) -> Fallible<()> {
         let at = layout::offset(LOST + WORDS_AT)?;
         self.expect_raw(RawPath::User, LOST + WORDS_AT, LATE, RawOutcome::Sigsegv)?;
+        self.stat.sigsegv += 1;
         self.expect_raw(RawPath::Uaccess, LOST + WORDS_AT, LATE, RawOutcome::Efault)?;
+        self.stat.efault += 1;
         self.expect_words(LOST + WORDS_AT, WORDS)?;
-        self.stat.stopped += 2;
         self.say(
             "a store by user space gets SIGSEGV, a copy by the kernel EFAULT; the bytes are whole",
         );

@@ -128,7 +128,9 @@ pub(crate) mod tests {
             hazard: Some(HazardStat {
                 destroyed: 1,
                 dma_into_private: 1,
-                stopped: 2,
+                poisoned_exits: 1,
+                sigsegv: 1,
+                efault: 1,
                 accesses_prevented: 1,
                 pins_prevented: 1,
                 conversions_prevented: 1,

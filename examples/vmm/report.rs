@@ -65,7 +65,7 @@ impl Outcome {
 
     /// The summary for programs, on one line.
     pub(crate) fn json(&self) -> String {
-        let seen = &self.aftermath.incidents;
+        let (seen, hazard) = (&self.aftermath.incidents, self.hazard.unwrap_or_default());
         let caused = object(&[
             ("destroyed", &seen.nr_destroyed.to_string()),
             ("dma_into_private", &seen.nr_dma_into_private.to_string()),
@@ -95,6 +95,9 @@ impl Outcome {
             ("reads_refused", &self.intruder.reads_refused.to_string()),
             ("private_refused", &self.intruder.private_refused.to_string()),
             ("open_touches", &self.intruder.open_touches.to_string()),
+            ("sigsegv", &hazard.sigsegv.to_string()),
+            ("efault", &hazard.efault.to_string()),
+            ("poisoned_exits", &hazard.poisoned_exits.to_string()),
             ("scrubbed_bytes", &self.aftermath.scrubbed_bytes.to_string()),
             ("backing", &quoted(&self.backing)),
             ("seconds", &format!("{:.3}", self.serving.as_secs_f64())),

@@ -31,7 +31,8 @@ pub(super) fn judge_line(line: &str, guest: Guest, bytes: Bytes) -> Result<(), S
         Bytes::Some if read <= 0.0 => return Err("bytes is 0".into()),
         _ => {}
     }
-    let of_private = &["sigbus", "reads_refused", "conversions"][..];
+    let of_private =
+        &["sigbus", "reads_refused", "conversions", "sigsegv", "efault", "poisoned_exits"][..];
     let of_open = &["private_refused", "open_touches"][..];
     let (tried, does_not_apply) = match guest {
         Guest::Protected => (of_private, of_open),
@@ -107,12 +108,14 @@ mod unit {
         "bad_descriptors":2,"conversions":9,"audit":"clean","leaked_frames":0,"ok":true,
         "guest":"protected","incidents":{"caused":{"destroyed":1,"dma_into_private":1,
         "oopses":0,"stuck":0,"orphaned":0},"prevented":{"accesses":4,"pins":3,
-        "conversions":2}},"reads_refused":5,"private_refused":0,"open_touches":0}"#;
+        "conversions":2}},"reads_refused":5,"private_refused":0,"open_touches":0,
+        "sigsegv":1,"efault":1,"poisoned_exits":1}"#;
     const OPEN: &str = r#"{"sha256_match":true,"bytes":12,"sigbus":0,"busy_refused":2,
         "bad_descriptors":2,"conversions":0,"audit":"clean","leaked_frames":0,"ok":true,
         "guest":"non-protected","incidents":{"caused":{"destroyed":0,"dma_into_private":0,
         "oopses":0,"stuck":0,"orphaned":0},"prevented":{"accesses":0,"pins":0,
-        "conversions":2}},"reads_refused":0,"private_refused":1,"open_touches":4}"#;
+        "conversions":2}},"reads_refused":0,"private_refused":1,"open_touches":4,
+        "sigsegv":0,"efault":0,"poisoned_exits":0}"#;
 
     fn judged(line: &str, bytes: Bytes) -> Result<(), String> {
         judge_line(line, Guest::Protected, bytes)
@@ -162,6 +165,9 @@ mod unit {
             ("clean", "dirty"),
             ("\"leaked_frames\":0", "\"leaked_frames\":1"),
             ("\"open_touches\":0", "\"open_touches\":1"),
+            ("\"sigsegv\":1", "\"sigsegv\":0"),
+            ("\"efault\":1", "\"efault\":0"),
+            ("\"poisoned_exits\":1", "\"poisoned_exits\":0"),
             ("\"destroyed\":1", "\"destroyed\":0"),
             ("\"destroyed\":1", "\"destroyed\":2"),
             ("\"dma_into_private\":1", "\"dma_into_private\":2"),
