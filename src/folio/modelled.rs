@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::map::{FolioMap, Shape};
-use super::owner::{PrivatePlacement, Side};
+use super::owner::{Placement, PrivatePlacement, Side};
 use super::part::Zone;
 use super::pool::FolioPool;
 use super::reservation::{Commitment, Reservation, Wanted};
@@ -49,6 +49,7 @@ impl Guest {
             blocks: shape.blocks(),
             zones: &[Zone::Normal],
             private: PrivatePlacement::default(),
+            placement: Placement::default(),
             commitment: match nr_folios {
                 Some(_) => Commitment::Reserved,
                 None => Commitment::Overcommitted,
