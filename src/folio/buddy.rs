@@ -43,11 +43,17 @@ impl Buddy {
     /// Takes the lowest block of the smallest order that will do.
     #[inline]
     pub(super) fn allocate(&mut self, order: u8) -> Option<u64> {
-        let larger = self.orders.checked_shr(u32::from(order)).filter(|&orders| orders != 0)?;
-        let from = order + u8::try_from(larger.trailing_zeros()).ok()?;
-        let pfn = self.free.get(usize::from(from))?.first()? << from;
+        let (pfn, from) = self.lowest(order)?;
         self.cut(pfn, from, pfn, order);
         Some(pfn)
+    }
+
+    /// Which one that is, and of which order.
+    #[inline]
+    pub(super) fn lowest(&self, order: u8) -> Option<(u64, u8)> {
+        let larger = self.orders.checked_shr(u32::from(order)).filter(|&orders| orders != 0)?;
+        let from = order + u8::try_from(larger.trailing_zeros()).ok()?;
+        Some((self.free.get(usize::from(from))?.first()? << from, from))
     }
 
     /// The first frame of the smallest free block in 2 MiB that begin at `huge`.

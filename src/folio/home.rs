@@ -47,9 +47,20 @@ impl Homes {
         self.open.metadata_bytes() + self.common.metadata_bytes()
     }
 
-    /// Where there is a clean folio outside of all homes: for who has none, or not there. Small ones lie together, in
-    /// few blocks. `None` if there is none, or not among the first that are looked at.
+    /// Where there is a clean folio outside of all homes, if the lowest of the smallest is in one: for who has none, or
+    /// not there. Small ones lie together, in few blocks. `None` if there is none, or not among the first that are
+    /// looked at.
     pub(super) fn outside(&mut self, buddy: &Buddy, size: FolioSize) -> Option<u64> {
+        let (lowest, _) = buddy.lowest(size.order())?;
+        let block = lowest >> HUGE_ORDER;
+        let is_open = self.open.get(block);
+        if is_open || self.common.get(block) || block >= self.nr_blocks {
+            if is_open && size == FolioSize::Base {
+                self.open.clear(block);
+                self.common.set(block);
+            }
+            return None;
+        }
         match size {
             FolioSize::Base => {}
             FolioSize::Huge2M => return Some(self.first_open(buddy)? << HUGE_ORDER),
