@@ -77,8 +77,8 @@ pub use crate::folio::frames_only;
 
 pub use crate::backing::{ArenaBacking, HostOffer, Offer, PartReport, PartSpec, WhyKept};
 pub use crate::folio::{
-    Account, AccountStat, Commitment, Compaction, FolioPool, Obstacle, PoolBuilder, PoolStat,
-    PrivatePlacement, Scrubber, Unscrubbed, Zone,
+    Account, AccountStat, Commitment, Compaction, FolioPool, Obstacle, Placement, PoolBuilder,
+    PoolStat, PrivatePlacement, Scrubber, Unscrubbed, Zone,
 };
 pub use crate::gmem::{
     Collapse, ContentPolicy, Conversion, ConvertOptions, Export, ExportedRegion, FilePlace,

@@ -1,5 +1,7 @@
 //! VMs on a pKVM, from the outside: its versions, guests that are not protected, and hosts that touch what is not theirs.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use gmem::addr::{ByteSize, Gfn, Ipa, Offset, Pgoff};
 use gmem::audit;
 use gmem::error::{Errno, ErrorKind};
@@ -397,6 +399,7 @@ fn a_kernels_pointer_destroys_a_page_and_no_more() {
     for (profile, folio) in [
         (Profile::Mainline72, FolioSize::Base),
         (Profile::Mainline72, FolioSize::Huge2M),
+        (Profile::Android618, FolioSize::Huge2M),
         (Profile::HugeProtected, FolioSize::Huge2M),
     ] {
         let world = World::new(profile, VmKind::Protected, folio, Visibility::Private);
@@ -405,7 +408,7 @@ fn a_kernels_pointer_destroys_a_page_and_no_more() {
         vcpu.store(ipa(2), b"neighbour").unwrap();
         vcpu.store(ipa(HUGE), b"far away").unwrap();
         let donated = world.hyp.stat().donated;
-        let by_blocks = profile == Profile::HugeProtected;
+        let by_blocks = profile != Profile::Mainline72;
         let nr_lost = if by_blocks { HUGE } else { 1 };
 
         let mut seen = [0xee; 6];
@@ -512,6 +515,72 @@ fn pins_keep_what_a_kernel_would_destroy() {
     assert_eq!(incidents(), counts);
     drop(vcpu);
     world.end();
+}
+
+/// Whatever a kernel destroys in which moment, nobody is left with half of a page.
+#[test]
+fn a_raw_host_gets_in_everybodys_way() {
+    const NR: u64 = 200;
+    for (profile, folio) in [
+        (Profile::Mainline72, FolioSize::Base),
+        (Profile::Android618, FolioSize::Huge2M),
+        (Profile::HugeProtected, FolioSize::Huge2M),
+    ] {
+        let world = &World::new(profile, VmKind::Protected, folio, Visibility::Private);
+        // The page that all of them are at.
+        let now = &AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(move || {
+                    let mut vcpu = world.vcpu();
+                    let (mut nr_lost, mut nr_converted) = (0, 0);
+                    loop {
+                        let page = now.load(Ordering::Relaxed);
+                        if page == NR {
+                            break;
+                        }
+                        match vcpu.store_u64(ipa(page), page) {
+                            Ok(()) => {}
+                            Err(Exit::Poisoned { .. }) => nr_lost += 1,
+                            Err(other) => panic!("{other:?}"),
+                        }
+                        for call in
+                            [Hypercall::MemShare(ipa(page)), Hypercall::MemUnshare(ipa(page))]
+                        {
+                            if let Err(Exit::Conversion(request)) = vcpu.hvc(call) {
+                                // Refused if the page was destroyed, or the other vCPU was faster.
+                                let _ = request.convert();
+                                nr_converted += u64::from(vcpu.answer().unwrap().is_success());
+                            }
+                        }
+                    }
+                    println!("{profile:?}: {nr_lost} lost, {nr_converted} conversions");
+                });
+            }
+            scope.spawn(move || {
+                let raw = world.raw();
+                let mut nr_destroyed = 0;
+                for page in 0..NR {
+                    std::thread::sleep(std::time::Duration::from_micros(300));
+                    let mut seen = [0; 8];
+                    match raw.load(RawPath::KernelAlias, &world.memfd, at(page), &mut seen) {
+                        // It was shared just then, or nobody has it.
+                        Ok(RawOutcome::Done) => {}
+                        Ok(RawOutcome::Destroyed) => {
+                            nr_destroyed += 1;
+                            assert_eq!(seen, [0; 8]);
+                        }
+                        Ok(other) => panic!("{other:?}"),
+                        Err(error) => assert_eq!(error.kind(), ErrorKind::NotFound),
+                    }
+                    now.store(page + 1, Ordering::Relaxed);
+                }
+                assert_eq!(world.hyp.incidents().nr_destroyed, nr_destroyed);
+                assert!(nr_destroyed > 0);
+            });
+        });
+        world.sound();
+    }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The peers: mappings and descriptors by bare system calls.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
@@ -48,6 +48,18 @@ pub(crate) fn memfd(len: usize, pages: Pages) -> io::Result<File> {
     let file = File::from(unsafe { OwnedFd::from_raw_fd(fd as i32) });
     file.set_len(len as u64)?;
     Ok(file)
+}
+
+/// The file of the only arena of this size, opened once more.
+pub(crate) fn arena_file(len: usize) -> io::Result<File> {
+    for fd in fs::read_dir("/proc/self/fd")?.flatten() {
+        let is_arena = fs::read_link(fd.path())
+            .is_ok_and(|name| name.to_string_lossy().contains("gmem-arena"));
+        if is_arena && fs::metadata(fd.path())?.len() == len as u64 {
+            return File::options().read(true).write(true).open(fd.path());
+        }
+    }
+    Err(io::ErrorKind::NotFound.into())
 }
 
 /// A file mapped, at a multiple of 2 MiB.

@@ -141,6 +141,31 @@ impl Bits {
         None
     }
 
+    /// The last set bit at or before `to`.
+    pub(super) fn last_to(&self, to: u64) -> Option<u64> {
+        let mut at = index(to);
+        for (nr, level) in self.levels.iter().enumerate() {
+            let (word, _) = place(at);
+            let before = *level.as_raw_slice().get(word)? << (IN_WORD - (at & IN_WORD));
+            if before != 0 {
+                let found = at - before.leading_zeros() as usize;
+                let down = |word: usize, level: &BitVec| {
+                    let bits = level.as_raw_slice().get(word)?;
+                    Some((word << WORD_SHIFT) + bits.checked_ilog2()? as usize)
+                };
+                return self
+                    .levels
+                    .get(..nr)?
+                    .iter()
+                    .rev()
+                    .try_fold(found, down)
+                    .map(|bit| bit as u64);
+            }
+            at = word.checked_sub(1)?;
+        }
+        None
+    }
+
     /// The set bits, in ascending order.
     pub(super) fn iter(&self) -> impl Iterator<Item = u64> + '_ {
         let mut next = self.first();
@@ -183,6 +208,7 @@ mod tests {
                 assert_eq!(bits.first(), set.first().copied());
                 let from = (seed >> 10) % nr_bits;
                 assert_eq!(bits.first_from(from), set.range(from..).next().copied());
+                assert_eq!(bits.last_to(from), set.range(..=from).next_back().copied());
             }
             assert!(bits.iter().eq(set.iter().copied()));
         }

@@ -4,7 +4,7 @@
 use super::bits::Bits;
 use super::ledger::Blocks;
 use crate::error::{Error, Op};
-use crate::geometry::{FolioSize, GIANT_ORDER, HUGE_ORDER};
+use crate::geometry::{FolioSize, GIANT_ORDER, HUGE_ORDER, HUGE_PAGES};
 
 /// Which frames are free, counted from the start of an arena. A free block is in the map of exactly one
 /// order, and never beside its buddy in the same one.
@@ -43,11 +43,30 @@ impl Buddy {
     /// Takes the lowest block of the smallest order that will do.
     #[inline]
     pub(super) fn allocate(&mut self, order: u8) -> Option<u64> {
-        let larger = self.orders.checked_shr(u32::from(order)).filter(|&orders| orders != 0)?;
-        let from = order + u8::try_from(larger.trailing_zeros()).ok()?;
-        let pfn = self.free.get(usize::from(from))?.first()? << from;
+        let (pfn, from) = self.lowest(order)?;
         self.cut(pfn, from, pfn, order);
         Some(pfn)
+    }
+
+    /// Which one that is, and of which order.
+    #[inline]
+    pub(super) fn lowest(&self, order: u8) -> Option<(u64, u8)> {
+        let larger = self.orders.checked_shr(u32::from(order)).filter(|&orders| orders != 0)?;
+        let from = order + u8::try_from(larger.trailing_zeros()).ok()?;
+        Some((self.free.get(usize::from(from))?.first()? << from, from))
+    }
+
+    /// The first frame of the smallest free block in 2 MiB that begin at `huge`.
+    pub(super) fn first_in(&self, huge: u64) -> Option<u64> {
+        if self.is_in_free(huge, HUGE_ORDER) {
+            return Some(huge);
+        }
+        let end = huge + HUGE_PAGES;
+        let mut smaller = self.free.iter().enumerate().take(usize::from(HUGE_ORDER));
+        smaller.find_map(|(order, map)| {
+            let pfn = map.first_from(huge >> order)? << order;
+            (pfn < end).then_some(pfn)
+        })
     }
 
     /// Takes the very block that begins at `pfn`, which is a multiple of its size; says whether it was

@@ -7,6 +7,7 @@ pub(crate) mod naive;
 use super::buddy::Buddy;
 use super::dirty::{Dirty, pieces};
 use super::ledger::Blocks;
+use super::owner::Placement;
 use crate::error::{Error, ErrorKind, Op};
 use crate::geometry::{FolioSize, GIANT_ORDER, HUGE_ORDER, HUGE_PAGES, index};
 use crate::state::{Flaw, seeded};
@@ -35,6 +36,13 @@ pub(super) enum Promise {
     Kept,
     /// It was not: others' promises come first.
     None,
+}
+
+/// Where somebody would like a folio.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Wish {
+    pub(super) home: Option<u64>,
+    pub(super) placement: Placement,
 }
 
 #[derive(Debug)]
@@ -116,9 +124,16 @@ impl Frames {
         self.promised = self.promised.minus(fewer);
     }
 
-    /// Takes a folio, at `home` if that is free and no promise suffers.
+    /// Takes a folio: where it is wished, or else where `outside` says that there is a clean one, if that is free and
+    /// no promise suffers.
     #[inline]
-    pub(super) fn take(&mut self, size: FolioSize, home: Option<u64>, promise: Promise) -> Taken {
+    pub(super) fn take(
+        &mut self,
+        size: FolioSize,
+        wish: Wish,
+        promise: Promise,
+        outside: impl FnOnce(&Buddy) -> Option<u64>,
+    ) -> Taken {
         let before = self.promised;
         if promise == Promise::Kept {
             match self.promised.of(size).checked_sub(1) {
@@ -131,14 +146,22 @@ impl Frames {
             // Memory failed that was promised. Who comes first is served, and not nobody.
             self.promised = Blocks::default();
         }
-        let taken = self.take_unpromised(size, home);
+        let taken = self.take_unpromised(size, wish, outside);
         let is_taken = matches!(taken, Taken::Clean(_) | Taken::Dirty(_));
         self.promised = if is_taken { after } else { before };
         taken
     }
 
-    fn take_unpromised(&mut self, size: FolioSize, home: Option<u64>) -> Taken {
-        if let Some(taken) = home.and_then(|home| self.take_at(home, size)) {
+    fn take_unpromised(
+        &mut self,
+        size: FolioSize,
+        wish: Wish,
+        outside: impl FnOnce(&Buddy) -> Option<u64>,
+    ) -> Taken {
+        if let Some(taken) = wish.home.and_then(|home| self.take_at(home, size, wish.placement)) {
+            return taken;
+        }
+        if let Some(taken) = outside(&self.buddy).and_then(|at| self.take_clean_at(at, size)) {
             return taken;
         }
         let mut waits = false;
@@ -194,16 +217,14 @@ impl Frames {
         self.free().cut(from, size).is_some_and(keeps)
     }
 
-    /// The folio at home, if it is free. One that waits for a scrub comes before what is clean elsewhere, and
-    /// so does one in somebody's hands: see "Homes" in design/folios.md.
-    fn take_at(&mut self, home: u64, size: FolioSize) -> Option<Taken> {
-        if let Some(order) = self.buddy.order_from(home, size.order()) {
-            let from = [Huge1G, Huge2M, Base].into_iter().find(|from| order >= from.order())?;
-            if !self.may_cut(from, size) {
-                return None;
-            }
-            self.buddy.allocate_in(home, order, size.order());
-            return Some(Taken::Clean(home));
+    /// The folio at home, if it is free. One that waits for a scrub or is in somebody's hands comes before what is
+    /// clean elsewhere, unless the placement says otherwise.
+    fn take_at(&mut self, home: u64, size: FolioSize, placement: Placement) -> Option<Taken> {
+        if self.buddy.order_from(home, size.order()).is_some() {
+            return self.take_clean_at(home, size);
+        }
+        if placement == Placement::CleanFirst && self.has_clean(size) {
+            return None;
         }
         let giant = home >> GIANT_ORDER << GIANT_ORDER;
         if size != Huge1G && self.dirty.waits(giant, Huge1G) && self.may_cut(Huge1G, size) {
@@ -219,6 +240,22 @@ impl Frames {
         }
         // A scrub of 1 GiB takes too long to wait for.
         (from == Huge2M && self.dirty.is_in_hands(block, Huge2M)).then_some(Taken::Wait)
+    }
+
+    fn take_clean_at(&mut self, at: u64, size: FolioSize) -> Option<Taken> {
+        let order = self.buddy.order_from(at, size.order())?;
+        let from = [Huge1G, Huge2M, Base].into_iter().find(|from| order >= from.order())?;
+        if !self.may_cut(from, size) {
+            return None;
+        }
+        self.buddy.allocate_in(at, order, size.order());
+        Some(Taken::Clean(at))
+    }
+
+    /// Whether a clean folio can be had, wherever it is.
+    fn has_clean(&self, size: FolioSize) -> bool {
+        let mut from = [Base, Huge2M, Huge1G].into_iter().filter(|&from| from >= size);
+        from.any(|from| self.buddy.blocks().of(from) > 0 && self.may_cut(from, size))
     }
 
     /// Whether a block of 2 MiB is free and clean as a whole.

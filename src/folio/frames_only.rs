@@ -2,7 +2,7 @@
 
 use super::frames::Promise;
 use super::map::Shape;
-use super::owner::{Demand, PrivatePlacement, Side};
+use super::owner::{Demand, Placement, PrivatePlacement, Side};
 use super::part::{Bytes, Got, PartState, Zone};
 use super::reservation::Commitment;
 use super::state::State;
@@ -46,6 +46,7 @@ impl FramesOnly {
             blocks: Shape::new(size.whole_pages(), folio_size).blocks(),
             zones: &[Zone::Normal],
             private: PrivatePlacement::default(),
+            placement: Placement::default(),
             account: None,
             promise: match commitment {
                 Commitment::Reserved => Promise::Kept,

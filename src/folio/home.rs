@@ -1,17 +1,25 @@
 //! Homes: where in an arena an object would like its folios to be, so that it is one run of frames.
 //!
 //! A home is a wish, not a claim: nobody is kept from taking frames there. But no two objects have the
-//! same home, and who has none takes the lowest frames.
+//! same home, and who has none is put where nobody has, as long as there is such a place.
 
 use super::bits::Bits;
+use super::buddy::Buddy;
 use crate::error::{Error, Op};
 use crate::geometry::{FolioSize, HUGE_ORDER, HUGE_PAGES};
+
+/// How many blocks are looked at for one folio that has no home: each is a look into a few words.
+const MOST_LOOKS: usize = 16;
 
 /// The homes of an arena.
 #[derive(Debug)]
 pub(super) struct Homes {
-    /// The blocks of 2 MiB that are nobody's home.
+    /// The blocks of 2 MiB that are nobody's home and not common.
     open: Bits,
+    /// The blocks in which small folios lie that have no home.
+    common: Bits,
+    /// The last one of them that had room.
+    last_common: u64,
     nr_blocks: u64,
     /// Where the next search begins: behind the last home.
     next: u64,
@@ -31,11 +39,78 @@ impl Homes {
         (0..nr_blocks).for_each(|block| {
             open.set(block);
         });
-        Ok(Self { open, nr_blocks, next: 0 })
+        let common = Bits::new(Op::CreatePool, nr_blocks)?;
+        Ok(Self { open, common, last_common: 0, nr_blocks, next: 0 })
     }
 
     pub(super) fn metadata_bytes(&self) -> u64 {
-        self.open.metadata_bytes()
+        self.open.metadata_bytes() + self.common.metadata_bytes()
+    }
+
+    /// Where there is a clean folio outside of all homes, if the lowest of the smallest is in one: for who has none, or
+    /// not there. Small ones lie together, in few blocks. `None` if there is none, or not among the first that are
+    /// looked at.
+    pub(super) fn outside(&mut self, buddy: &Buddy, size: FolioSize) -> Option<u64> {
+        let (lowest, _) = buddy.lowest(size.order())?;
+        let block = lowest >> HUGE_ORDER;
+        let is_open = self.open.get(block);
+        if is_open || self.common.get(block) || block >= self.nr_blocks {
+            if is_open && size == FolioSize::Base {
+                self.open.clear(block);
+                self.common.set(block);
+            }
+            return None;
+        }
+        match size {
+            FolioSize::Base => {}
+            FolioSize::Huge2M => return Some(self.first_open(buddy)? << HUGE_ORDER),
+            FolioSize::Huge1G => return None,
+        }
+        let mut block = self.last_common;
+        for _ in 0..self.common.nr_ones().min(MOST_LOOKS as u64) {
+            block = self.common.first_from(block).or_else(|| self.common.first())?;
+            if let Some(frame) = buddy.first_in(block << HUGE_ORDER) {
+                self.last_common = block;
+                return Some(frame);
+            }
+            block += 1;
+        }
+        let block = self.last_open(buddy)?;
+        self.open.clear(block);
+        self.common.set(block);
+        self.last_common = block;
+        Some(block << HUGE_ORDER)
+    }
+
+    /// The last block that is nobody's home, free and clean: homes are found from the front.
+    fn last_open(&self, buddy: &Buddy) -> Option<u64> {
+        let mut from = self.nr_blocks.checked_sub(1)?;
+        for _ in 0..MOST_LOOKS {
+            let block = self.open.last_to(from)?;
+            if buddy.is_in_free(block << HUGE_ORDER, HUGE_ORDER) {
+                return Some(block);
+            }
+            from = block.checked_sub(1)?;
+        }
+        None
+    }
+
+    /// The first one, so that what is taken block by block is one run.
+    fn first_open(&self, buddy: &Buddy) -> Option<u64> {
+        let is_free = |&block: &u64| buddy.is_in_free(block << HUGE_ORDER, HUGE_ORDER);
+        self.open.iter().take(MOST_LOOKS).find(is_free)
+    }
+
+    /// Common blocks that are empty again can be homes.
+    fn reopen(&mut self, is_free: impl Fn(u64) -> bool) {
+        let mut from = 0;
+        while let Some(block) = self.common.first_from(from) {
+            if is_free(block << HUGE_ORDER) {
+                self.common.clear(block);
+                self.open.set(block);
+            }
+            from = block + 1;
+        }
     }
 
     /// A run of blocks of 2 MiB that are free, clean or not, and nobody's home yet. `None` for less than 2 MiB,
@@ -49,6 +124,7 @@ impl Homes {
             true => FolioSize::Huge1G.nr_pages() >> HUGE_ORDER,
             false => 1,
         };
+        self.reopen(&is_free);
         let start = self
             .search(&is_free, self.next, nr_blocks, align)
             .or_else(|| self.search(&is_free, 0, nr_blocks, align))?;

@@ -53,8 +53,8 @@ pub use compact::{Compaction, Obstacle};
 #[cfg(feature = "oracle")]
 pub(crate) use frames::naive::compare_frames;
 pub(crate) use map::{Behind, FolioMap, Shape, Slot};
-pub use owner::PrivatePlacement;
 pub(crate) use owner::{Moved, Mover, Side};
+pub use owner::{Placement, PrivatePlacement};
 pub use part::Zone;
 pub(crate) use pool::Claim;
 pub use pool::{FolioPool, PoolBuilder, PoolStat, Unscrubbed};

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use super::map::{FolioMap, Shape};
-use super::owner::{PrivatePlacement, Side};
+use super::owner::{Placement, PrivatePlacement, Side};
 use super::part::Zone;
-use super::pool::FolioPool;
+use super::pool::{FolioPool, PoolStat};
 use super::reservation::{Commitment, Reservation, Wanted};
 use super::scrub::Running;
 use crate::addr::{ByteSize, Pfn, Pgoff};
@@ -21,6 +21,11 @@ use crate::sync::Mutex;
 /// As [`FolioPool::new`].
 pub fn pool(nr_frames: u64) -> Result<FolioPool, Error> {
     FolioPool::new(ArenaBacking::Heap, ByteSize::from_pages(nr_frames))
+}
+
+/// The pool's counters, but for what the kernel takes long to tell.
+pub fn counted(pool: &FolioPool) -> PoolStat {
+    pool.counted()
 }
 
 /// A guest of a pool: what it is promised, and the frames of its one folio, which anybody may touch first.
@@ -49,6 +54,7 @@ impl Guest {
             blocks: shape.blocks(),
             zones: &[Zone::Normal],
             private: PrivatePlacement::default(),
+            placement: Placement::default(),
             commitment: match nr_folios {
                 Some(_) => Commitment::Reserved,
                 None => Commitment::Overcommitted,

@@ -26,6 +26,16 @@ pub enum PrivatePlacement {
     Refuse,
 }
 
+/// What a first touch prefers, where the folio that would keep an object in one run waits for a scrub.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Placement {
+    /// That folio, scrubbed by whoever touches it: the object stays one run of frames, so one mapping and one memslot.
+    #[default]
+    Contiguous,
+    /// One that is clean, wherever it is: nobody scrubs while there is one.
+    CleanFirst,
+}
+
 /// What a folio is to hold at first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Side {
@@ -58,6 +68,7 @@ pub(super) struct Demand<'a> {
     pub(super) blocks: Blocks,
     pub(super) zones: &'a [Zone],
     pub(super) private: PrivatePlacement,
+    pub(super) placement: Placement,
     pub(super) account: Option<usize>,
     pub(super) promise: Promise,
 }
@@ -73,6 +84,7 @@ pub(super) struct Owner {
     /// is room. All that is promised is in [`Zone::Normal`] then.
     pub(super) opportune: Vec<usize>,
     pub(super) mover: Option<Weak<dyn Mover>>,
+    pub(super) placement: Placement,
     /// Where it would like to be: one home in the parts outside of its promise, and one in those of it.
     pub(super) homes: Vec<(usize, Home)>,
     /// What its account is charged for it.
@@ -128,6 +140,7 @@ impl State {
             left: parts,
             opportune,
             mover: None,
+            placement: demand.placement,
             homes,
             charged_pages: nr_pages,
         }))

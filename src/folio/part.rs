@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::frames::{Frames, Promise, Taken};
+use super::frames::{Frames, Promise, Taken, Wish};
 use super::home::Homes;
 use super::record::{Record, Records, Use};
 use crate::addr::{PageNumber, Pfn, Pgoff};
@@ -111,15 +111,22 @@ impl PartState {
         outcome
     }
 
-    /// Takes a folio that nobody was promised, at `home` if that is free; `None` if there is none.
+    /// Takes a folio, where it is wished if that is free.
+    #[inline]
+    pub(super) fn take(&mut self, size: FolioSize, wish: Wish, promise: Promise) -> Taken {
+        let Self { frames, homes, .. } = self;
+        frames.take(size, wish, promise, |buddy| homes.outside(buddy, size))
+    }
+
+    /// Takes a folio that nobody was promised; `None` if there is none.
     pub(super) fn take_unpromised(
         &mut self,
         owner: usize,
         size: FolioSize,
         page: Pgoff,
-        home: Option<u64>,
+        wish: Wish,
     ) -> Option<Got> {
-        let (start, bytes) = match self.frames.take(size, home, Promise::None) {
+        let (start, bytes) = match self.take(size, wish, Promise::None) {
             Taken::Clean(start) => (start, Bytes::Zero),
             Taken::Dirty(start) => (start, Bytes::Dirty),
             Taken::ScrubFirst(start) => return Some(Got::ScrubFirst(self.pfn(start))),

@@ -5,7 +5,7 @@ use std::sync::Weak;
 use super::account::Account;
 use super::frames::Promise;
 use super::ledger::Blocks;
-use super::owner::{Demand, Mover, PrivatePlacement, Side};
+use super::owner::{Demand, Mover, Placement, PrivatePlacement, Side};
 use super::part::{Bytes, Got, Zone};
 use super::pool::FolioPool;
 use super::state::State;
@@ -31,6 +31,7 @@ pub(crate) struct Wanted<'a> {
     pub(crate) blocks: Blocks,
     pub(crate) zones: &'a [Zone],
     pub(crate) private: PrivatePlacement,
+    pub(crate) placement: Placement,
     pub(crate) commitment: Commitment,
     pub(crate) account: Option<Account>,
 }
@@ -55,6 +56,7 @@ impl FolioPool {
             blocks: wanted.blocks,
             zones: wanted.zones,
             private: wanted.private,
+            placement: wanted.placement,
             account: wanted.account.as_ref().map(Account::key),
             promise,
         };

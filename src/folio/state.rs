@@ -6,7 +6,7 @@ use std::sync::Arc;
 use slab::Slab;
 
 use super::account::Charge;
-use super::frames::{IsQuarantined, Promise, Taken};
+use super::frames::{IsQuarantined, Promise, Taken, Wish};
 use super::ledger::Blocks;
 use super::owner::{Mover, Owner, Side, at_home};
 use super::part::{Bytes, Got, PartState, Zone, part_of};
@@ -118,7 +118,8 @@ impl State {
                 continue;
             }
             let home = at_home(&owner.homes, *nr, page);
-            let (start, bytes) = match part.frames.take(size, home, owner.promise) {
+            let wish = Wish { home, placement: owner.placement };
+            let (start, bytes) = match part.take(size, wish, owner.promise) {
                 Taken::Clean(start) => (start, Bytes::Zero),
                 Taken::Dirty(start) => (start, Bytes::Dirty),
                 Taken::ScrubFirst(start) => return Ok(Got::ScrubFirst(part.pfn(start))),
@@ -175,7 +176,8 @@ impl State {
             let home = at_home(&owner.homes, nr, page);
             // Room that has to be waited for is no room, but at home.
             let waits = home.is_some_and(|home| part.frames.is_in_hands(home));
-            let got = part.take_unpromised(key, size, page, home);
+            let wish = Wish { home, placement: owner.placement };
+            let got = part.take_unpromised(key, size, page, wish);
             let got = got.filter(|&got| got != Got::Wait || waits);
             if got.is_some() {
                 return got;
@@ -217,7 +219,9 @@ impl State {
         let mut waits = false;
         let parts = self.parts.iter_mut().enumerate().filter(|(_, part)| part.zone == zone);
         for (nr, part) in parts {
-            match part.take_unpromised(key, size, page, at_home(&owner.homes, nr, page)) {
+            let home = at_home(&owner.homes, nr, page);
+            let wish = Wish { home, placement: owner.placement };
+            match part.take_unpromised(key, size, page, wish) {
                 Some(Got::Wait) => waits = true,
                 Some(got) => return Ok(got),
                 None => {}

@@ -139,8 +139,8 @@ impl GuestMemfd {
             .map_err(|errno| Error::new(op, ErrorKind::HypervisorRefused).errno_is(errno).on(range))
     }
 
-    /// Does something with the frame behind a page, which stays where it is meanwhile. What is not there, or is a hole,
-    /// has none.
+    /// Does something with the frame behind a page, which stays where it is meanwhile, and no conversion is in the middle.
+    /// What is not there, or is a hole, has none.
     ///
     /// # Errors
     /// [`ErrorKind::OutOfRange`].
@@ -152,7 +152,7 @@ impl GuestMemfd {
         let object = &*self.0;
         let range = PgoffRange::single(page)?;
         object.check_range(Op::Range, range)?;
-        let _layout = object.layout.read();
+        let _layout = object.layout.write();
         let frame = object.frames.resident(range).next();
         Ok(act(frame.map(|(_, frames)| frames.start())))
     }

@@ -39,7 +39,7 @@ impl GuestMemfd {
                 .because(format!("the object was not created for zone {to}")));
         }
         let mut migration = Migration::default();
-        for slot in object.frames.shape().slots(range) {
+        for slot in object.frames.places(range) {
             match object.migrate_folio(&slot, Only::Outside(to), to, &Wait::never()) {
                 Ok(Moved::Yes) => {
                     let moved = migration.moved.get() + slot.size().bytes().get();
@@ -113,7 +113,7 @@ impl Inner {
         wait: &Wait,
     ) -> Result<(), Error> {
         let PlacedPrivate::Checked(placement) = self.private else { return Ok(()) };
-        for slot in ranges.iter().flat_map(|&range| self.frames.shape().slots(range)) {
+        for slot in ranges.iter().flat_map(|&range| self.frames.places(range)) {
             if self.is_placed(&slot) {
                 continue;
             }
@@ -130,7 +130,7 @@ impl Inner {
     /// [`place_private`](Self::place_private) and the freeze they may have been punched and touched.
     pub(super) fn check_placed(&self, op: Op, ranges: &[PgoffRange]) -> Result<(), Error> {
         let PlacedPrivate::Checked(_) = self.private else { return Ok(()) };
-        let mut slots = ranges.iter().flat_map(|&range| self.frames.shape().slots(range));
+        let mut slots = ranges.iter().flat_map(|&range| self.frames.places(range));
         match slots.find(|slot| !self.is_placed(slot)) {
             Some(slot) => Err(misplaced(op).on(slot.pages())),
             None => Ok(()),

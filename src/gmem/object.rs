@@ -10,8 +10,8 @@ use crate::addr::{ByteSize, Pgoff};
 use crate::backing::Arena;
 use crate::error::{Error, ErrorKind, Found, Op};
 use crate::folio::{
-    Account, Behind, Commitment, FolioMap, FolioPool, PrivatePlacement, Reservation, Shape, Wanted,
-    Zone,
+    Account, Behind, Commitment, FolioMap, FolioPool, Placement, PrivatePlacement, Reservation,
+    Shape, Wanted, Zone,
 };
 use crate::geometry::{FolioSize, MAX_BYTES};
 use crate::identity::ObjectId;
@@ -81,6 +81,7 @@ pub struct GuestMemfdBuilder {
     name: String,
     zones: Vec<Zone>,
     private: PrivatePlacement,
+    placement: Placement,
     commitment: Commitment,
     account: Option<Account>,
 }
@@ -99,6 +100,13 @@ impl GuestMemfdBuilder {
     #[must_use]
     pub fn private_placement(mut self, placement: PrivatePlacement) -> Self {
         self.private = placement;
+        self
+    }
+
+    /// What a first touch prefers: to keep the object in one run unless said otherwise.
+    #[must_use]
+    pub fn placement(mut self, placement: Placement) -> Self {
+        self.placement = placement;
         self
     }
 
@@ -178,6 +186,7 @@ impl GuestMemfdBuilder {
             blocks: shape.blocks(),
             zones: &self.zones,
             private: self.private,
+            placement: self.placement,
             commitment: self.commitment,
             account: self.account,
         })?;
@@ -281,6 +290,7 @@ impl GuestMemfd {
             name: String::from("guest"),
             zones: vec![Zone::default()],
             private: PrivatePlacement::default(),
+            placement: Placement::default(),
             commitment: Commitment::default(),
             account: None,
         }

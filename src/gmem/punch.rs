@@ -9,6 +9,7 @@ use crate::backing::WhyKept;
 use crate::error::{Error, ErrorKind, Op};
 use crate::failpoint::{FailPoint, fails};
 use crate::folio::Slot;
+use crate::geometry::FolioSize;
 use crate::range::{PfnRange, PgoffRange};
 use crate::stage2::GuestRun;
 use crate::state::{Frozen, Reader, Wait, Wanted, with_reader};
@@ -108,8 +109,9 @@ enum Whole {
 impl Inner {
     /// What may fail for want of memory fails before anything has happened.
     fn make_room_for_holes(&self, range: PgoffRange) -> Result<(), Error> {
-        let in_part = |slot: Slot| slot.size().nr_pages() > 1;
-        if !self.frames.shape().slots(range).any(in_part) {
+        // The largest folios come first.
+        let first = self.frames.shape().slots(range).next();
+        if first.is_none_or(|slot| slot.size() == FolioSize::Base) {
             return Ok(());
         }
         if fails(FailPoint::Memory) {
@@ -145,7 +147,8 @@ impl Inner {
 
     fn with_holes_around(&self, range: PgoffRange) -> PgoffRange {
         let mut reach = range;
-        for slot in self.frames.shape().slots(range) {
+        let ends = [range.start(), Pgoff::new(range.end().get().saturating_sub(1))];
+        for slot in ends.into_iter().filter_map(|page| self.frames.shape().slot(page)) {
             let pages = slot.pages();
             let outside =
                 [between(pages.start(), range.start()), between(range.end(), pages.end())];
@@ -196,7 +199,7 @@ impl Inner {
         }
         // Nothing fails from here on but for an arena that lost its memory.
         let mut punched = Punched::default();
-        for slot in self.frames.shape().slots(range) {
+        for slot in self.frames.places(range) {
             let whole = match reach.covers(&slot.pages()) {
                 true => self.return_whole(layout, &slot, &mut punched),
                 false => Whole::Stays,

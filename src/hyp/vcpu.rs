@@ -187,6 +187,10 @@ impl Vcpu {
                 // While the vCPU is still there, for its fault is what EL2 is asked about.
                 GuestStop::Fault(_) => match el2.call(cpu, HostCall::VcpuInPoisonFault, [0; 4]) {
                     Ok(1) => Stop::Poisoned,
+                    // Android's has no answer about a block that was destroyed.
+                    Err(_) if core.look().guest(at.gfn()) == Err(Errno::EHWPOISON) => {
+                        Stop::Poisoned
+                    }
                     _ => Stop::Fault,
                 },
                 _ => Stop::Invalid,

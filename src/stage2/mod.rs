@@ -1,12 +1,8 @@
 //! Stage 2: the tables behind a guest's physical addresses, and the seam that hypervisors fill.
 //!
-//! [`Stage2`] is what a [`GuestMemfd`](crate::GuestMemfd) asks of a hypervisor. The table in
-//! `table.rs` is what a simulated hypervisor answers from: a real tree of real Arm descriptors
-//! (`pte.rs`), held as plain data. It has no atomics. Whoever owns one puts a reader-writer lock
-//! around it, and a vCPU holds that lock for reading from its translation to the end of its copy.
-//! So whoever took the lock for writing and cleared an entry knows that no translation through it
-//! is in use any more. That is what a TLB invalidation and its barrier are for, and it stands for
-//! them here.
+//! [`Stage2`] is what a [`GuestMemfd`](crate::GuestMemfd) asks of a hypervisor. The trees that a simulated
+//! one answers from are made of real Arm descriptors (`pte.rs`), held as plain data behind a lock of
+//! their owner's: `tree.rs` is the hypervisor's, `table.rs` the IOMMU's.
 
 mod pte;
 mod table;

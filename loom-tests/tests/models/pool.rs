@@ -10,7 +10,7 @@ use gmem::addr::{Pfn, Pgoff};
 use gmem::error::ErrorKind;
 use gmem::geometry::FolioSize;
 use gmem::modelled::Flaw;
-use gmem::modelled_pool::{Guest, Look, Mark, Scrubber, give_up_a_scrub, pool};
+use gmem::modelled_pool::{Guest, Look, Mark, Scrubber, counted, give_up_a_scrub, pool};
 use gmem::{FolioPool, PoolStat};
 use loom::thread;
 use loom_tests::{Memory, explore, must_be_caught, must_notice};
@@ -21,7 +21,7 @@ use FolioSize::{Base, Huge2M};
 const HUGE: u64 = 512;
 
 fn pages(pool: &FolioPool) -> [u64; 4] {
-    let PoolStat { capacity, free, reserved, used, dirty, .. } = pool.stat();
+    let PoolStat { capacity, free, reserved, used, dirty, .. } = counted(pool);
     assert_eq!(free.get() + reserved.get() + used.get(), capacity.get(), "frames are lost");
     [free, reserved, used, dirty].map(|size| size.whole_pages())
 }

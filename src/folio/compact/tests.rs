@@ -2,7 +2,7 @@ use std::sync::{Mutex, Weak};
 
 use super::*;
 use crate::backing::ArenaBacking;
-use crate::folio::owner::{PrivatePlacement, Side};
+use crate::folio::owner::{Placement, PrivatePlacement, Side};
 use crate::folio::reservation::{Commitment, Reservation, Wanted};
 
 /// Answers that its folio is elsewhere, which is true by then: it has just given it back.
@@ -29,6 +29,7 @@ fn what_had_gone_by_itself_is_not_counted_as_moved() {
         blocks: crate::folio::ledger::Blocks { giant: 0, huge: 0, base: 1 },
         zones: &[Zone::Normal],
         private: PrivatePlacement::default(),
+        placement: Placement::default(),
         commitment: Commitment::Overcommitted,
         account: None,
     };

@@ -2,9 +2,10 @@
 
 use arbitrary::{Arbitrary, Unstructured};
 
-use super::{Frames, IsQuarantined, Promise, Taken};
+use super::{Frames, IsQuarantined, Promise, Taken, Wish};
 use crate::folio::buddy::Buddy;
 use crate::folio::ledger::Blocks;
+use crate::folio::owner::Placement;
 use crate::geometry::{FolioSize, GIANT_ORDER, HUGE_PAGES, index};
 
 /// What a frame is.
@@ -23,7 +24,7 @@ enum Frame {
 enum Step {
     Promise { huge: u8, base: u16 },
     Unpromise { huge: u8, base: u16 },
-    Take { size: bool, home: Option<u16>, promised: bool },
+    Take { size: bool, home: Option<u16>, outside: Option<u16>, clean_first: bool, promised: bool },
     GiveBack { which: u8, dirty: bool, promised: bool },
     Scrub { end: End, fails_meanwhile: Option<u16> },
     Quarantine { which: u8 },
@@ -154,7 +155,13 @@ impl Both {
                 self.frames.unpromise(fewer);
                 self.promised = self.promised.minus(fewer);
             }
-            Step::Take { size, home, promised } => self.take(size_of(size), home, promised),
+            Step::Take { size, home, outside, clean_first, promised } => {
+                let placement = match clean_first {
+                    true => Placement::CleanFirst,
+                    false => Placement::Contiguous,
+                };
+                self.take(size_of(size), (home, placement), outside, promised);
+            }
             Step::GiveBack { which, dirty, promised } => self.give_back(which, dirty, promised),
             Step::Scrub { end, fails_meanwhile } => {
                 let Some((start, size)) = self.frames.next_dirty() else {
@@ -231,7 +238,13 @@ impl Both {
         wanted.iter().for_each(|&huge| self.set(huge, HUGE_PAGES, Frame::Quarantined));
     }
 
-    fn take(&mut self, size: FolioSize, home: Option<u16>, promised: bool) {
+    fn take(
+        &mut self,
+        size: FolioSize,
+        (home, placement): (Option<u16>, Placement),
+        outside: Option<u16>,
+        promised: bool,
+    ) {
         let promise = if promised { Promise::Kept } else { Promise::None };
         let mut after = self.promised;
         let may = match after.of(size).checked_sub(1) {
@@ -241,14 +254,17 @@ impl Both {
             }
             _ => !promised,
         };
-        let home = home.map(|home| u64::from(home) >> size.order() << size.order());
-        match self.frames.take(size, home, promise) {
+        let block = |at: u16| u64::from(at) >> size.order() << size.order();
+        let (home, outside) = (home.map(block), outside.map(block));
+        match self.frames.take(size, Wish { home, placement }, promise, |_| outside) {
             Taken::Clean(start) => self.took(start, size, Frame::Free, after),
             Taken::Dirty(start) => self.took(start, size, Frame::Dirty, after),
             Taken::ScrubFirst(start) => {
                 let clean = self.count(|frame| frame == Frame::Free);
                 let is_home = home.is_some_and(|it| it / HUGE_PAGES * HUGE_PAGES == start);
-                let may = size == FolioSize::Base && (clean == 0 || is_home);
+                let is_wished = is_home
+                    && (placement == Placement::Contiguous || self.promised != Blocks::default());
+                let may = size == FolioSize::Base && (clean == 0 || is_wished);
                 self.expect("something clean was there", may);
                 self.expect("a dirty block", self.is_all(start, HUGE_PAGES, Frame::Dirty));
                 self.set(start, HUGE_PAGES, Frame::InHands);

@@ -1,4 +1,5 @@
 mod dirty_homes;
+mod no_home;
 
 use super::*;
 use crate::addr::ByteSize;
@@ -15,6 +16,7 @@ fn wanted(huge: u64, base: u64) -> Wanted<'static> {
         blocks: Blocks { giant: 0, huge, base },
         zones: &[Zone::Normal],
         private: PrivatePlacement::MoveToNormal,
+        placement: Placement::default(),
         commitment: Commitment::Reserved,
         account: None,
     }
@@ -362,7 +364,7 @@ fn a_failed_frame_in_a_block_that_stays_dirty_is_not_handed_out() {
 #[test]
 fn a_frame_that_fails_while_it_is_isolated_stays_out() {
     let mut frames = crate::folio::frames::Frames::new(512).unwrap();
-    frames.take(FolioSize::Base, None, Promise::None);
+    frames.take(FolioSize::Base, crate::folio::frames::Wish::default(), Promise::None, |_| None);
     let runs = frames.isolate(0, FolioSize::Huge2M).unwrap();
     let no = crate::folio::frames::IsQuarantined::No;
     assert_eq!(frames.poison(7, 1, no), Ok(true));
@@ -375,11 +377,11 @@ fn a_frame_that_fails_while_it_is_isolated_stays_out() {
 /// Of a page of 1 GiB that fails nothing is free, in whatever state its pieces are.
 #[test]
 fn a_failed_gib_is_in_no_map_in_pieces_either() {
-    use crate::folio::frames::{Frames, IsQuarantined, Taken};
+    use crate::folio::frames::{Frames, IsQuarantined, Taken, Wish};
     let (huge, giant) = (FolioSize::Huge2M, FolioSize::Huge1G);
     for in_pieces in [true, false] {
         let mut frames = Frames::new(giant.nr_pages() + 512).unwrap();
-        assert_eq!(frames.take(giant, None, Promise::None), Taken::Clean(0));
+        assert_eq!(frames.take(giant, Wish::default(), Promise::None, |_| None), Taken::Clean(0));
         frames.give_back_dirty(0, giant, Promise::None);
         let mut in_hands = None;
         if in_pieces {
@@ -394,7 +396,10 @@ fn a_failed_gib_is_in_no_map_in_pieces_either() {
         assert_eq!(frames.dirty_around(0), None);
         in_hands.into_iter().for_each(|(start, size)| frames.scrubbed(start, size));
         assert_eq!((frames.free().pages(), frames.nr_dirty()), (512, 0), "{in_pieces}");
-        assert_eq!(frames.take(huge, None, Promise::None), Taken::Clean(giant.nr_pages()));
-        assert_eq!(frames.take(huge, None, Promise::None), Taken::Nothing);
+        assert_eq!(
+            frames.take(huge, Wish::default(), Promise::None, |_| None),
+            Taken::Clean(giant.nr_pages())
+        );
+        assert_eq!(frames.take(huge, Wish::default(), Promise::None, |_| None), Taken::Nothing);
     }
 }

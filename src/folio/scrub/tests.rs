@@ -5,8 +5,8 @@ use super::*;
 use crate::addr::Pgoff;
 use crate::backing::ArenaBacking;
 use crate::failpoint::arm;
-use crate::folio::frames::{Promise, Taken};
-use crate::folio::owner::{PrivatePlacement, Side};
+use crate::folio::frames::{Promise, Taken, Wish};
+use crate::folio::owner::{Placement, PrivatePlacement, Side};
 use crate::folio::part::Zone;
 use crate::folio::reservation::{Commitment, Reservation, Wanted};
 
@@ -22,6 +22,7 @@ fn reserve(pool: &FolioPool, nr_huge: u64, nr_base: u64) -> Reservation {
         blocks,
         zones: &[Zone::Normal],
         private: PrivatePlacement::MoveToNormal,
+        placement: Placement::default(),
         commitment: Commitment::Reserved,
         account: None,
     };
@@ -149,9 +150,12 @@ fn of_a_large_block_that_cannot_be_scrubbed_one_piece_is_lost() {
     let pool = pool(512);
     let wanted = super::super::ledger::Blocks { giant: 1, huge: 0, base: 0 };
     pool.state().parts[0].frames.promise(wanted);
-    let Taken::Clean(start) =
-        pool.state().parts[0].frames.take(FolioSize::Huge1G, None, Promise::Kept)
-    else {
+    let Taken::Clean(start) = pool.state().parts[0].frames.take(
+        FolioSize::Huge1G,
+        Wish::default(),
+        Promise::Kept,
+        |_| None,
+    ) else {
         panic!("it is clean");
     };
     pool.state().parts[0].frames.give_back_dirty(start, FolioSize::Huge1G, Promise::None);
@@ -309,7 +313,14 @@ fn who_takes_what_is_lost_has_his_promise_still() {
         let account = pool.open_account(None);
         let (zones, private) = (&[Zone::Normal][..], PrivatePlacement::MoveToNormal);
         let blocks = super::super::ledger::Blocks { giant: 0, huge: 2, base: 0 };
-        let wanted = Wanted { blocks, zones, private, commitment, account: Some(account.clone()) };
+        let wanted = Wanted {
+            blocks,
+            zones,
+            private,
+            placement: Placement::default(),
+            commitment,
+            account: Some(account.clone()),
+        };
         let one = pool.reserve(wanted).unwrap();
         let armed = arm(FailPoint::Scrub, 0);
         let taken = [take(&one, 0).unwrap(), take(&one, 1).unwrap()];

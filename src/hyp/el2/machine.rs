@@ -34,7 +34,7 @@ pub(crate) trait FrameBytes: Send + Sync {
     fn zero(&self, frames: PfnRange) -> Result<(), Errno>;
 }
 
-impl FrameBytes for Arc<Arena> {
+impl FrameBytes for std::sync::Arc<Arena> {
     fn read(&self, at: Pa, buf: &mut [u8]) -> Result<(), Errno> {
         Arena::read(self, at, buf).map_err(|error| error.errno())
     }

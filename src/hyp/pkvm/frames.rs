@@ -1,6 +1,7 @@
 //! The machine behind a pool: its frames, and behind them memory without bytes for the host's kernel and for EL2.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use crate::addr::{Pa, Pfn};
 use crate::backing::Arena;
@@ -9,7 +10,6 @@ use crate::geometry::{GIANT_ORDER, HUGE_PAGES};
 use crate::hyp::el2::{El2, Machine, Pages, Profile, Region, RegionKind};
 use crate::hyp::kernel::KernelPages;
 use crate::range::PfnRange;
-use crate::sync::Arc;
 
 /// What the kernel has at least: for 255 VMs with some vCPUs each, and for one with all of them.
 const MIN_KERNEL: u64 = 1 << 15;

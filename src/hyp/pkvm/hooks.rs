@@ -181,6 +181,10 @@ impl Stage2 for VmCore {
         match (self.kind, side) {
             (VmKind::NonProtected, Visibility::Shared) => self.show(&mut state, page, block),
             (VmKind::Protected, Visibility::Private) => {
+                if self.look().guest(page.gfn) == Err(Errno::EHWPOISON) {
+                    // Destroyed since the guest touched it. When it looks again it finds that.
+                    return Ok(Faulted::Mapped);
+                }
                 let block = block.filter(|block| {
                     self.profile().donates(HUGE_PAGES) && self.look().is_vacant_block(block.gfn)
                 });

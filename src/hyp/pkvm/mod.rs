@@ -76,7 +76,7 @@ pub use super::el2::Profile;
 #[derive(Clone, Debug)]
 pub struct Hypervisor(Arc<Host>);
 
-/// Lock order: the VMs, the state of one, a CPU, then EL2's own, then the kernel's pages. None of them is held while an
+/// Lock order: the VMs, the state of one, a CPU or the kernel's pages, then EL2's own. None of them is held while an
 /// object is called.
 #[derive(Debug)]
 struct Host {

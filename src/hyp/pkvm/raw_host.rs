@@ -122,7 +122,8 @@ impl RawHost {
         }
         let page: Pgoff = at.pgoff();
         let el2 = &host.el2;
-        // The page stays where it is meanwhile, so that nobody else's is touched.
+        // The page stays where it is meanwhile, so that nobody else's is touched; and what a conversion has found at
+        // EL2 it still finds when it acts.
         memfd.with_frame(page, |pfn| {
             let pfn = pfn.ok_or_else(|| error(ErrorKind::NotFound).because("no memory there"))?;
             let at = Pa::new(pfn.pa().get() + at.in_page().get());

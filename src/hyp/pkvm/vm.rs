@@ -63,7 +63,7 @@ pub(in crate::hyp) struct VmCore {
     pub(super) kind: VmKind,
     pub(super) made: Made,
     /// What EL2 has of it, to look at.
-    seen: Arc<el2::Vm>,
+    seen: crate::sync::Arc<el2::Vm>,
     pub(super) state: RwLock<VmState>,
 }
 
