@@ -1,6 +1,7 @@
 //! Who touches bytes, and what becomes of that. Each kind of access has its own observable result when the page is
 //! somebody else's.
 
+use super::guest_tlb::within;
 use super::host_call::HostCall;
 use super::incident::Incident;
 use super::transition::{unuse_dma, use_dma};
@@ -8,6 +9,7 @@ use super::vm::{Fault, FaultKind};
 use super::{El2, Pages, State};
 use crate::addr::{Access, Ipa, Pa};
 use crate::error::Errno;
+use crate::state::{Flaw, seeded};
 
 /// Bytes on their way out of memory or into it. All of them are of one page.
 #[derive(Debug)]
@@ -174,26 +176,44 @@ impl El2 {
     /// # Errors
     /// Why it stops.
     pub(crate) fn vcpu(&self, cpu: usize, at: Ipa, mut bytes: Bytes<'_>) -> Result<(), GuestStop> {
+        let access = bytes.access();
+        let copied = self.vcpu_act(cpu, at, access, |at| self.copy(at, &mut bytes))?;
+        copied.map_err(|errno| match errno {
+            Errno::EINVAL => GuestStop::Invalid,
+            _ => GuestStop::Broken,
+        })
+    }
+
+    /// The same for anything that can be done at an address. The page stays the guest's until `act` returns, which must
+    /// ask nothing of EL2. What was found is remembered: [`GuestTlb::hit`](super::guest_tlb::GuestTlb::hit) has it next time.
+    ///
+    /// # Errors
+    /// Why it stops.
+    #[inline]
+    pub(crate) fn vcpu_act<T>(
+        &self,
+        cpu: usize,
+        at: Ipa,
+        access: Access,
+        act: impl FnOnce(Pa) -> T,
+    ) -> Result<T, GuestStop> {
         let Some(mut cpu) = self.cpu(cpu) else { return Err(GuestStop::Invalid) };
         let Some(loaded) = cpu.loaded.as_mut() else { return Err(GuestStop::Invalid) };
         let gfn = at.gfn();
         let mut guest = loaded.vm.mmu.lock();
         let found = guest.translate(loaded.vcpu.tlb, gfn);
-        let allowed = found.map(|to| match bytes.access() {
-            Access::Read => to.prot.reads(),
-            Access::Write => to.prot.writes(),
-        });
-        let (Some(to), Some(true)) = (found, allowed) else {
+        let Some(to) = found.filter(|to| to.prot.allows(access)) else {
             let kind = if found.is_none() { FaultKind::Translation } else { FaultKind::Permission };
             let fault = Fault { gfn, kind };
             loaded.vcpu.fault = Some(fault);
             return Err(GuestStop::Fault(fault));
         };
-        let at = Pa::new(to.pfn.pa().get() + at.in_page().get());
-        // With the lock held: whoever unmaps the page waits until the bytes are copied.
-        self.copy(at, &mut bytes).map_err(|errno| match errno {
-            Errno::EINVAL => GuestStop::Invalid,
-            _ => GuestStop::Broken,
-        })
+        // With the lock held: whoever unmaps the page waits until it is done.
+        let done = act(within(to.pfn, at));
+        if seeded(Flaw::RemembersOldNews) {
+            drop(guest);
+            loaded.vm.mmu.lock().tlbs.fill(loaded.vcpu.tlb, gfn, to);
+        }
+        Ok(done)
     }
 }
