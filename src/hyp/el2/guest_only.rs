@@ -119,7 +119,7 @@ impl GuestOnly {
         Ok(())
     }
 
-    /// Eight bytes, by a translation that is remembered.
+    /// Eight bytes at once, by a translation that is remembered.
     #[inline]
     pub fn load_hit(&self, at: Ipa) -> Option<u64> {
         self.tlb.hit(&self.reader, at, Access::Read, |at| self.bytes_at(at)).flatten()
@@ -140,9 +140,6 @@ impl GuestOnly {
 
     #[inline]
     fn bytes_at(&self, at: Pa) -> Option<u64> {
-        let mut buf = [0; 8];
-        let at = Pa::new(at.get() - self.first.pa().get());
-        self.arena.read(at, &mut buf).ok()?;
-        Some(u64::from_ne_bytes(buf))
+        self.arena.load_u64(Pa::new(at.get() - self.first.pa().get())).ok()
     }
 }

@@ -19,6 +19,7 @@
 //! | `spec` | the states again, in the plainest way |
 //! | `invariants` | what must hold, by name |
 //! | `hostile` | for tests and fuzzers: a host and guests that do anything |
+//! | `modelled` | a small machine, for the loom models |
 //! | `guest_only` | a guest that loads, for benches |
 //! | `incident` | times when a real host would have crashed |
 //!
@@ -41,6 +42,9 @@ mod incident;
 mod invariants;
 mod machine;
 mod memcache;
+#[cfg(all(loom, feature = "loom"))]
+#[doc(hidden)]
+pub mod modelled;
 mod profile;
 mod spec;
 #[cfg(test)]
