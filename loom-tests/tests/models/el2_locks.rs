@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use gmem::addr::{Gfn, Pfn};
+use gmem::error::Errno;
 use gmem::modelled::Flaw;
 use gmem::modelled_el2::{Guest, OnCpu, Watched, World};
 use loom::thread;
@@ -73,6 +74,12 @@ fn finalize(scene: &Scene) {
     scene.world.finalize_teardown(OnCpu(1), scene.dying).unwrap();
 }
 
+/// The VMs', the host's, the guest's.
+fn reclaim(scene: &Scene) {
+    let nothing = scene.world.reclaim(OnCpu(1), scene.dying, AT);
+    assert_eq!(nothing, Err(Errno::ENOENT));
+}
+
 /// The secure world's record, the host's.
 fn show_to_the_secure_world(scene: &Scene) {
     scene.world.ffa_share_and_reclaim(Pfn::new(3)).unwrap();
@@ -102,10 +109,11 @@ fn together<const N: usize>(calls: [Call; N]) {
 /// Proves: no two of these wait for each other.
 #[test]
 fn two() {
-    let with: [(Call, &[Call]); 4] = [
+    let with: [(Call, &[Call]); 5] = [
         (check, &[show, donate, put_and_load, force, finalize, show_to_the_secure_world]),
         (force, &[show, donate, put_and_load, finalize, show_to_the_secure_world]),
         (finalize, &[show, donate, put_and_load, show_to_the_secure_world]),
+        (reclaim, &[show, donate, put_and_load, force, check]),
         (donate, &[show, show_to_the_secure_world]),
     ];
     for (one, others) in with {
@@ -125,6 +133,6 @@ fn three() {
 /// Seed: a call takes the host's lock before that of the VMs.
 #[test]
 fn canary_locks_in_reverse() {
-    must_notice(Flaw::LocksInReverse, "deadlock", &[2], |_| together([force, finalize]));
-    must_notice(Flaw::LocksInReverse, "deadlock", &[2], |_| together([show, force, finalize]));
+    must_notice(Flaw::LocksInReverse, "deadlock", &[2], |_| together([force, reclaim]));
+    must_notice(Flaw::LocksInReverse, "deadlock", &[2], |_| together([show, force, reclaim]));
 }
