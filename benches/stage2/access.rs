@@ -23,19 +23,19 @@ pub(crate) fn rows(bench: Bench) -> Outcome<()> {
 
     let (at, cache) = (addresses(NR_CACHED), BareCache::new());
     let (mut ours, mut theirs) = (Turn::default(), Turn::default());
-    at.iter().for_each(|&at| assert!(guest.load(at).is_some()));
+    at.iter().for_each(|&at| assert!(guest.load_u64(at).is_some()));
     bench.row(
         "vcpu_load_hit",
         "bare_64_entry_array",
         Goal::AtMost(3.0),
-        || guest.load_hit(ours.next(&at)).expect("remembered"),
+        || guest.hit_u64(ours.next(&at)).expect("remembered"),
         || cache.load(theirs.next(&at)).expect("remembered"),
     );
     bench.row(
         "vcpu_load_hit_in_turn",
         "bare_64_entry_array_in_turn",
         Goal::None,
-        || ours.wait_for(&at, |at| guest.load_hit(at)).expect("remembered"),
+        || ours.wait_for(&at, |at| guest.hit_u64(at)).expect("remembered"),
         || theirs.wait_for(&at, |at| cache.load(at)).expect("remembered"),
     );
 
@@ -47,21 +47,21 @@ pub(crate) fn rows(bench: Bench) -> Outcome<()> {
         "vcpu_load_walk",
         "bare_four_level_walk",
         Goal::AtMost(2.0),
-        || ours.wait_for(&at, |at| guest.load(at)).expect("mapped"),
+        || ours.wait_for(&at, |at| guest.load_u64(at)).expect("mapped"),
         || theirs.wait_for(&at, |at| table.load(at)).expect("mapped"),
     );
     bench.row(
         "vcpu_load_walk_overlapping",
         "bare_four_level_walk_overlapping",
         Goal::None,
-        || guest.load(ours.next(&at)).expect("mapped"),
+        || guest.load_u64(ours.next(&at)).expect("mapped"),
         || table.load(theirs.next(&at)).expect("mapped"),
     );
     bench.row(
         "vcpu_load_walk_by_cpu",
         "bare_four_level_walk",
         Goal::None,
-        || ours.wait_for(&at, |at| guest.load_by_cpu(at)).expect("mapped"),
+        || ours.wait_for(&at, |at| guest.load_by_cpu_u64(at)).expect("mapped"),
         || theirs.wait_for(&at, |at| table.load(at)).expect("mapped"),
     );
     Ok(())

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use gmem::addr::{Gfn, Pfn};
 use gmem::error::Errno;
 use gmem::modelled::Flaw;
-use gmem::modelled_el2::{Guest, OnCpu, Watched, World};
+use gmem::modelled_el2::{Guest, Idx, Kind, OnCpu, Watched, World};
 use loom::thread;
 use loom_tests::{explore, must_notice};
 
@@ -36,9 +36,10 @@ struct Scene {
 impl Scene {
     fn new() -> Arc<Self> {
         let world = World::new(Arc::new(NoBytes)).unwrap();
-        let [guest, other, dying] = [true, false, true].map(|it| world.vm(it).unwrap());
-        world.load(OnCpu(0), guest, 0).unwrap();
-        world.load(OnCpu(2), other, 0).unwrap();
+        let kinds = [Kind::Protected, Kind::NotProtected, Kind::Protected];
+        let [guest, other, dying] = kinds.map(|kind| world.vm(kind).unwrap());
+        world.load(OnCpu(0), guest, Idx::First).unwrap();
+        world.load(OnCpu(2), other, Idx::First).unwrap();
         world.donate(OnCpu(0), FRAME, AT).unwrap();
         world.start_teardown(OnCpu(0), dying).unwrap();
         Arc::new(Self { world, guest, other, dying })
@@ -49,19 +50,19 @@ type Call = fn(&Scene);
 
 /// The CPU's, the host's, the guest's.
 fn show(scene: &Scene) {
-    scene.world.show(OnCpu(0), AT, true);
+    scene.world.show(OnCpu(0), AT);
 }
 
 /// The CPU's, the list's; the host's, EL2's, the list's; the host's, the guest's.
 fn donate(scene: &Scene) {
-    scene.world.top_up(scene.guest, 0);
+    scene.world.top_up(scene.guest, Idx::First);
     scene.world.donate(OnCpu(0), FREE, Gfn::new(1)).unwrap();
 }
 
 /// The CPU's, the VMs'.
 fn put_and_load(scene: &Scene) {
     scene.world.put(OnCpu(2)).unwrap();
-    scene.world.load(OnCpu(2), scene.other, 1).unwrap();
+    scene.world.load(OnCpu(2), scene.other, Idx::Second).unwrap();
 }
 
 /// The host's; the VMs', the host's, the guest's; the host's.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use gmem::addr::{Gfn, Pfn, Pgoff};
 use gmem::modelled::Flaw;
-use gmem::modelled_el2::{Guest, OnCpu, Vcpu, Watched, World};
+use gmem::modelled_el2::{Guest, Idx, Kind, OnCpu, Vcpu, Watched, Word, World};
 use loom::thread;
 use loom_tests::{Memory, explore, must_notice};
 
@@ -20,8 +20,9 @@ const AT: Gfn = Gfn::new(0);
 const OTHER_FRAME: Pfn = Pfn::new(2);
 const OTHER: Gfn = Gfn::new(2);
 
-const SECRET: u64 = 7;
-const HOST: u64 = 3;
+const SECRET: Word = Word(7);
+const HOST: Word = Word(3);
+const NOTHING: Word = Word(0);
 const NR_FRAMES: u64 = 8;
 
 /// What the rules say when something stale is remembered.
@@ -47,15 +48,15 @@ struct Scene {
 }
 
 impl Scene {
-    fn new(protected: bool) -> Arc<Self> {
+    fn new(kind: Kind) -> Arc<Self> {
         let bytes = Arc::new(Bytes(Memory::new(NR_FRAMES, 0)));
         let world = World::new(bytes.clone()).unwrap();
-        let guest = world.vm(protected).unwrap();
-        world.load(OnCpu(0), guest, 0).unwrap();
+        let guest = world.vm(kind).unwrap();
+        world.load(OnCpu(0), guest, Idx::First).unwrap();
         for (frame, at) in [(FRAME, AT), (OTHER_FRAME, OTHER)] {
-            match protected {
-                true => world.donate(OnCpu(0), frame, at).unwrap(),
-                false => world.share(OnCpu(0), frame, at).unwrap(),
+            match kind {
+                Kind::Protected => world.donate(OnCpu(0), frame, at).unwrap(),
+                Kind::NotProtected => world.share(OnCpu(0), frame, at).unwrap(),
             }
         }
         assert!(world.store(OnCpu(0), AT, SECRET));
@@ -64,12 +65,12 @@ impl Scene {
 
     /// Its vCPU stores by what it remembers.
     fn hit(&self, vcpu: &Vcpu, at: Gfn) -> Option<()> {
-        vcpu.hit(at, |frame| self.bytes.store(frame, SECRET))
+        vcpu.hit(at, |frame| self.bytes.store(frame, SECRET.0))
     }
 
     /// And if that is nothing, by the tables.
     fn hit_or_walk(&self, vcpu: &Vcpu, at: Gfn) -> Option<()> {
-        self.hit(vcpu, at).or_else(|| vcpu.walk(at, |frame| self.bytes.store(frame, SECRET)))
+        self.hit(vcpu, at).or_else(|| vcpu.walk(at, |frame| self.bytes.store(frame, SECRET.0)))
     }
 
     fn sound(&self) {
@@ -95,39 +96,39 @@ fn while_it_runs(scene: &Arc<Scene>, host: impl FnOnce(&World, Guest)) {
 
 /// The host hides a page of its own from the guest and uses it.
 fn unshared() {
-    let scene = Scene::new(false);
+    let scene = Scene::new(Kind::NotProtected);
     while_it_runs(&scene, |world, guest| {
         world.unshare(OnCpu(1), guest, AT).unwrap();
         assert!(world.user_store(OnCpu(1), FRAME, HOST));
     });
-    assert_eq!(scene.bytes.load(FRAME), HOST);
+    assert_eq!(scene.bytes.load(FRAME), HOST.0);
 }
 
 /// The guest dies, and the host takes its page back, cleared.
 fn reclaimed() {
-    let scene = Scene::new(true);
+    let scene = Scene::new(Kind::Protected);
     while_it_runs(&scene, |world, guest| {
         world.put(OnCpu(0)).unwrap();
         world.start_teardown(OnCpu(1), guest).unwrap();
         world.reclaim(OnCpu(1), guest, AT).unwrap();
-        assert_eq!(world.user_load(OnCpu(1), FRAME), Some(0), "a secret");
+        assert_eq!(world.user_load(OnCpu(1), FRAME), Some(NOTHING), "a secret");
     });
     assert_eq!(scene.bytes.load(FRAME), 0);
 }
 
 /// The host's kernel takes a page by force.
 fn destroyed() {
-    let scene = Scene::new(true);
+    let scene = Scene::new(Kind::Protected);
     while_it_runs(&scene, |world, _| {
-        assert_eq!(world.kernel_load(OnCpu(1), FRAME), Some(0), "a secret");
+        assert_eq!(world.kernel_load(OnCpu(1), FRAME), Some(NOTHING), "a secret");
         assert!(world.user_store(OnCpu(1), FRAME, HOST));
     });
-    assert_eq!(scene.bytes.load(FRAME), HOST);
+    assert_eq!(scene.bytes.load(FRAME), HOST.0);
 }
 
 /// The same while another page takes the line: nothing is left there to be forgotten.
 fn destroyed_when_evicted() {
-    let scene = Scene::new(true);
+    let scene = Scene::new(Kind::Protected);
     let vcpu = scene.world.vcpu(OnCpu(0)).unwrap();
     let other = vcpu.another();
     let running = {
@@ -135,7 +136,7 @@ fn destroyed_when_evicted() {
         thread::spawn(move || scene.hit(&vcpu, AT))
     };
     assert!(other.walk(OTHER, |_| ()).is_some());
-    assert_eq!(scene.world.kernel_load(OnCpu(1), FRAME), Some(0), "a secret");
+    assert_eq!(scene.world.kernel_load(OnCpu(1), FRAME), Some(NOTHING), "a secret");
     running.join().unwrap();
     assert_eq!(scene.hit(&other, AT), None);
     scene.sound();
@@ -143,32 +144,32 @@ fn destroyed_when_evicted() {
 
 /// The same while the vCPU goes by way of its CPU.
 fn destroyed_beside_a_walk() {
-    let scene = Scene::new(true);
+    let scene = Scene::new(Kind::Protected);
     let running = {
         let scene = Arc::clone(&scene);
         thread::spawn(move || scene.world.store(OnCpu(0), AT, SECRET))
     };
-    assert_eq!(scene.world.kernel_load(OnCpu(1), FRAME), Some(0), "a secret");
+    assert_eq!(scene.world.kernel_load(OnCpu(1), FRAME), Some(NOTHING), "a secret");
     running.join().unwrap();
     scene.sound();
 }
 
 /// The guest hides a page that it has shown, and puts a secret there; the host stores while it may.
 fn hidden() {
-    let scene = Scene::new(true);
-    assert!(scene.world.show(OnCpu(0), AT, true));
+    let scene = Scene::new(Kind::Protected);
+    assert!(scene.world.show(OnCpu(0), AT));
     assert!(scene.world.user_store(OnCpu(1), FRAME, HOST));
     let vcpu = scene.world.vcpu(OnCpu(0)).unwrap();
     let running = {
         let scene = Arc::clone(&scene);
         thread::spawn(move || {
-            assert!(scene.world.show(OnCpu(0), AT, false));
+            assert!(scene.world.hide(OnCpu(0), AT));
             scene.hit_or_walk(&vcpu, AT).expect("its own");
         })
     };
     scene.world.user_store(OnCpu(1), FRAME, HOST);
     running.join().unwrap();
-    assert_eq!(scene.bytes.load(FRAME), SECRET);
+    assert_eq!(scene.bytes.load(FRAME), SECRET.0);
     assert_eq!(scene.world.user_load(OnCpu(1), FRAME), None);
     scene.sound();
 }

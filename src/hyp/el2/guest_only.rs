@@ -121,20 +121,20 @@ impl GuestOnly {
 
     /// Eight bytes at once, by a translation that is remembered.
     #[inline]
-    pub fn load_hit(&self, at: Ipa) -> Option<u64> {
+    pub fn hit_u64(&self, at: Ipa) -> Option<u64> {
         self.tlb.hit(&self.reader, at, Access::Read, |at| self.bytes_at(at)).flatten()
     }
 
     /// Eight bytes, as a guest loads them: if the translation is not remembered, by a walk.
     #[inline]
-    pub fn load(&self, at: Ipa) -> Option<u64> {
-        self.load_hit(at)
+    pub fn load_u64(&self, at: Ipa) -> Option<u64> {
+        self.hit_u64(at)
             .or_else(|| self.tlb.walk(at, Access::Read, |at| self.bytes_at(at)).flatten())
     }
 
     /// Eight bytes, by way of the CPU, which finds out why if the guest faults.
     #[inline]
-    pub fn load_by_cpu(&self, at: Ipa) -> Option<u64> {
+    pub fn load_by_cpu_u64(&self, at: Ipa) -> Option<u64> {
         self.el2.vcpu_act(CPU, at, Access::Read, |at| self.bytes_at(at)).ok().flatten()
     }
 

@@ -74,6 +74,27 @@ impl FrameBytes for Words {
 #[derive(Clone, Copy, Debug)]
 pub struct OnCpu(pub usize);
 
+/// A word that somebody leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Word(pub u64);
+
+/// What a VM is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Its pages are its own.
+    Protected,
+    /// Its pages are the host's.
+    NotProtected,
+}
+
+/// A vCPU of a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "there are two")]
+pub enum Idx {
+    First,
+    Second,
+}
+
 /// A VM with two vCPUs.
 #[derive(Clone, Copy, Debug)]
 pub struct Guest {
@@ -144,13 +165,14 @@ impl World {
     ///
     /// # Errors
     /// As for [`Self::new`].
-    pub fn vm(&self, protected: bool) -> Result<Guest, Errno> {
+    pub fn vm(&self, kind: Kind) -> Result<Guest, Errno> {
         let handle = self.call(OnCpu(0), HostCall::ReserveVm, [0; 4])?;
         let kvm = self.shared_page()?;
         {
             let said = self.el2.machine().host_struct(kvm);
             let mut said = said.lock();
-            (said.handle, said.nr_vcpus, said.protected) = (handle, 2, protected);
+            (said.handle, said.nr_vcpus) = (handle, 2);
+            said.protected = kind == Kind::Protected;
         }
         let (vm_at, pgd_at) = (self.pages(nr_vm_pages(2)), self.pages(nr_pgd_pages()));
         self.call(OnCpu(0), HostCall::InitVm, [kvm, vm_at, pgd_at, 0])?;
@@ -174,8 +196,8 @@ impl World {
     ///
     /// # Errors
     /// None.
-    pub fn load(&self, cpu: OnCpu, guest: Guest, idx: u64) -> Answer {
-        self.call(cpu, HostCall::VcpuLoad, [guest.handle, idx, 0, 0]).map(drop)
+    pub fn load(&self, cpu: OnCpu, guest: Guest, idx: Idx) -> Answer {
+        self.call(cpu, HostCall::VcpuLoad, [guest.handle, idx as u64, 0, 0]).map(drop)
     }
 
     /// Puts the CPU's vCPU back.
@@ -235,9 +257,9 @@ impl World {
     }
 
     /// Lists more pages for the tables of a vCPU.
-    pub fn top_up(&self, guest: Guest, idx: usize) {
+    pub fn top_up(&self, guest: Guest, idx: Idx) {
         let page = self.pages(1);
-        let said = self.el2.machine().host_struct(guest.vcpus[idx]);
+        let said = self.el2.machine().host_struct(guest.vcpus[idx as usize]);
         let mut said = said.lock();
         said.memcache.push(page);
         said.nr_memcache += 1;
@@ -252,35 +274,45 @@ impl World {
         self.el2.ffa_reclaim(handle)
     }
 
-    /// The guest on the CPU shows a page of its own to the host, or hides it; `false` if EL2 refuses.
-    pub fn show(&self, OnCpu(cpu): OnCpu, at: Gfn, shown: bool) -> bool {
-        let call = if shown { MEM_SHARE } else { MEM_UNSHARE };
+    /// The guest on the CPU shows a page of its own to the host; `false` if EL2 refuses.
+    pub fn show(&self, cpu: OnCpu, at: Gfn) -> bool {
+        self.guest_call(cpu, MEM_SHARE, at)
+    }
+
+    /// Or hides it.
+    pub fn hide(&self, cpu: OnCpu, at: Gfn) -> bool {
+        self.guest_call(cpu, MEM_UNSHARE, at)
+    }
+
+    fn guest_call(&self, OnCpu(cpu): OnCpu, call: u64, at: Gfn) -> bool {
         let answer = self.el2.guest_call(cpu, [call, at.ipa().get(), 0, 0]);
         answer == Ok(GuestAnswer::Resume([0; 4]))
     }
 
     /// The guest on the CPU stores a word, by way of its CPU.
-    pub fn store(&self, OnCpu(cpu): OnCpu, at: Gfn, word: u64) -> bool {
+    pub fn store(&self, OnCpu(cpu): OnCpu, at: Gfn, Word(word): Word) -> bool {
         self.el2.vcpu(cpu, at.ipa(), Bytes::Store(&word.to_le_bytes())).is_ok()
     }
 
     /// The host's user space loads a word.
-    pub fn user_load(&self, OnCpu(cpu): OnCpu, frame: Pfn) -> Option<u64> {
+    pub fn user_load(&self, OnCpu(cpu): OnCpu, frame: Pfn) -> Option<Word> {
         let mut word = [0; 8];
         self.el2.user(cpu, frame.pa(), Bytes::Load(&mut word)).ok()?;
-        Some(u64::from_le_bytes(word))
+        Some(Word(u64::from_le_bytes(word)))
     }
 
     /// Or stores one.
-    pub fn user_store(&self, OnCpu(cpu): OnCpu, frame: Pfn, word: u64) -> bool {
+    pub fn user_store(&self, OnCpu(cpu): OnCpu, frame: Pfn, Word(word): Word) -> bool {
         self.el2.user(cpu, frame.pa(), Bytes::Store(&word.to_le_bytes())).is_ok()
     }
 
     /// The host's kernel loads a word by a pointer of its own; a guest's page is destroyed for it.
-    pub fn kernel_load(&self, OnCpu(cpu): OnCpu, frame: Pfn) -> Option<u64> {
+    pub fn kernel_load(&self, OnCpu(cpu): OnCpu, frame: Pfn) -> Option<Word> {
         let mut word = [0; 8];
         match self.el2.kernel_alias(cpu, frame.pa(), Bytes::Load(&mut word)) {
-            KernelOutcome::Done | KernelOutcome::DoneAfterReclaim => Some(u64::from_le_bytes(word)),
+            KernelOutcome::Done | KernelOutcome::DoneAfterReclaim => {
+                Some(Word(u64::from_le_bytes(word)))
+            }
             KernelOutcome::Oops | KernelOutcome::Stuck => None,
         }
     }

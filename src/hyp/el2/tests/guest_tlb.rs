@@ -4,7 +4,6 @@ use super::*;
 use crate::addr::Access;
 use crate::hyp::el2::guest_tlb::GuestTlb;
 use crate::state::Reader;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 const AT: Ipa = Ipa::new(0x10_000);
 
@@ -116,46 +115,44 @@ fn what_outlives_its_vm_reaches_nothing() {
 }
 
 /// Ends the guest's thread, also when the host's has failed.
-struct Over<'a>(&'a AtomicU64);
+struct Over<'a>(&'a Mutex<Option<u64>>);
 
 impl Drop for Over<'_> {
     fn drop(&mut self) {
-        self.0.store(0, Ordering::SeqCst);
+        *self.0.lock() = None;
     }
 }
 
 /// A vCPU stores without any lock; the host takes the page by force, and must never see a store that came after.
 #[test]
 fn no_store_comes_after_the_page_was_taken() {
-    const NR_ROUNDS: u64 = 500;
+    const NR_ROUNDS: u64 = 150;
     let world = World::new();
     let guest = world.running(true);
-    // Which page the guest is at, from 1 on; 0 when it is over.
-    let next = AtomicU64::new(1);
-    let has_stored = AtomicBool::new(false);
+    // Which page the guest is at; none when it is over.
+    let next = Mutex::new(Some(0));
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let running = Running::on(&world, 0);
             loop {
-                match next.load(Ordering::SeqCst) {
-                    0 => return,
-                    nth if running.store(Ipa::new((0x10 + nth) << 12), 0xaa) => {
-                        has_stored.store(true, Ordering::SeqCst);
-                    }
-                    _ => std::thread::yield_now(),
+                let Some(nth) = *next.lock() else { return };
+                let at = Ipa::new((0x10 + nth) << 12);
+                // Most of them without a lock in between.
+                let nr_stored = (0..64).filter(|_| running.store(at, 0xaa)).count();
+                if nr_stored == 0 {
+                    std::thread::yield_now();
                 }
             }
         });
         let _over = Over(&next);
         for nth in 1..=NR_ROUNDS {
-            let pfn = GUEST + nth % 8;
+            let (pfn, at) = (GUEST + nth % 8, Pa::new((GUEST + nth % 8) << 12));
             world.top_up(guest, 0, 2);
             world.donate(pfn, 0x10 + nth).unwrap();
-            next.store(nth, Ordering::SeqCst);
-            while !has_stored.swap(false, Ordering::SeqCst) {
+            *next.lock() = Some(nth);
+            while world.el2.machine().load_u64(at) != Ok(0xaa) {
                 std::thread::yield_now();
             }
-            let at = Pa::new(pfn << 12);
             let mut buf = [0xee; 8];
             let outcome = world.el2.kernel_alias(1, at, Bytes::Load(&mut buf));
             assert_eq!((outcome, buf), (KernelOutcome::DoneAfterReclaim, [0; 8]), "{nth}");
@@ -163,7 +160,6 @@ fn no_store_comes_after_the_page_was_taken() {
                 world.el2.uaccess(1, at, Bytes::Load(&mut buf)).unwrap();
                 assert_eq!(buf, [0; 8], "{nth}: a store after it was taken");
             }
-            has_stored.store(false, Ordering::SeqCst);
         }
     });
     world.sound();

@@ -1,9 +1,9 @@
-use std::sync::atomic::AtomicBool;
 use std::sync::mpsc;
 use std::time::Duration;
 
 use super::*;
 use crate::failpoint::arm;
+use crate::sync::Mutex;
 
 const fn to(pfn: u64) -> Translation {
     Translation { pfn: Pfn::new(pfn), prot: Prot::RWX }
@@ -104,7 +104,7 @@ fn waits(end: impl FnOnce(&mut Tlbs, usize)) -> bool {
     let vcpu = tlbs.add();
     tlbs.fill(vcpu, AT, to(9));
     let lines = tlbs.lines(vcpu).unwrap();
-    let is_done = AtomicBool::new(false);
+    let is_done = Mutex::new(false);
     std::thread::scope(|scope| {
         let (entered, ready) = mpsc::channel();
         let is_done = &is_done;
@@ -113,13 +113,13 @@ fn waits(end: impl FnOnce(&mut Tlbs, usize)) -> bool {
             let hit = lines.hit(&reader, AT, Access::Write, |_| {
                 entered.send(()).unwrap();
                 std::thread::sleep(Duration::from_millis(20));
-                is_done.store(true, Ordering::SeqCst);
+                *is_done.lock() = true;
             });
             assert_eq!(hit, Some(()));
         });
         ready.recv().unwrap();
         end(&mut tlbs, vcpu);
-        is_done.load(Ordering::SeqCst)
+        *is_done.lock()
     })
 }
 
