@@ -14,6 +14,8 @@ pub enum FailPoint {
     Commit,
     /// membarrier(2).
     Barrier,
+    /// The same, where translations are forgotten.
+    ForgettingBarrier,
     /// Taking pages out of a view.
     View,
     /// The hypervisor.

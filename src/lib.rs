@@ -67,6 +67,9 @@ pub mod vm_memory;
 #[cfg(all(loom, feature = "loom"))]
 #[doc(hidden)]
 pub use crate::folio::modelled as modelled_pool;
+#[cfg(all(loom, feature = "loom"))]
+#[doc(hidden)]
+pub use crate::hyp::el2::modelled as modelled_el2;
 #[cfg(any(feature = "oracle", all(loom, feature = "loom")))]
 #[doc(hidden)]
 pub use crate::state::modelled;
@@ -74,6 +77,9 @@ pub use crate::state::modelled;
 #[cfg(feature = "oracle")]
 #[doc(hidden)]
 pub use crate::folio::frames_only;
+#[cfg(feature = "oracle")]
+#[doc(hidden)]
+pub use crate::hyp::el2::guest_only;
 
 pub use crate::backing::{ArenaBacking, HostOffer, Offer, PartReport, PartSpec, WhyKept};
 pub use crate::folio::{

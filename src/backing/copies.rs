@@ -130,6 +130,7 @@ impl Arena {
     }
 
     /// An atomic load; sequentially consistent, because a guest may rely on it with its own.
+    #[inline]
     pub(crate) fn load_u64(&self, at: Pa) -> Result<u64, Error> {
         let at = self.word(at)?;
         // SAFETY: `word` has checked that it is the arena's, and aligned.
@@ -157,6 +158,7 @@ impl Arena {
         Ok(if found == current { Ok(found) } else { Err(found) })
     }
 
+    #[inline]
     fn word(&self, at: Pa) -> Result<*mut u8, Error> {
         let target = self.at(Op::Atomic, at, WORD)?;
         match target.addr() % WORD {

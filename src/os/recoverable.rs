@@ -226,6 +226,7 @@ unsafe fn store(at: *mut u8, value: u64) -> Result<(), Fault> {
 ///
 /// # Safety
 /// As for [`load`].
+#[inline]
 pub(crate) unsafe fn load_ordered(at: *const u8) -> Result<u64, Fault> {
     // SAFETY: the caller's promise.
     reachable(|| unsafe { gmem01_load_ordered(at) }).result()

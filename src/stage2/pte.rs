@@ -18,7 +18,7 @@
 use std::fmt;
 
 use super::walk::TableError;
-use crate::addr::Pfn;
+use crate::addr::{Access, Pfn};
 use crate::geometry::index;
 
 const VALID: u64 = 1 << 0;
@@ -113,6 +113,15 @@ impl Prot {
 
     pub(crate) const fn writes(self) -> bool {
         self.0 & WRITE != 0
+    }
+
+    /// Whether an access is among them.
+    #[inline]
+    pub(crate) const fn allows(self, access: Access) -> bool {
+        match access {
+            Access::Read => self.reads(),
+            Access::Write => self.writes(),
+        }
     }
 
     pub(crate) const fn executes(self) -> bool {

@@ -436,6 +436,18 @@ impl Tree {
         Ok(found.pte)
     }
 
+    /// As [`Self::translate`], and marks the leaf as used.
+    #[inline]
+    pub(crate) fn touch(&mut self, gfn: Gfn) -> Option<(Pfn, Leaf)> {
+        let found = self.walk(gfn, Level::PAGE).ok()?;
+        let Entry::Leaf(leaf) = found.pte.decode(found.level) else { return None };
+        if !found.pte.is_young() {
+            self.entries[found.at] = found.pte.aged(true);
+        }
+        let pfn = leaf.pfn.checked_add(gfn.get() & (self.shape.pages_at(found.level) - 1))?;
+        Some((pfn, leaf))
+    }
+
     /// Takes the tree apart, root excepted: every frame that was a table is given back.
     pub(crate) fn dismantle(&mut self, env: &mut impl TableEnv) {
         let root = self.shape.root();

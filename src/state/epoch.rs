@@ -10,13 +10,15 @@
 
 use std::cell::Cell;
 use std::marker::PhantomData;
+use std::sync::LazyLock;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use slab::Slab;
 
 use super::barrier::Barrier;
 use super::flaw::{Flaw, seeded};
-use crate::sync::{Arc, AtomicU64, Mutex, relax};
+use crate::sync::{Arc, AtomicU64, MODELLED, Mutex, relax};
 
 /// On a cache line of its own: its owner writes it at every access.
 #[derive(Debug)]
@@ -31,13 +33,25 @@ pub struct Domain {
 }
 
 /// Slots are never given back to the allocator, only to the next reader: so a section needs to know
-/// nothing but its slot, and there are as many as there ever were readers at once.
+/// nothing but its slot, and there are as many as there ever were readers at once. Those of a domain
+/// that ends go to the next domain.
 #[derive(Debug, Default)]
 struct Slots {
     taken: Slab<&'static Slot>,
     /// Their readers are gone. Room for all is reserved.
     idle: Vec<&'static Slot>,
 }
+
+/// Slots of domains that have ended. An execution of a model must not find what the one before has left.
+static UNUSED: LazyLock<Mutex<Vec<&'static Slot>>> = LazyLock::new(|| Mutex::new(Vec::new()));
+
+fn unused_slot() -> &'static Slot {
+    let left = if MODELLED { None } else { UNUSED.lock().pop() };
+    left.unwrap_or_else(|| Box::leak(Box::new(Slot(AtomicU64::new(0)))))
+}
+
+/// Far longer than a processor keeps a store to itself, and who does not run has passed a barrier.
+const VISIBLE_AFTER: Duration = Duration::from_millis(2);
 
 impl Domain {
     /// A domain without readers.
@@ -48,8 +62,7 @@ impl Domain {
     /// Adds a reader, to be used by one thread. Not a method: loom's `Arc` cannot be a receiver.
     pub fn register(domain: &Arc<Self>) -> Reader {
         let mut slots = domain.slots.lock();
-        let unused = || &*Box::leak(Box::new(Slot(AtomicU64::new(0))));
-        let slot = slots.idle.pop().unwrap_or_else(unused);
+        let slot = slots.idle.pop().unwrap_or_else(unused_slot);
         let key = slots.taken.insert(slot);
         drop(slots);
         Reader {
@@ -76,19 +89,48 @@ impl Domain {
         if !seeded(Flaw::SectionsWithoutFences) && !self.barrier.heavy() {
             return false;
         }
-        for (_, slot) in others {
-            // Acquire: pairs with the Release in `Section::drop`, and with the one in `Reader::enter`
-            // if the reader is back already; its copies come before whatever the converter does
-            // next.
-            let seen = slot.0.load(Ordering::Acquire);
-            let mut spins = 0;
-            // Acquire: pairs with the same Release.
-            while seen % 2 == 1 && slot.0.load(Ordering::Acquire) == seen {
-                relax(spins);
-                spins = spins.saturating_add(1);
-            }
-        }
+        wait_for_marks(others.map(|(_, slot)| *slot));
         true
+    }
+
+    /// Returns when every section that began before the call has ended. Must not be called from inside one.
+    ///
+    /// `false` as for [`Reader::wait_for_others`].
+    #[must_use]
+    pub fn wait_for_all(&self) -> bool {
+        self.wait(None)
+    }
+
+    /// The same where the kernel refuses the barrier, for a caller who cannot turn back: slow, and by the clock.
+    /// No section that begins later may find anything to do.
+    pub(crate) fn wait_by_the_clock(&self) {
+        std::thread::sleep(VISIBLE_AFTER);
+        let slots = self.slots.lock();
+        wait_for_marks(slots.taken.iter().map(|(_, slot)| *slot));
+    }
+}
+
+/// Waits for the sections whose marks are to be seen.
+fn wait_for_marks(slots: impl Iterator<Item = &'static Slot>) {
+    for slot in slots {
+        // Acquire: pairs with the Release in `Section::drop`, and with the one in `Reader::enter` if the
+        // reader is back already; its copies come before whatever the converter does next.
+        let seen = slot.0.load(Ordering::Acquire);
+        let mut spins = 0;
+        // Acquire: pairs with the same Release.
+        while seen % 2 == 1 && slot.0.load(Ordering::Acquire) == seen {
+            relax(spins);
+            spins = spins.saturating_add(1);
+        }
+    }
+}
+
+impl Drop for Domain {
+    fn drop(&mut self) {
+        if !MODELLED {
+            // Readers keep their domain, so all of its slots are idle.
+            UNUSED.lock().append(&mut self.slots.lock().idle);
+        }
     }
 }
 
@@ -152,6 +194,12 @@ impl Reader {
     #[must_use]
     pub fn wait_for_others(&self) -> bool {
         self.domain.wait(Some(self.key))
+    }
+
+    /// Whether who waits in this domain waits for this reader.
+    #[inline]
+    pub(crate) fn is_of(&self, domain: &Arc<Domain>) -> bool {
+        Arc::ptr_eq(&self.domain, domain)
     }
 }
 
@@ -227,6 +275,39 @@ pub(super) mod tests {
         }
         assert!(domain.slots.lock().taken.is_empty());
         assert!(domain.wait(None));
+    }
+
+    #[test]
+    fn slots_of_a_domain_that_ends_serve_the_next() {
+        let slots: Vec<_> = (0..50)
+            .map(|_| std::ptr::from_ref(Domain::register(&Arc::new(Domain::new())).slot).addr())
+            .collect();
+        let mut different = slots.clone();
+        different.sort_unstable();
+        different.dedup();
+        // Other tests take and leave some meanwhile.
+        assert!(different.len() < slots.len(), "each domain has made a slot of its own");
+    }
+
+    #[test]
+    fn without_a_barrier_a_section_is_waited_for_all_the_same() {
+        let domain = lasting_domain();
+        let ended = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let (entered, ready) = std::sync::mpsc::channel();
+            let (domain, ended) = (&domain, &ended);
+            scope.spawn(move || {
+                let reader = Domain::register(domain);
+                let section = reader.enter();
+                entered.send(()).unwrap();
+                std::thread::sleep(Duration::from_millis(20));
+                ended.store(true, Ordering::SeqCst);
+                drop(section);
+            });
+            ready.recv().unwrap();
+            domain.wait_by_the_clock();
+            assert!(ended.load(Ordering::SeqCst));
+        });
     }
 
     #[test]

@@ -61,6 +61,16 @@ pub enum Flaw {
     TakesWhatIsPromised,
     /// A folio is to be seen in its object before what was done to it is.
     PublishesFoliosEarly,
+    /// Translations are forgotten, and those who use them are not waited for.
+    ForgetsWithoutWaiting,
+    /// A translation that made way for another passes for one that nobody uses.
+    EvictsInSilence,
+    /// A vCPU that has found a translation leaves its section before it has used it.
+    LeavesBeforeTheCopy,
+    /// What a walk has found is remembered after the lock of the tables is let go.
+    RemembersOldNews,
+    /// Somebody takes the host's lock before that of the VMs.
+    LocksInReverse,
 }
 
 #[cfg(not(all(loom, feature = "loom")))]

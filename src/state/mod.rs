@@ -40,7 +40,7 @@ mod trim;
 mod waiting;
 mod word;
 
-pub(crate) use epoch::Reader;
+pub(crate) use epoch::{Domain, Reader};
 pub(crate) use flaw::{Flaw, seeded};
 pub(crate) use freeze::Wanted;
 pub(crate) use frozen::Frozen;

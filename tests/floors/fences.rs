@@ -18,6 +18,7 @@ const ORDERINGS: &[&str] = &[
     "state/waiting.rs",
     "folio/holes.rs",
     "folio/map.rs",
+    "hyp/el2/tlb.rs",
 ];
 
 /// Files that hand on the orderings of others: the facade, and a trait of vm-memory. They may name

@@ -20,6 +20,8 @@
 //! | `handout` | a device, and the subscriber that is to let go of its pages |
 //! | `holders` | who holds a pin, asked while records are written |
 //! | `pool` | a pool's frames under takers, scrubbers and first touches |
+//! | `translations` | a vCPU's accesses by what it remembers, while its page is taken |
+//! | `el2_locks` | the order of EL2's locks |
 //! | `exploration` | is any order left out? |
 
 #![cfg(loom)]
@@ -27,6 +29,7 @@
 mod border;
 mod condemned;
 mod drain;
+mod el2_locks;
 mod exclusive;
 mod exploration;
 mod handout;
@@ -40,6 +43,7 @@ mod pool;
 mod quarantine;
 mod split;
 mod transient;
+mod translations;
 mod trim;
 
 /// What loom says when the judge is reached by two threads at once.

@@ -3,6 +3,7 @@
 
 #[cfg(any(test, feature = "oracle"))]
 use super::Pages;
+use super::guest_tlb::within;
 use super::host_call::HostCall;
 use super::incident::Incident;
 #[cfg(any(test, feature = "oracle"))]
@@ -11,6 +12,7 @@ use super::vm::{Fault, FaultKind};
 use super::{El2, State};
 use crate::addr::{Access, Ipa, Pa};
 use crate::error::Errno;
+use crate::state::{Flaw, seeded};
 
 /// Bytes on their way out of memory or into it. All of them are of one page.
 #[derive(Debug)]
@@ -182,17 +184,20 @@ impl El2 {
     /// Why it stops.
     #[cfg(any(test, feature = "oracle"))]
     pub(crate) fn vcpu(&self, cpu: usize, at: Ipa, mut bytes: Bytes<'_>) -> Result<(), GuestStop> {
-        let done = self.vcpu_act(cpu, at, bytes.access(), |at| self.copy(at, &mut bytes))?;
-        done.map_err(|errno| match errno {
+        let access = bytes.access();
+        let copied = self.vcpu_act(cpu, at, access, |at| self.copy(at, &mut bytes))?;
+        copied.map_err(|errno| match errno {
             Errno::EINVAL => GuestStop::Invalid,
             _ => GuestStop::Broken,
         })
     }
 
-    /// The guest whose vCPU the CPU has loaded does something to bytes of one page.
+    /// The same for anything that can be done at an address. The page stays the guest's until `act` returns, which must
+    /// ask nothing of EL2. What was found is remembered: [`GuestTlb::hit`](super::guest_tlb::GuestTlb::hit) has it next time.
     ///
     /// # Errors
-    /// Why it stops before that.
+    /// Why it stops.
+    #[inline]
     pub(crate) fn vcpu_act<T>(
         &self,
         cpu: usize,
@@ -205,17 +210,18 @@ impl El2 {
         let gfn = at.gfn();
         let mut guest = loaded.vm.mmu.lock();
         let found = guest.translate(loaded.vcpu.tlb, gfn);
-        let allowed = found.map(|to| match access {
-            Access::Read => to.prot.reads(),
-            Access::Write => to.prot.writes(),
-        });
-        let (Some(to), Some(true)) = (found, allowed) else {
+        let Some(to) = found.filter(|to| to.prot.allows(access)) else {
             let kind = if found.is_none() { FaultKind::Translation } else { FaultKind::Permission };
             let fault = Fault { gfn, kind };
             loaded.vcpu.fault = Some(fault);
             return Err(GuestStop::Fault(fault));
         };
-        // With the lock held: whoever unmaps the page waits until this is done.
-        Ok(act(Pa::new(to.pfn.pa().get() + at.in_page().get())))
+        // With the lock held: whoever unmaps the page waits until it is done.
+        let done = act(within(to.pfn, at));
+        if seeded(Flaw::RemembersOldNews) {
+            drop(guest);
+            loaded.vm.mmu.lock().tlbs.fill(loaded.vcpu.tlb, gfn, to);
+        }
+        Ok(done)
     }
 }

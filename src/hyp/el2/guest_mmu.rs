@@ -197,10 +197,9 @@ impl GuestMmu {
         if let Some(found) = self.tlbs.look_up(vcpu, gfn) {
             return Some(found);
         }
-        let (pfn, leaf) = self.tree.translate(gfn)?;
+        // It is used now: the hardware marks that, too.
+        let (pfn, leaf) = self.tree.touch(gfn)?;
         let found = Translation { pfn, prot: leaf.prot };
-        // As the hardware does. The leaf is there, so this cannot fail.
-        self.tree.adjust(gfn, |pte| pte.aged(true)).ok();
         self.tlbs.fill(vcpu, gfn, found);
         Some(found)
     }

@@ -10,6 +10,7 @@ use super::transition::{self, Age, NpRange, frame, guest_frame};
 use super::vm::{FaultKind, Loaded};
 use crate::addr::Pa;
 use crate::error::Errno;
+use crate::state::{Flaw, seeded};
 
 /// `KVM_HOST_SMCCC_ID(0)`.
 pub(crate) const CALL_BASE: u64 = 0xc600_0000;
@@ -226,8 +227,9 @@ impl El2 {
 
     fn force_reclaim(&self, phys: u64) -> Result<(), Errno> {
         let pfn = Pa::new(phys).pfn();
+        let early = seeded(Flaw::LocksInReverse).then(|| self.host.lock());
         let vms = self.vms.lock();
-        let mut host = self.host.lock();
+        let mut host = early.unwrap_or_else(|| self.host.lock());
         let page = transition::force_reclaim_target(&host, pfn)?;
         let entry = vms.get(page.handle).ok_or(Errno::EAGAIN)?;
         let mut guest = entry.vm.mmu.lock();

@@ -15,10 +15,13 @@
 //! | `access` | who touches bytes, and what becomes of that |
 //! | `look` | what the host's kernel sees of all that without changing it |
 //! | `tlb` | translations that are remembered |
+//! | `guest_tlb` | a vCPU's accesses by what it remembers, without its CPU |
 //! | `profile` | which version this is |
 //! | `spec` | the states again, in the plainest way |
 //! | `invariants` | what must hold, by name |
 //! | `hostile` | for tests and fuzzers: a host and guests that do anything |
+//! | `modelled` | a small machine, for the loom models |
+//! | `guest_only` | a guest that loads, for benches |
 //! | `incident` | times when a real host would have crashed |
 //!
 //! Locks are taken in this order: a CPU's own, the VMs' table, the host's, then EL2's or one guest's.
@@ -26,6 +29,10 @@
 mod access;
 mod guest_call;
 mod guest_mmu;
+#[cfg(feature = "oracle")]
+#[doc(hidden)]
+pub mod guest_only;
+mod guest_tlb;
 mod host_call;
 mod host_mmu;
 #[cfg(any(test, feature = "oracle"))]
@@ -37,6 +44,9 @@ mod invariants;
 mod look;
 mod machine;
 mod memcache;
+#[cfg(all(loom, feature = "loom"))]
+#[doc(hidden)]
+pub mod modelled;
 mod profile;
 mod spec;
 #[cfg(test)]

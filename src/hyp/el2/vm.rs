@@ -393,6 +393,8 @@ impl El2 {
             return Err(Errno::EINVAL);
         }
         entry.dying = true;
+        // No vCPU runs any more, whatever somebody may still have of one.
+        entry.vm.mmu.lock().tlbs.close();
         Ok(())
     }
 

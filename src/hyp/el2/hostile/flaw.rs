@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use super::super::El2;
 use super::super::State;
 use super::super::invariants::trace::Snapshot;
-use super::super::tlb::Tlbs;
 use super::Kind;
 
 /// A mistake of EL2's.
@@ -37,18 +36,21 @@ impl Flaw {
     ];
 }
 
+/// Lines of TLBs.
+type Words = Vec<[u64; 64]>;
+
 /// What was remembered before a step.
 #[derive(Debug)]
 pub(super) struct Remembered {
-    host: Tlbs,
-    guests: BTreeMap<u16, Tlbs>,
+    host: Words,
+    guests: BTreeMap<u16, Words>,
 }
 
 impl Flaw {
     pub(super) fn remember(self, el2: &El2) -> Remembered {
         let vms = el2.vms.lock();
-        let guests = vms.live().map(|entry| (entry.vm.handle, entry.vm.mmu.lock().tlbs.clone()));
-        Remembered { guests: guests.collect(), host: el2.host.lock().tlbs.clone() }
+        let guests = vms.live().map(|entry| (entry.vm.handle, entry.vm.mmu.lock().tlbs.words()));
+        Remembered { guests: guests.collect(), host: el2.host.lock().tlbs.words() }
     }
 
     /// Leaves EL2 as if it had made the mistake in the step before.

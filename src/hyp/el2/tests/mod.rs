@@ -1,6 +1,7 @@
 //! A small machine, and everything that a host, good or bad, does to its EL2.
 
 mod access;
+mod guest_tlb;
 mod guests;
 mod life;
 mod np;
