@@ -3,6 +3,7 @@
 //! Registers are cut to the width that the original declares for them, as its compiler does. A handle has 16 bits, so
 //! what lies above them is not looked at.
 
+use super::machine::ListedPages;
 use super::transition::{self, Age, NpRange, frame, guest_frame};
 use super::vm::{FaultKind, Loaded};
 use super::{El2, Pages};
@@ -32,7 +33,7 @@ calls! {
     ShareHyp, UnshareHyp, DonateGuest, ShareGuest, UnshareGuest, RelaxPermsGuest, WrprotectGuest,
     TestClearYoungGuest, MkyoungGuest, ReserveVm, UnreserveVm, InitVm, InitVcpu, VcpuInPoisonFault,
     ForceReclaimGuestPage, ReclaimDyingGuestPage, StartTeardownVm, FinalizeTeardownVm, VcpuLoad,
-    VcpuPut, TlbFlushVmid, VcpuRun, SplitGuest,
+    VcpuPut, TlbFlushVmid, VcpuRun, SplitGuest, DonateSglistGuest,
 }
 
 impl HostCall {
@@ -77,7 +78,11 @@ impl El2 {
     }
 
     fn has(&self, call: HostCall) -> bool {
-        call != HostCall::SplitGuest || self.profile.splits()
+        match call {
+            HostCall::SplitGuest => self.profile.splits(),
+            HostCall::DonateSglistGuest => self.profile.is_android(),
+            _ => true,
+        }
     }
 
     /// The same for a caller who knows what it asks for.
@@ -155,6 +160,7 @@ impl El2 {
                 let (mut host, mut guest) = (self.host.lock(), vm.mmu.lock());
                 transition::split_guest(&mut host, &mut guest, &mut vcpu.memcache, range)
             })?,
+            HostCall::DonateSglistGuest => self.donate_list(cpu)?,
         }
         Ok(0)
     }
@@ -197,6 +203,22 @@ impl El2 {
             let memcache = &mut vcpu.memcache;
             let profile = self.profile;
             transition::donate_guest(profile, &mut host, &mut guest, memcache, to, nr_pages)
+        })
+    }
+
+    fn donate_list(&self, cpu: usize) -> Result<(), Errno> {
+        self.with_vcpu(cpu, |loaded| {
+            if !loaded.vm.protected {
+                return Err(Errno::EINVAL);
+            }
+            self.refill(&mut loaded.vcpu)?;
+            let Loaded { vm, vcpu } = loaded;
+            let (mut host, mut guest) = (self.host.lock(), vm.mmu.lock());
+            // Read once: the host may change it meanwhile.
+            let list: Vec<_> =
+                vcpu.host.lock().listed.iter().take(ListedPages::MOST).copied().collect();
+            let memcache = &mut vcpu.memcache;
+            transition::donate_list(self.profile, &mut host, &mut guest, memcache, &list)
         })
     }
 

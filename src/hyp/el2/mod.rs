@@ -14,6 +14,7 @@
 //! | `guest_call` | the guest's |
 //! | `access` | who touches bytes, and what becomes of that |
 //! | `tlb` | translations that are remembered |
+//! | `firmware` | what a guest may find in its memory when it starts |
 //! | `profile` | which version this is |
 //! | `spec` | the states again, in the plainest way |
 //! | `invariants` | what must hold, by name |
@@ -23,6 +24,7 @@
 //! Locks are taken in this order: a CPU's own, the VMs' table, the host's, then EL2's or one guest's.
 
 mod access;
+mod firmware;
 mod guest_call;
 mod guest_mmu;
 mod host_call;
@@ -159,6 +161,11 @@ impl Pages {
         self.nr
     }
 
+    /// One past the last; `None` if that is no frame.
+    fn end(self) -> Option<Pfn> {
+        self.start.checked_add(self.nr)
+    }
+
     fn iter(self) -> impl Iterator<Item = Pfn> + use<> {
         (self.start.get()..self.start.get().saturating_add(self.nr)).map(Pfn::new)
     }
@@ -207,6 +214,10 @@ impl El2 {
         let machine = Arc::new(machine);
         let pool = FramePool::new(carveout);
         let mut host = HostMmu::new(Arc::clone(&machine), pool, nr_cpus)?;
+        host.keeps_siblings = profile.keeps_siblings();
+        if profile.prefaults() {
+            host.prefault()?;
+        }
         host.give(carveout, Owner::Hyp, Level::PAGE)?;
         host.pages.set_hyp(carveout, State::Owned);
         let mut hyp = HypSpace::new(machine.end());

@@ -156,6 +156,7 @@ impl Host {
             Ok(GuestAnswer::Exit(_)) => ("exit", Kind::Refused),
             Ok(GuestAnswer::Fault(_)) => ("fault", Kind::Refused),
             Ok(GuestAnswer::WantsSplit(_)) => ("wants split", Kind::Refused),
+            Ok(GuestAnswer::WantsMemory) => ("wants memory", Kind::Refused),
             Err(_) => ("no vCPU", Kind::Refused),
         };
         Step { what: format!("guest's {id:#x} {how}"), kind }

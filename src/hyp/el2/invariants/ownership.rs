@@ -188,7 +188,9 @@ pub(super) fn leaves_fit_their_guest(view: &View<'_>) -> Vec<String> {
             true => {
                 owns(mapping.state)
                     && mapping.leaf.prot == Prot::RWX
-                    && (!block || view.profile.donates(HUGE_PAGES) && mapping.state == State::Owned)
+                    && (!block
+                        || view.profile.donates(HUGE_PAGES)
+                            && (mapping.state == State::Owned || view.profile.is_android()))
             }
             false => mapping.state == State::SharedBorrowed,
         };

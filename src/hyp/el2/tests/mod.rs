@@ -1,6 +1,7 @@
 //! A small machine, and everything that a host, good or bad, does to its EL2.
 
 mod access;
+mod android;
 mod guests;
 mod life;
 mod np;
@@ -154,12 +155,18 @@ impl World {
 
     /// A VM with two vCPUs, as KVM makes it.
     pub(super) fn vm(&self, protected: bool) -> Guest {
+        self.vm_with(protected, None)
+    }
+
+    /// The same with a firmware at an address.
+    pub(super) fn vm_with(&self, protected: bool, firmware_at: Option<u64>) -> Guest {
         let handle = self.call(HostCall::ReserveVm, [0; 4]).unwrap();
         let kvm = self.shared_page();
         {
             let said = self.el2.machine().host_struct(kvm);
             let mut said = said.lock();
             (said.handle, said.nr_vcpus, said.protected) = (handle, 2, protected);
+            said.firmware_at = firmware_at;
         }
         let vm_at = self.pages(nr_vm_pages(2));
         let pgd_at = self.pages(nr_pgd_pages());

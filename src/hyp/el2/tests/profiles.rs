@@ -164,26 +164,6 @@ fn a_guest_of_androids_gives_pages_back() {
 }
 
 #[test]
-fn runs_are_shared_as_far_as_they_go() {
-    let world = World::with(Profile::Android618);
-    world.running(true);
-    for nth in 0..4 {
-        world.donate(GUEST + nth, 0x10 + nth).unwrap();
-    }
-    let call = |id, gfn: u64, nr| world.el2.guest_call(0, [id, gfn << 12, nr, 0]).unwrap();
-    assert_eq!(call(MEM_SHARE, 0x10, 2), GuestAnswer::Resume([0, 2, 0, 0]));
-    assert_eq!(call(MEM_SHARE, 0x12, 9), GuestAnswer::Resume([0, 2, 0, 0]), "then nothing");
-    assert!(matches!(call(MEM_SHARE, 0x14, 5), GuestAnswer::Fault(_)));
-    assert_eq!(call(MEM_SHARE, 0x10, 2), INVALID, "not one page done");
-    assert_eq!(call(MEM_UNSHARE, 0x10, u64::MAX), GuestAnswer::Resume([0, 4, 0, 0]));
-    assert_eq!(call(MEM_SHARE, u64::MAX >> 12, u64::MAX), INVALID);
-    world.sound();
-    for nth in 0..4 {
-        assert_eq!(world.user_load(GUEST + nth), Err(Signal::SegvAccerr));
-    }
-}
-
-#[test]
 fn devices_reach_what_the_iommu_was_told_of_and_it_stays() {
     let world = World::with(Profile::Android618);
     world.running(true);
@@ -197,8 +177,13 @@ fn devices_reach_what_the_iommu_was_told_of_and_it_stays() {
     dma(GUEST).unwrap();
     world.sound();
     world.refused(HostCall::DonateGuest, [GUEST, 0x10, 1, 0], Errno::EINVAL);
-    world.refused(HostCall::ShareHyp, [GUEST, 0, 0, 0], Errno::EBUSY);
-    assert_eq!(world.el2.ffa_share(GUEST, 1), Err(Errno::EBUSY));
+    world.refused(HostCall::ShareHyp, [GUEST, 0, 0, 0], Errno::EINVAL);
+    assert_eq!(world.el2.ffa_share(GUEST, 1), Err(Errno::EINVAL));
+    let frames = world.pages(nr_vcpu_pages());
+    world.el2.map_dma(pages(frames >> 12, 1)).unwrap();
+    let guest = world.vm(true);
+    let at = world.shared_page();
+    world.refused(HostCall::InitVcpu, [guest.handle, at, frames, 0], Errno::ENOMEM);
     world.el2.unmap_dma(pages(GUEST, 2)).unwrap();
     world.refused(HostCall::DonateGuest, [GUEST, 0x10, 1, 0], Errno::EINVAL);
     world.el2.unmap_dma(pages(GUEST, 1)).unwrap();

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::super::host_mmu::HostMmu;
 use super::super::spec::SpecPage;
 use super::super::{El2, Pages, State};
-use super::touched;
+use super::{no_dma, touched};
 use crate::error::Errno;
 
 /// What the secure world has: runs of pages, by the handle that it gave for them.
@@ -26,9 +26,7 @@ impl Ffa {
 
 fn share(host: &mut HostMmu, pages: Pages) -> Result<(), Errno> {
     host.check_state(pages, State::Owned)?;
-    if pages.iter().any(|pfn| host.page(pfn).nr_pins > 0) {
-        return Err(Errno::EBUSY);
-    }
+    no_dma(host, pages)?;
     host.pages.set_host(pages, State::SharedOwned);
     pages.iter().for_each(|pfn| host.spec.step(pfn, SpecPage::HostAndFfa));
     touched(host, pages);
