@@ -38,6 +38,16 @@ impl El2 {
         Ok(())
     }
 
+    /// Whether a guest has a frame where its firmware is to be.
+    #[cfg(any(test, feature = "oracle"))]
+    pub(crate) fn has_firmware(&self, pfn: Pfn) -> bool {
+        let vms = self.vms.lock();
+        let host = self.host.lock();
+        let Ok(Some(Owner::Guest(page))) = host.owner(pfn) else { return false };
+        let at = vms.get(page.handle).and_then(|entry| entry.vm.mmu.lock().firmware_at);
+        host.firmware_for(at, page.gfn, Pages::one(pfn)).is_ok_and(|load| load.is_some())
+    }
+
     /// Before the machine is reset: nobody finds the firmware afterwards.
     ///
     /// # Errors

@@ -128,13 +128,9 @@ impl El2 {
         let (mut host, mut guest) = (self.host.lock(), loaded.vm.mmu.lock());
         let result = match x[0] {
             MEM_SHARE => transition::guest_share_run(&mut host, &mut guest, first, nr_pages),
-            _ => transition::guest_unshare_run(
-                self.profile,
-                &mut host,
-                &mut guest,
-                first,
-                nr_pages,
-            ),
+            _ => {
+                transition::guest_unshare_run(self.profile, &mut host, &mut guest, first, nr_pages)
+            }
         };
         match result {
             Ok(nr_done) => GuestAnswer::Resume([0, nr_done, 0, 0]),

@@ -22,10 +22,13 @@ use super::{GuestPage, Pages, State};
 pub(crate) enum Owner {
     Hyp,
     Guest(GuestPage),
+    /// The secure world.
+    Ffa,
 }
 
 const HYP_ID: u64 = 1;
 const GUEST_ID: u64 = 2;
+const FFA_ID: u64 = 3;
 const ID_SHIFT: u32 = 1;
 const ID: u64 = 0b111;
 const HANDLE_SHIFT: u32 = 4;
@@ -38,6 +41,7 @@ impl Owner {
     fn payload(self) -> u64 {
         match self {
             Self::Hyp => HYP_ID << ID_SHIFT,
+            Self::Ffa => FFA_ID << ID_SHIFT,
             Self::Guest(GuestPage { handle, gfn }) => {
                 let meta = u64::from(handle) << HANDLE_SHIFT | (gfn.get() & GFN) << GFN_SHIFT;
                 meta | GUEST_ID << ID_SHIFT
@@ -48,6 +52,7 @@ impl Owner {
     fn from_payload(payload: u64, skip: u64) -> Option<Self> {
         match payload >> ID_SHIFT & ID {
             HYP_ID => Some(Self::Hyp),
+            FFA_ID => Some(Self::Ffa),
             GUEST_ID => {
                 let handle = u16::try_from(payload >> HANDLE_SHIFT & HANDLE).ok()?;
                 let gfn = Gfn::new((payload >> GFN_SHIFT & GFN) + skip);

@@ -52,6 +52,8 @@ pub(crate) use guest_call::GuestAnswer;
 #[cfg(feature = "oracle")]
 pub(crate) use host_call::HostCall;
 #[cfg(feature = "oracle")]
+pub(crate) use invariants::Books;
+#[cfg(feature = "oracle")]
 pub(crate) use machine::{FrameBytes, Machine, Region, RegionKind};
 #[cfg(feature = "oracle")]
 pub(crate) use profile::Profile;

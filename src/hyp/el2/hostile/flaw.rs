@@ -4,9 +4,8 @@ use std::collections::BTreeMap;
 
 use super::super::El2;
 use super::super::State;
-use super::super::invariants::trace::Snapshot;
+use super::super::invariants::trace::{Kind, Snapshot};
 use super::super::tlb::Tlbs;
-use super::Kind;
 
 /// A mistake of EL2's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -39,20 +38,20 @@ impl Flaw {
 
 /// What was remembered before a step.
 #[derive(Debug)]
-pub(super) struct Remembered {
+pub(crate) struct Remembered {
     host: Tlbs,
     guests: BTreeMap<u16, Tlbs>,
 }
 
 impl Flaw {
-    pub(super) fn remember(self, el2: &El2) -> Remembered {
+    pub(crate) fn remember(self, el2: &El2) -> Remembered {
         let vms = el2.vms.lock();
         let guests = vms.live().map(|entry| (entry.vm.handle, entry.vm.mmu.lock().tlbs.clone()));
         Remembered { guests: guests.collect(), host: el2.host.lock().tlbs.clone() }
     }
 
     /// Leaves EL2 as if it had made the mistake in the step before.
-    pub(super) fn spoil(self, el2: &El2, before: &Snapshot, was: Remembered, kind: Kind) {
+    pub(crate) fn spoil(self, el2: &El2, before: &Snapshot, was: Remembered, kind: Kind) {
         match self {
             Self::StaleHostTranslations => el2.host.lock().tlbs.recall(&was.host),
             Self::StaleGuestTranslations => {

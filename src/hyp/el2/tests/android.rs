@@ -164,9 +164,8 @@ fn a_page_is_given_up_cleared_unless_the_guest_says_otherwise() {
         world.donate(GUEST + nth, 0x10 + nth).unwrap();
         world.store(0x10 + nth, b"mine").unwrap();
     }
-    let give_up = |gfn: u64, flags| {
-        world.el2.guest_call(0, [MEM_RELINQUISH, gfn << 12, 0, flags]).unwrap()
-    };
+    let give_up =
+        |gfn: u64, flags| world.el2.guest_call(0, [MEM_RELINQUISH, gfn << 12, 0, flags]).unwrap();
     let before = Snapshot::of(&world.el2);
     assert_eq!(give_up(0x10, 2), INVALID);
     assert_eq!(give_up(0x10, u64::MAX), INVALID);
@@ -203,7 +202,7 @@ fn a_list_is_given_as_a_whole() {
 }
 
 #[test]
-fn a_list_with_one_bad_entry_gives_nothing() {
+pub(super) fn a_list_with_one_bad_entry_gives_nothing() {
     let world = android();
     let guest = world.running(true);
     world.donate(GUEST + 9, 0x99).unwrap();

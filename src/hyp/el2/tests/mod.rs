@@ -4,8 +4,12 @@ mod access;
 mod android;
 mod guests;
 mod life;
+mod model;
 mod np;
+mod numbers;
+mod play;
 mod profiles;
+mod property;
 mod pvm;
 mod random;
 mod rules;
@@ -71,17 +75,27 @@ impl World {
     }
 
     pub(super) fn with_carveout(profile: Profile, nr: u64) -> Self {
+        Self::made(profile, nr, false)
+    }
+
+    /// The kernel's own memory has bytes too.
+    pub(super) fn with_bytes_everywhere(profile: Profile) -> Self {
+        Self::made(profile, 0x100, true)
+    }
+
+    fn made(profile: Profile, nr: u64, kernel_has_bytes: bool) -> Self {
         let region = |start, nr, kind, bytes: Option<u64>| Region {
             frames: PfnRange::new(Pfn::new(start), nr).unwrap(),
             kind,
             bytes: bytes.map(Pfn::new),
         };
         let regions = vec![
-            region(KERNEL, NR_KERNEL, RegionKind::Memory, None),
+            region(KERNEL, NR_KERNEL, RegionKind::Memory, kernel_has_bytes.then_some(NR_GUEST)),
             region(GUEST, NR_GUEST, RegionKind::Memory, Some(0)),
             region(NO_MAP, 4, RegionKind::NoMap, None),
         ];
-        let arena = Arena::heap(NR_GUEST).unwrap();
+        let nr_arena = if kernel_has_bytes { NR_GUEST + NR_KERNEL } else { NR_GUEST };
+        let arena = Arena::heap(nr_arena).unwrap();
         let machine = Machine::new(regions, Some(Box::new(arena))).unwrap();
         let carveout = Pages::new(Pfn::new(KERNEL + NR_KERNEL - nr), nr);
         let el2 = El2::boot(profile, machine, carveout, NR_CPUS).unwrap();

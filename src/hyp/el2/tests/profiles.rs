@@ -32,7 +32,7 @@ fn mainline_gives_a_page_and_does_not_look_at_the_number() {
 }
 
 #[test]
-fn blocks_are_given_where_blocks_begin_and_all_or_nothing() {
+pub(super) fn blocks_are_given_where_blocks_begin_and_all_or_nothing() {
     for profile in [Profile::HugeProtected, Profile::Android618] {
         let world = World::with(profile);
         world.running(true);
@@ -57,7 +57,7 @@ fn blocks_are_given_where_blocks_begin_and_all_or_nothing() {
 }
 
 #[test]
-fn a_block_is_one_entry_on_both_sides_until_it_is_split() {
+pub(super) fn a_block_is_one_entry_on_both_sides_until_it_is_split() {
     let world = World::with(Profile::HugeProtected);
     let guest = world.running(true);
     world.user_store(GUEST + 0x77, b"boot").unwrap();
@@ -184,7 +184,20 @@ fn devices_reach_what_the_iommu_was_told_of_and_it_stays() {
     let guest = world.vm(true);
     let at = world.shared_page();
     world.refused(HostCall::InitVcpu, [guest.handle, at, frames, 0], Errno::ENOMEM);
-    world.el2.unmap_dma(pages(GUEST, 2)).unwrap();
+    world.put(0);
+    // A guest that is not protected sees what the device sees.
+    let np = world.running(false);
+    world.share(GUEST, 0x10, 1).unwrap();
+    dma(GUEST).unwrap();
+    assert_eq!(world.read(0x10), Ok(*b"data"));
+    assert_eq!(world.el2.map_dma(pages(GUEST, 1)), Err(Errno::EPERM));
+    world.sound();
+    world.el2.unmap_dma(pages(GUEST, 1)).unwrap();
+    world.call(HostCall::UnshareGuest, [np.handle, 0x10, 1, 0]).unwrap();
+    world.put(0);
+    world.load(0, guest, 0);
+    world.top_up(guest, 0, 8);
+    world.el2.unmap_dma(pages(GUEST + 1, 1)).unwrap();
     world.refused(HostCall::DonateGuest, [GUEST, 0x10, 1, 0], Errno::EINVAL);
     world.el2.unmap_dma(pages(GUEST, 1)).unwrap();
     world.donate(GUEST, 0x10).unwrap();
@@ -192,4 +205,46 @@ fn devices_reach_what_the_iommu_was_told_of_and_it_stays() {
     assert_eq!(world.el2.map_dma(pages(GUEST, 1)), Err(Errno::EPERM));
     world.sound();
     assert_eq!(World::new().el2.map_dma(pages(GUEST, 1)), Err(Errno::ENOSYS));
+}
+
+#[test]
+fn the_secure_world_may_own_pages_of_androids_host() {
+    let world = World::with(Profile::Android618);
+    world.running(true);
+    world.user_store(GUEST + 1, b"host").unwrap();
+    let pages = |pfn, nr| Pages::new(Pfn::new(pfn), nr);
+    world.el2.map_dma(pages(GUEST + 8, 1)).unwrap();
+    world.prime(HostCall::DonateGuest);
+    let before = Snapshot::of(&world.el2);
+    for (pfn, nr, errno) in [
+        (GUEST, 0, Errno::EINVAL),
+        (u64::MAX, 1, Errno::EINVAL),
+        (DEVICE, 1, Errno::EINVAL),
+        (NO_MAP - 1, 2, Errno::EINVAL),
+        (NO_MAP, 1, Errno::EPERM),
+        (CARVEOUT, 1, Errno::EPERM),
+        (GUEST + 7, 2, Errno::EINVAL),
+    ] {
+        assert_eq!(world.el2.ffa_donate(pfn, nr), Err(errno), "{pfn:#x} {nr}");
+    }
+    before.nothing_changed(&Snapshot::of(&world.el2));
+    let shown = world.el2.ffa_share(GUEST, 1).unwrap();
+    let owned = world.el2.ffa_donate(GUEST + 1, 2).unwrap();
+    world.sound();
+    before.edges_exist(&Snapshot::of(&world.el2));
+    assert_eq!(world.el2.ffa_donate(GUEST + 2, 1), Err(Errno::EPERM));
+    assert_eq!(world.user_load(GUEST + 1), Err(Signal::SegvAccerr));
+    world.refused(HostCall::DonateGuest, [GUEST + 1, 0x10, 1, 0], Errno::EPERM);
+    world.refused(HostCall::ForceReclaimGuestPage, [(GUEST + 1) << 12, 0, 0, 0], Errno::EPERM);
+    let outcome = world.el2.kernel_alias(0, Pa::new((GUEST + 1) << 12), Bytes::Store(b"x"));
+    assert_eq!(outcome, KernelOutcome::Oops);
+    world.el2.ffa_reclaim(owned).unwrap();
+    world.sound();
+    assert_eq!(world.user_load(GUEST + 1), Ok(*b"host"), "nobody cleared it");
+    assert_eq!(world.el2.ffa_reclaim(owned), Err(Errno::EINVAL));
+    world.el2.ffa_reclaim(shown).unwrap();
+    before.nothing_changed(&Snapshot::of(&world.el2));
+    for profile in [Profile::Mainline72, Profile::HugeProtected] {
+        assert_eq!(World::with(profile).el2.ffa_donate(GUEST, 1), Err(Errno::ENOSYS));
+    }
 }

@@ -71,9 +71,8 @@ pub(crate) fn donate_list(
     list: &[ListedPages],
 ) -> Result<(), Errno> {
     let mut gifts = Vec::new();
-    let taken = take(profile, host, guest, list, &mut gifts).and_then(|missing| {
-        guest.reserve(missing.0.len() as u64, memcache)
-    });
+    let taken = take(profile, host, guest, list, &mut gifts)
+        .and_then(|missing| guest.reserve(missing.0.len() as u64, memcache));
     if let Err(errno) = taken {
         for gift in gifts {
             // Where it was taken from, entries have room.

@@ -73,9 +73,9 @@ impl Run {
     /// All of it, by frame.
     fn pages(&self) -> Pages {
         let nr = self.0.iter().map(|part| part.pages().nr()).sum();
-        self.0.first().map_or(Pages::new(crate::addr::Pfn::new(0), 0), |first| {
-            Pages::new(first.leaf.pfn, nr)
-        })
+        self.0
+            .first()
+            .map_or(Pages::new(crate::addr::Pfn::new(0), 0), |first| Pages::new(first.leaf.pfn, nr))
     }
 
     fn check_host(&self, host: &HostMmu, state: State) -> Result<(), Stop> {
