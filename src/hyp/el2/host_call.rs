@@ -77,7 +77,8 @@ impl El2 {
         }
     }
 
-    fn has(&self, call: HostCall) -> bool {
+    /// Whether the profile knows a call.
+    pub(crate) fn has(&self, call: HostCall) -> bool {
         match call {
             HostCall::SplitGuest => self.profile.splits(),
             HostCall::DonateSglistGuest => self.profile.is_android(),

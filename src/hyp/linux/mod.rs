@@ -122,10 +122,13 @@ impl Linux {
                 given.insert(GuestPage { handle, gfn: Gfn::new(gfn) }, mapped.pfn);
             }
         }
+        // What the process locks itself counts as well.
+        let vmas = self.memories.iter().flat_map(|(_, memory)| memory.vmas.iter().flatten());
+        let nr_mlocked = vmas.filter(|vma| vma.is_locked).count() as u64;
         Books {
             given,
             pins: Some(self.frames.pins()),
-            nr_locked: Some(self.locked.nr_pages),
+            nr_locked: Some(self.locked.nr_pages - nr_mlocked),
             borrowed: Vec::new(),
         }
     }

@@ -4,9 +4,9 @@ use super::super::host_call::HostCall;
 use super::super::hyp_page::HypPage;
 use super::super::machine::{ListedPages, Machine, Region, RegionKind};
 use super::super::vm::{nr_pgd_pages, nr_vcpu_pages, nr_vm_pages};
-use super::super::{El2, Pages, Profile};
+use super::super::{El2, Pages, Profile, State};
 use super::choices::Choices;
-use crate::addr::Pfn;
+use crate::addr::{Gfn, Pfn};
 use crate::backing::Arena;
 use crate::error::Errno;
 use crate::range::PfnRange;
@@ -166,6 +166,43 @@ impl Host {
         }
     }
 
+    /// Mostly an address where the guest of the vCPU that a CPU has has something.
+    pub(super) fn gfn_of_guest(&self, choices: &mut Choices<'_>, cpu: usize) -> u64 {
+        let there = self.el2.with_vcpu(cpu, |loaded| {
+            let guest = loaded.vm.mmu.lock();
+            let has = |gfn: &u64| guest.tree.leaf(Gfn::new(*gfn)).is_some();
+            Ok(NEAR.into_iter().filter(has).collect::<Vec<_>>())
+        });
+        match there {
+            Ok(there) if !there.is_empty() && !choices.one_in(4) => choices.of(&there),
+            _ => gfn(choices),
+        }
+    }
+
+    /// At times one that is not the host's.
+    pub(super) fn frame_to_touch(&self, choices: &mut Choices<'_>) -> u64 {
+        let host = self.el2.host.lock();
+        let is_away = |pfn: &u64| host.page(Pfn::new(*pfn)).host() == State::NoPage;
+        let away: Vec<_> = NEAR.into_iter().map(|nth| GUEST + nth).filter(is_away).collect();
+        match !away.is_empty() && choices.one_in(3) {
+            true => choices.of(&away),
+            false => frame(choices),
+        }
+    }
+
+    /// What guests that are not protected have, and where.
+    fn lent(&self) -> Vec<(u64, u64)> {
+        let vms = self.el2.vms.lock();
+        let plain = vms.live().filter(|entry| !entry.vm.protected);
+        let of = |entry: &super::super::vm::VmEntry| {
+            let guest = entry.vm.mmu.lock();
+            let handle = u64::from(entry.vm.handle);
+            let has = |gfn: &u64| guest.tree.leaf(Gfn::new(*gfn)).is_some();
+            NEAR.into_iter().filter(has).map(|gfn| (handle, gfn)).collect::<Vec<_>>()
+        };
+        plain.flat_map(of).collect()
+    }
+
     /// Lists pages and blocks for the guest of the vCPU that a CPU has.
     pub(super) fn list(&self, choices: &mut Choices<'_>, cpu: usize) {
         let at = self.el2.with_vcpu(cpu, |loaded| Ok(loaded.vcpu.host_at));
@@ -218,6 +255,7 @@ impl Host {
         if choices.one_in(4) {
             return choices.of(HostCall::ALL);
         }
+        let has = |call| if self.el2.has(call) { call } else { fill };
         choices.of(&[
             fill,
             fill,
@@ -228,8 +266,8 @@ impl Host {
             HostCall::ReclaimDyingGuestPage,
             HostCall::ShareHyp,
             HostCall::UnshareHyp,
-            HostCall::SplitGuest,
-            HostCall::DonateSglistGuest,
+            has(HostCall::SplitGuest),
+            has(HostCall::DonateSglistGuest),
         ])
     }
 
@@ -252,7 +290,14 @@ impl Host {
                 [pfn, gfn, nr(choices), choices.of(&[7, 7, 7, 1, 2, 3, 5, 8])]
             }
             HostCall::UnshareGuest | HostCall::WrprotectGuest | HostCall::TestClearYoungGuest => {
-                [self.handle(choices), gfn(choices), nr(choices), choices.below(2)]
+                let lent = self.lent();
+                match lent.is_empty() || choices.one_in(4) {
+                    true => [self.handle(choices), gfn(choices), nr(choices), choices.below(2)],
+                    false => {
+                        let (handle, gfn) = choices.of(&lent);
+                        [handle, gfn, nr(choices), choices.below(2)]
+                    }
+                }
             }
             HostCall::RelaxPermsGuest => [gfn(choices), choices.below(9), 0, 0],
             HostCall::MkyoungGuest => [gfn(choices), 0, 0, 0],

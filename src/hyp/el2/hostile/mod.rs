@@ -130,11 +130,14 @@ impl Host {
     fn guest_calls(&self, choices: &mut Choices<'_>, cpu: usize) -> Step {
         let id = choices.of(&[MEM_SHARE, MEM_UNSHARE, MEM_RELINQUISH, FEATURES, HYP_MEMINFO]);
         let within = if choices.one_in(8) { 8 } else { 0 };
-        let mut x = [id, host::gfn(choices).wrapping_shl(12) | within, 0, 0];
+        let mut x = [id, self.gfn_of_guest(choices, cpu).wrapping_shl(12) | within, 0, 0];
         match id {
-            // One page, but for guests that know of runs.
-            MEM_SHARE | MEM_UNSHARE => x[2] = choices.of(&[0, 0, 0, 0, 1, 2, 3, 512]),
-            MEM_RELINQUISH => x[3] = choices.of(&[0, 0, 0, NO_POISON]),
+            MEM_SHARE | MEM_UNSHARE if self.el2.profile.is_android() => {
+                x[2] = choices.of(&[0, 0, 0, 0, 1, 2, 3, 512]);
+            }
+            MEM_RELINQUISH if self.el2.profile.is_android() => {
+                x[3] = choices.of(&[0, 0, 0, NO_POISON])
+            }
             _ => {}
         }
         if choices.one_in(4) {
@@ -160,7 +163,7 @@ impl Host {
 
     fn vcpu_touches(&self, choices: &mut Choices<'_>, cpu: usize, nth: u64) -> Step {
         let within = choices.of(&[0, 0, 0, 1, 4095]);
-        let ipa = Ipa::new(host::gfn(choices).wrapping_shl(12) | within);
+        let ipa = Ipa::new(self.gfn_of_guest(choices, cpu).wrapping_shl(12) | within);
         let mut buf = nth.to_le_bytes();
         let answer = match choices.one_in(3) {
             true => self.el2.vcpu(cpu, ipa, Bytes::Load(&mut buf)),
@@ -174,7 +177,7 @@ impl Host {
 
     fn host_touches(&self, choices: &mut Choices<'_>, cpu: usize, nth: u64) -> Step {
         let within = choices.of(&[0, 0, 0, 1, 4095]);
-        let at = Pa::new(host::frame(choices).wrapping_shl(12) | within);
+        let at = Pa::new(self.frame_to_touch(choices).wrapping_shl(12) | within);
         let is_load = choices.one_in(3);
         let mut buf = nth.to_le_bytes();
         let kind = Kind::HostReached(at.pfn());
