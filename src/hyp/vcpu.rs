@@ -252,7 +252,9 @@ impl Vcpu {
         let x = match answer.map_err(|_| not_loaded())? {
             GuestAnswer::Resume(x) => return Ok(HvcResult::of(x)),
             GuestAnswer::Exit(x) => x,
-            GuestAnswer::Fault(_) | GuestAnswer::WantsSplit(_) => return Err(hopeless()),
+            GuestAnswer::Fault(_) | GuestAnswer::WantsSplit(_) | GuestAnswer::WantsMemory => {
+                return Err(hopeless());
+            }
         };
         match x[0] {
             FEATURES => Ok(HvcResult::value(PLAIN_FEATURES)),

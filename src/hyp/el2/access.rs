@@ -145,7 +145,7 @@ impl El2 {
         let host = self.host.lock();
         let page = host.page(at.pfn());
         if self.profile.is_android() {
-            if page.host() != State::Owned || page.nr_pins == 0 {
+            if !page.is_for_dma() {
                 return Err(Errno::EPERM);
             }
         } else if page.host() == State::NoPage {

@@ -1,7 +1,8 @@
 //! A guest's hypercalls: four registers in, four out, or an exit to the host.
 
 use super::El2;
-use super::transition::{self, guest_frame};
+use super::profile::ENOMEM_HOST_TABLES;
+use super::transition::{self, Relinquished, Stop, guest_frame};
 use super::vm::{Fault, FaultKind, Loaded};
 use crate::addr::{Gfn, Ipa};
 use crate::error::Errno;
@@ -13,6 +14,8 @@ pub(crate) const MEM_UNSHARE: u64 = 0xc600_0004;
 pub(crate) const MEM_RELINQUISH: u64 = 0xc600_0009;
 
 const INVALID_PARAMETER: u64 = (-3_i64) as u64;
+/// A flag of `MEM_RELINQUISH`, in its third argument.
+pub(crate) const NO_POISON: u64 = 1;
 const PAGE_BYTES: u64 = 4096;
 /// `HYP_MEMINFO` says so if shares may name more than a page.
 const HAS_RANGE: u64 = 1;
@@ -32,6 +35,8 @@ pub(crate) enum GuestAnswer {
     Fault(Fault),
     /// The host is asked to split the block that this page is of. The guest will make the call again.
     WantsSplit(Gfn),
+    /// The host is asked for memory for its own tables. The guest will make the call again.
+    WantsMemory,
 }
 
 fn done(result: Result<(), Errno>) -> [u64; 4] {
@@ -77,17 +82,7 @@ impl El2 {
                     GuestAnswer::Resume(done(result))
                 }
                 MEM_SHARE | MEM_UNSHARE => GuestAnswer::Resume(done(refused)),
-                MEM_RELINQUISH if self.profile.is_android() => {
-                    let result = match one_page {
-                        true => {
-                            let (mut host, mut guest) = (self.host.lock(), loaded.vm.mmu.lock());
-                            let gfn = guest_frame(x[1] / PAGE_BYTES);
-                            transition::relinquish(&mut host, &mut guest, gfn)
-                        }
-                        false => refused,
-                    };
-                    GuestAnswer::Resume(done(result))
-                }
+                MEM_RELINQUISH if self.profile.is_android() => self.relinquish(loaded, x),
                 _ => GuestAnswer::Exit(x),
             })
         })
@@ -107,32 +102,46 @@ impl El2 {
         }
     }
 
+    fn relinquish(&self, loaded: &Loaded, x: [u64; 4]) -> GuestAnswer {
+        let bytes = match x[3] {
+            0 => Relinquished::Cleared,
+            NO_POISON => Relinquished::AsTheyAre,
+            _ => return GuestAnswer::Resume(done(Err(Errno::EINVAL))),
+        };
+        if x[2] != 0 || x[1] % PAGE_BYTES != 0 {
+            return GuestAnswer::Resume(done(Err(Errno::EINVAL)));
+        }
+        let gfn = guest_frame(x[1] / PAGE_BYTES);
+        let (mut host, mut guest) = (self.host.lock(), loaded.vm.mmu.lock());
+        match transition::relinquish(&mut host, &mut guest, gfn, bytes) {
+            Err(Errno::E2BIG) => GuestAnswer::WantsSplit(gfn),
+            result => GuestAnswer::Resume(done(result)),
+        }
+    }
+
     /// Android's shares name a run, and say how much of it they did; the guest asks again for the rest.
     fn convert_run(&self, loaded: &mut Loaded, x: [u64; 4]) -> GuestAnswer {
-        const MOST: u64 = 256;
         if x[1] % PAGE_BYTES != 0 || x[3] != 0 {
             return GuestAnswer::Resume(done(Err(Errno::EINVAL)));
         }
-        let first = Ipa::new(x[1]).gfn();
+        let (first, nr_pages) = (Ipa::new(x[1]).gfn(), x[2].max(1));
         let (mut host, mut guest) = (self.host.lock(), loaded.vm.mmu.lock());
-        for nr_done in 0..x[2].clamp(1, MOST) {
-            let Some(gfn) = first.checked_add(nr_done) else { break };
-            let result = match x[0] {
-                MEM_SHARE => transition::guest_share_host(&mut host, &mut guest, gfn),
-                _ => transition::guest_unshare_host(&mut host, &mut guest, gfn),
-            };
-            match result {
-                Ok(()) => {}
-                Err(_) if nr_done > 0 => return GuestAnswer::Resume([0, nr_done, 0, 0]),
-                Err(Errno::E2BIG) => return GuestAnswer::WantsSplit(gfn),
-                Err(Errno::ENOENT) => {
-                    let fault = Fault { gfn, kind: FaultKind::Translation };
-                    loaded.vcpu.fault = Some(fault);
-                    return GuestAnswer::Fault(fault);
-                }
-                error => return GuestAnswer::Resume(done(error)),
+        let result = match x[0] {
+            MEM_SHARE => transition::guest_share_run(&mut host, &mut guest, first, nr_pages),
+            _ => {
+                transition::guest_unshare_run(self.profile, &mut host, &mut guest, first, nr_pages)
             }
+        };
+        match result {
+            Ok(nr_done) => GuestAnswer::Resume([0, nr_done, 0, 0]),
+            Err(Stop { gfn, errno: Errno::ENOENT }) => {
+                let fault = Fault { gfn, kind: FaultKind::Translation };
+                loaded.vcpu.fault = Some(fault);
+                GuestAnswer::Fault(fault)
+            }
+            Err(Stop { gfn, errno: Errno::E2BIG }) => GuestAnswer::WantsSplit(gfn),
+            Err(Stop { errno: ENOMEM_HOST_TABLES, .. }) => GuestAnswer::WantsMemory,
+            Err(Stop { errno, .. }) => GuestAnswer::Resume(done(Err(errno))),
         }
-        GuestAnswer::Resume([0, x[2].clamp(1, MOST), 0, 0])
     }
 }

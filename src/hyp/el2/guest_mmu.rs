@@ -5,7 +5,7 @@
 
 use super::tlb::{Tlbs, Translation};
 use super::{GuestPage, State};
-use crate::addr::{Gfn, Pfn};
+use crate::addr::{Gfn, Ipa, Pfn};
 use crate::error::Errno;
 use crate::stage2::{
     Annotation, Entry, Leaf, Level, PageState, Prot, Pte, TableEnv, TableShape, Tree,
@@ -44,6 +44,8 @@ pub(crate) struct GuestMmu {
     /// Frames that were tables and are none now.
     pub(crate) pool: Vec<Pfn>,
     pub(crate) tlbs: Tlbs,
+    /// Where its firmware begins, as long as all of that is the guest's.
+    pub(crate) firmware_at: Option<Ipa>,
 }
 
 /// The state that an entry of a guest's table tells of.
@@ -62,7 +64,13 @@ impl GuestMmu {
     pub(crate) const MIN_MEMCACHE: usize = 2;
 
     pub(crate) fn new(handle: u16, root: Pfn) -> Self {
-        Self { handle, tree: Tree::new(Self::SHAPE, root), pool: Vec::new(), tlbs: Tlbs::default() }
+        Self {
+            handle,
+            tree: Tree::new(Self::SHAPE, root),
+            pool: Vec::new(),
+            tlbs: Tlbs::default(),
+            firmware_at: None,
+        }
     }
 
     /// One of this guest's pages.
@@ -74,7 +82,6 @@ impl GuestMmu {
     ///
     /// # Errors
     /// `ERANGE` beyond the guest's addresses.
-    #[cfg(test)]
     pub(crate) fn state(&self, gfn: Gfn) -> Result<State, Errno> {
         let (level, pte) = self.tree.get(gfn)?;
         Ok(state_of(level, pte))

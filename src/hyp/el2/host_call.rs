@@ -6,6 +6,7 @@
 use super::El2;
 #[cfg(test)]
 use super::Pages;
+use super::machine::ListedPages;
 use super::transition::{self, Age, NpRange, frame, guest_frame};
 use super::vm::{FaultKind, Loaded};
 use crate::addr::Pa;
@@ -35,7 +36,7 @@ calls! {
     ShareHyp, UnshareHyp, DonateGuest, ShareGuest, UnshareGuest, RelaxPermsGuest, WrprotectGuest,
     TestClearYoungGuest, MkyoungGuest, ReserveVm, UnreserveVm, InitVm, InitVcpu, VcpuInPoisonFault,
     ForceReclaimGuestPage, ReclaimDyingGuestPage, StartTeardownVm, FinalizeTeardownVm, VcpuLoad,
-    VcpuPut, TlbFlushVmid, VcpuRun, SplitGuest,
+    VcpuPut, TlbFlushVmid, VcpuRun, SplitGuest, DonateSglistGuest,
 }
 
 impl HostCall {
@@ -79,8 +80,13 @@ impl El2 {
         }
     }
 
-    fn has(&self, call: HostCall) -> bool {
-        call != HostCall::SplitGuest || self.profile.splits()
+    /// Whether the profile knows a call.
+    pub(crate) fn has(&self, call: HostCall) -> bool {
+        match call {
+            HostCall::SplitGuest => self.profile.splits(),
+            HostCall::DonateSglistGuest => self.profile.is_android(),
+            _ => true,
+        }
     }
 
     /// The same for a caller who knows what it asks for.
@@ -158,6 +164,7 @@ impl El2 {
                 let (mut host, mut guest) = (self.host.lock(), vm.mmu.lock());
                 transition::split_guest(&mut host, &mut guest, &mut vcpu.memcache, range)
             })?,
+            HostCall::DonateSglistGuest => self.donate_list(cpu)?,
         }
         Ok(0)
     }
@@ -200,6 +207,22 @@ impl El2 {
             let memcache = &mut vcpu.memcache;
             let profile = self.profile;
             transition::donate_guest(profile, &mut host, &mut guest, memcache, to, nr_pages)
+        })
+    }
+
+    fn donate_list(&self, cpu: usize) -> Result<(), Errno> {
+        self.with_vcpu(cpu, |loaded| {
+            if !loaded.vm.protected {
+                return Err(Errno::EINVAL);
+            }
+            self.refill(&mut loaded.vcpu)?;
+            let Loaded { vm, vcpu } = loaded;
+            let (mut host, mut guest) = (self.host.lock(), vm.mmu.lock());
+            // Read once: the host may change it meanwhile.
+            let list: Vec<_> =
+                vcpu.host.lock().listed.iter().take(ListedPages::MOST).copied().collect();
+            let memcache = &mut vcpu.memcache;
+            transition::donate_list(self.profile, &mut host, &mut guest, memcache, &list)
         })
     }
 

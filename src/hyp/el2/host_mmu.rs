@@ -22,10 +22,13 @@ use super::{GuestPage, Pages, State};
 pub(crate) enum Owner {
     Hyp,
     Guest(GuestPage),
+    /// The secure world.
+    Ffa,
 }
 
 const HYP_ID: u64 = 1;
 const GUEST_ID: u64 = 2;
+const FFA_ID: u64 = 3;
 const ID_SHIFT: u32 = 1;
 const ID: u64 = 0b111;
 const HANDLE_SHIFT: u32 = 4;
@@ -38,6 +41,7 @@ impl Owner {
     fn payload(self) -> u64 {
         match self {
             Self::Hyp => HYP_ID << ID_SHIFT,
+            Self::Ffa => FFA_ID << ID_SHIFT,
             Self::Guest(GuestPage { handle, gfn }) => {
                 let meta = u64::from(handle) << HANDLE_SHIFT | (gfn.get() & GFN) << GFN_SHIFT;
                 meta | GUEST_ID << ID_SHIFT
@@ -48,6 +52,7 @@ impl Owner {
     fn from_payload(payload: u64, skip: u64) -> Option<Self> {
         match payload >> ID_SHIFT & ID {
             HYP_ID => Some(Self::Hyp),
+            FFA_ID => Some(Self::Ffa),
             GUEST_ID => {
                 let handle = u16::try_from(payload >> HANDLE_SHIFT & HANDLE).ok()?;
                 let gfn = Gfn::new((payload >> GFN_SHIFT & GFN) + skip);
@@ -113,6 +118,10 @@ pub(crate) struct HostMmu {
     pub(crate) spec: Spec,
     /// Frames that VMs which are gone have kept: given or lent, and never asked back.
     pub(crate) orphans: Vec<Pfn>,
+    /// Whether the pages around one that leaves a block are mapped again at once.
+    pub(crate) keeps_siblings: bool,
+    /// Where guests' firmware is; none at all if there is none.
+    pub(crate) firmware: Pages,
 }
 
 const fn here(pfn: Pfn) -> Gfn {
@@ -141,7 +150,43 @@ impl HostMmu {
             tlbs: Tlbs::new(nr_cpus),
             spec: Spec::default(),
             orphans: Vec::new(),
+            keeps_siblings: false,
+            firmware: Pages::new(Pfn::new(0), 0),
         })
+    }
+
+    /// Maps all memory before the host touches it.
+    ///
+    /// # Errors
+    /// `ENOMEM`.
+    pub(crate) fn prefault(&mut self) -> Result<(), Errno> {
+        let regions: Vec<_> = self.machine.regions().iter().map(|region| region.frames).collect();
+        regions.into_iter().try_for_each(|frames| self.fill(frames.start(), frames.end()))
+    }
+
+    /// Maps what is not mapped, by blocks as large as can be.
+    fn fill(&mut self, start: Pfn, end: Pfn) -> Result<(), Errno> {
+        let mut at = start;
+        while at < end {
+            if self.tree.get(here(at))?.1.is_empty() {
+                self.abort(at)?;
+            }
+            let span = Self::SHAPE.pages_at(self.tree.get(here(at))?.0);
+            at = Pfn::new((at.get() & !(span - 1)) + span);
+        }
+        Ok(())
+    }
+
+    /// The blocks that the ends of a run lie in, together with the run.
+    fn blocks_around(&self, pages: Pages) -> Option<(Pfn, Pfn)> {
+        let span_at = |pfn: Pfn| match self.tree.leaf(here(pfn)) {
+            Some((level, _)) => Self::SHAPE.pages_at(level),
+            None => 1,
+        };
+        let (start, end) = (pages.start().get(), pages.end()?.get());
+        let start = start & !(span_at(pages.start()) - 1);
+        let span = span_at(Pfn::new(end.checked_sub(1)?));
+        Some((Pfn::new(start), Pfn::new(end.next_multiple_of(span))))
     }
 
     pub(crate) fn machine(&self) -> &Machine {
@@ -179,6 +224,7 @@ impl HostMmu {
     /// # Errors
     /// `ENOMEM`, and nothing has changed.
     pub(crate) fn give(&mut self, pages: Pages, owner: Owner, level: Level) -> Result<(), Errno> {
+        let around = if self.keeps_siblings { self.blocks_around(pages) } else { None };
         match self.annotate(pages, owner, level) {
             Err(TableError::NoMemory) => {
                 self.drop_devices()?;
@@ -187,6 +233,10 @@ impl HostMmu {
             other => other?,
         }
         self.pages.set_host(pages, State::NoPage);
+        if let Some((start, end)) = around {
+            // There are tables, from the annotation. What is not mapped now will be when it is touched.
+            self.fill(start, end).ok();
+        }
         Ok(())
     }
 
@@ -206,6 +256,22 @@ impl HostMmu {
                 let pte = Pte::annotation(Annotation::HostDonation, owner.payload())?;
                 tree.annotate_at(here(pages.start()), pages.nr(), level, pte, &mut env)
             }
+        }
+    }
+
+    /// Whether tables are there, or can be, for entries of a level that say who has pages. If tables are short, those of
+    /// devices go first.
+    ///
+    /// # Errors
+    /// `ENOMEM`.
+    pub(crate) fn provide(&mut self, pages: Pages, level: Level) -> Result<(), Errno> {
+        let missing = |tree: &Tree| tree.nr_missing(here(pages.start()), pages.nr(), level);
+        if missing(&self.tree)? > self.pool.nr_free() {
+            self.drop_devices()?;
+        }
+        match missing(&self.tree)? <= self.pool.nr_free() {
+            true => Ok(()),
+            false => Err(Errno::ENOMEM),
         }
     }
 

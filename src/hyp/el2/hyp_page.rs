@@ -38,6 +38,12 @@ impl HypPage {
         State::from_bits(self.states >> STATE_BITS ^ HYP_COMPLEMENT)
     }
 
+    /// Whether the pins are a device's. Those of EL2's are of pages that it sees.
+    pub(crate) fn is_for_dma(self) -> bool {
+        let by_host = matches!(self.host(), State::Owned | State::SharedOwned);
+        self.nr_pins > 0 && by_host && self.hyp() == State::NoPage
+    }
+
     pub(crate) fn set_host(&mut self, state: State) {
         self.states = self.states & !STATE | state as u8;
     }

@@ -98,6 +98,19 @@ pub(crate) struct Region {
     pub(crate) bytes: Option<Pfn>,
 }
 
+/// Pages or a block that the host lists for a guest: `struct kvm_hyp_pinned_page`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct ListedPages {
+    pub(crate) pfn: u64,
+    pub(crate) gfn: u64,
+    pub(crate) order: u8,
+}
+
+impl ListedPages {
+    /// As many as the one page has room for that host and EL2 share for lists.
+    pub(crate) const MOST: usize = PAGE_BYTES / 24;
+}
+
 /// A structure of the host's kernel that EL2 reads where the host says it is. EL2 believes none of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct HostStruct {
@@ -107,6 +120,10 @@ pub(crate) struct HostStruct {
     pub(crate) nr_vcpus: u64,
     /// Whether the VM is to be protected.
     pub(crate) protected: bool,
+    /// `kvm.arch.pkvm.pvmfw_load_addr`, if it is to have a firmware.
+    pub(crate) firmware_at: Option<u64>,
+    /// A vCPU's list of pages for its guest.
+    pub(crate) listed: Vec<ListedPages>,
     /// `vcpu.vcpu_idx`.
     pub(crate) vcpu_idx: u64,
     /// A vCPU's `memcache.nr_pages`, as claimed.

@@ -32,6 +32,11 @@ impl El2 {
             if nr == 0 || donate_hyp(&mut host, &mut hyp, page).is_err() {
                 return Err(Errno::ENOMEM);
             }
+            if self.machine.zero(page.start()).is_err() {
+                // Broken memory is no table.
+                donate_host(&mut host, &mut hyp, page)?;
+                return Err(Errno::ENOMEM);
+            }
             list.nr_memcache -= 1;
             list.memcache.pop();
             vcpu.memcache.push(page.start());

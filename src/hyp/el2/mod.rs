@@ -16,6 +16,7 @@
 //! | `look` | what the host's kernel sees of all that without changing it |
 //! | `tlb` | translations that are remembered |
 //! | `guest_tlb` | a vCPU's accesses by what it remembers, without its CPU |
+//! | `firmware` | what a guest may find in its memory when it starts |
 //! | `profile` | which version this is |
 //! | `spec` | the states again, in the plainest way |
 //! | `invariants` | what must hold, by name |
@@ -27,6 +28,7 @@
 //! Locks are taken in this order: a CPU's own, the VMs' table, the host's, then EL2's or one guest's.
 
 mod access;
+mod firmware;
 mod guest_call;
 mod guest_mmu;
 #[cfg(feature = "oracle")]
@@ -60,6 +62,8 @@ pub(crate) use guest_call::GuestAnswer;
 pub(crate) use host_call::HostCall;
 pub(crate) use incident::IncidentCounts;
 pub(crate) use look::{Look, Mapped};
+#[cfg(feature = "oracle")]
+pub(crate) use invariants::Books;
 #[cfg(feature = "oracle")]
 pub(crate) use machine::FrameBytes;
 pub(crate) use machine::{Machine, Region, RegionKind};
@@ -171,6 +175,11 @@ impl Pages {
         self.nr
     }
 
+    /// One past the last; `None` if that is no frame.
+    fn end(self) -> Option<Pfn> {
+        self.start.checked_add(self.nr)
+    }
+
     fn iter(self) -> impl Iterator<Item = Pfn> + use<> {
         (self.start.get()..self.start.get().saturating_add(self.nr)).map(Pfn::new)
     }
@@ -219,6 +228,10 @@ impl El2 {
         let machine = Arc::new(machine);
         let pool = FramePool::new(carveout);
         let mut host = HostMmu::new(Arc::clone(&machine), pool, nr_cpus)?;
+        host.keeps_siblings = profile.keeps_siblings();
+        if profile.prefaults() {
+            host.prefault()?;
+        }
         host.give(carveout, Owner::Hyp, Level::PAGE)?;
         host.pages.set_hyp(carveout, State::Owned);
         let mut hyp = HypSpace::new(machine.end());

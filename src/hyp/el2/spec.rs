@@ -26,6 +26,8 @@ pub(crate) enum SpecPage {
         expect(dead_code, reason = "only the oracle and tests have a secure world")
     )]
     HostAndFfa,
+    /// The secure world's.
+    Ffa,
     #[cfg(debug_assertions)]
     /// The host's, in non-protected guests, once for each time that it is mapped.
     HostAndGuests(Vec<GuestPage>),
@@ -50,11 +52,11 @@ impl Spec {
 
     /// A step, which must be one of those that exist.
     pub(crate) fn step(&mut self, pfn: Pfn, to: SpecPage) {
-        use SpecPage::{Guest, GuestAndHost, Host, HostAndFfa, HostAndHyp, Hyp};
+        use SpecPage::{Ffa, Guest, GuestAndHost, Host, HostAndFfa, HostAndHyp, Hyp};
         let from = self.get(pfn);
         let exists = match (&from, &to) {
-            (Host, Hyp | HostAndHyp | HostAndFfa | Guest(_)) => true,
-            (Hyp | HostAndHyp | HostAndFfa | Guest(_) | GuestAndHost(_), Host) => true,
+            (Host, Hyp | HostAndHyp | HostAndFfa | Ffa | Guest(_)) => true,
+            (Hyp | HostAndHyp | HostAndFfa | Ffa | Guest(_) | GuestAndHost(_), Host) => true,
             (Guest(a), GuestAndHost(b)) | (GuestAndHost(a), Guest(b)) => a == b,
             _ => false,
         };

@@ -13,7 +13,7 @@ use super::machine::HostStruct;
 use super::memcache::give_back;
 use super::transition::{donate_hyp, pin, unpin};
 use super::{El2, Pages};
-use crate::addr::{Gfn, Pa, Pfn};
+use crate::addr::{Gfn, Ipa, Pa, Pfn};
 use crate::error::Errno;
 use crate::stage2::{Entry, Tree};
 use crate::sync::{Arc, Mutex};
@@ -261,10 +261,11 @@ impl El2 {
         let mut host = self.host.lock();
         let mut hyp = self.hyp.lock();
         pin(&mut host, &mut hyp, pinned)?;
-        let (nr_vcpus, handle, protected) = {
+        let (nr_vcpus, handle, protected, firmware_at) = {
             let said = self.machine.host_struct(host_kvm);
             let said = said.lock();
-            (said.nr_vcpus, said.handle, said.protected)
+            let firmware_at = said.firmware_at.filter(|_| said.protected).map(Ipa::new);
+            (said.nr_vcpus, said.handle, said.protected, firmware_at)
         };
         let mut given = Vec::new();
         let made = (|| {
@@ -279,7 +280,9 @@ impl El2 {
             given.push(pgd);
             let slot = slot_of(handle).and_then(|at| vms.slots.get_mut(at));
             let Some(slot @ Slot::Reserved) = slot else { return Err(Errno::EINVAL) };
-            let mmu = Mutex::new(GuestMmu::new(handle, pgd.start()));
+            let mut mmu = GuestMmu::new(handle, pgd.start());
+            mmu.firmware_at = firmware_at;
+            let mmu = Mutex::new(mmu);
             *slot = Slot::Live(VmEntry {
                 vm: Arc::new(Vm { handle, protected, mmu }),
                 nr_refs: 0,

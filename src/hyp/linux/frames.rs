@@ -1,6 +1,6 @@
 //! The kernel's pages: its own, which have no bytes, and those that processes get, which do.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::CPU;
 use crate::addr::{Pa, Pfn};
@@ -178,6 +178,11 @@ impl Frames {
             }
             self.put(pfn);
         }
+    }
+
+    /// All frames that are pinned, and how often.
+    pub(super) fn pins(&self) -> BTreeMap<Pfn, u64> {
+        self.pins.iter().map(|(&pfn, &pins)| (pfn, u64::from(pins))).collect()
     }
 
     pub(super) fn is_pinned(&self, pfn: Pfn) -> bool {

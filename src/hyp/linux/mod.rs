@@ -24,12 +24,15 @@ mod smccc;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
+
 use slab::Slab;
 
 use self::frames::Frames;
 use self::kvm::{Vcpu, Vm};
 use self::memory::Memory;
-use super::el2::{El2, Profile};
+use super::el2::{Books, El2, GuestPage, Profile};
+use crate::addr::Gfn;
 use crate::error::Errno;
 
 pub use self::kvm::{Slot, SlotAccess, SlotLog, VcpuId, VcpuNumber, VmId, VmKind};
@@ -104,6 +107,29 @@ impl Linux {
 
     /// Everything that is wrong between host, EL2 and guests; empty if all is well.
     pub fn check(&self) -> Vec<String> {
-        self.el2.check()
+        let mut wrong = self.el2.check();
+        wrong.extend(self.el2.check_books(&self.books(), &["28", "31"]));
+        wrong
+    }
+
+    fn books(&self) -> Books {
+        let mut given = BTreeMap::new();
+        let protected = self.vms.iter().filter(|(_, vm)| vm.kind == VmKind::Protected);
+        for (_, vm) in protected {
+            let handle = vm.handle().and_then(|handle| u16::try_from(handle).ok());
+            let Some(handle) = handle else { continue };
+            for (&gfn, mapped) in &vm.mapped {
+                given.insert(GuestPage { handle, gfn: Gfn::new(gfn) }, mapped.pfn);
+            }
+        }
+        // What the process locks itself counts as well.
+        let vmas = self.memories.iter().flat_map(|(_, memory)| memory.vmas.iter().flatten());
+        let nr_mlocked = vmas.filter(|vma| vma.is_locked).count() as u64;
+        Books {
+            given,
+            pins: Some(self.frames.pins()),
+            nr_locked: Some(self.locked.nr_pages - nr_mlocked),
+            borrowed: Vec::new(),
+        }
     }
 }

@@ -158,6 +158,8 @@ impl Linux {
                 }
                 // This kernel gives single pages, so there is nothing to split.
                 GuestAnswer::WantsSplit(_) => return Err(Errno::E2BIG),
+                // And a guest that shares no block needs no more tables of the host's than it had.
+                GuestAnswer::WantsMemory => return Err(Errno::ENOMEM),
                 GuestAnswer::Fault(fault) => fault,
             };
             match self.resolve(vcpu, fault, Access::Write)? {

@@ -5,6 +5,14 @@ use crate::addr::{Gfn, Pfn};
 use crate::stage2::pte::{Entry, Level, Pte};
 
 impl Tree {
+    /// Stores that made an entry valid which still was, since this was last asked. It is remembered from the first
+    /// time on.
+    #[cfg(test)]
+    pub(crate) fn hasty_stores(&mut self) -> Vec<(Pte, Pte)> {
+        let stores = self.trace.replace(Vec::new()).unwrap_or_default();
+        stores.into_iter().filter(|(old, new)| old.is_valid() && new.is_valid()).collect()
+    }
+
     /// The frames that are tables, those of the root included.
     pub(crate) fn table_frames(&self) -> impl Iterator<Item = Pfn> {
         let idle: std::collections::HashSet<_> = self.idle.iter().copied().collect();

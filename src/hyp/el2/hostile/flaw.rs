@@ -4,8 +4,7 @@ use std::collections::BTreeMap;
 
 use super::super::El2;
 use super::super::State;
-use super::super::invariants::trace::Snapshot;
-use super::Kind;
+use super::super::invariants::trace::{Kind, Snapshot};
 
 /// A mistake of EL2's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -41,20 +40,20 @@ type Words = Vec<[u64; 64]>;
 
 /// What was remembered before a step.
 #[derive(Debug)]
-pub(super) struct Remembered {
+pub(crate) struct Remembered {
     host: Words,
     guests: BTreeMap<u16, Words>,
 }
 
 impl Flaw {
-    pub(super) fn remember(self, el2: &El2) -> Remembered {
+    pub(crate) fn remember(self, el2: &El2) -> Remembered {
         let vms = el2.vms.lock();
         let guests = vms.live().map(|entry| (entry.vm.handle, entry.vm.mmu.lock().tlbs.words()));
         Remembered { guests: guests.collect(), host: el2.host.lock().tlbs.words() }
     }
 
     /// Leaves EL2 as if it had made the mistake in the step before.
-    pub(super) fn spoil(self, el2: &El2, before: &Snapshot, was: Remembered, kind: Kind) {
+    pub(crate) fn spoil(self, el2: &El2, before: &Snapshot, was: Remembered, kind: Kind) {
         match self {
             Self::StaleHostTranslations => el2.host.lock().tlbs.recall(&was.host),
             Self::StaleGuestTranslations => {

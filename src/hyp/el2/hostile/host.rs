@@ -2,11 +2,11 @@
 
 use super::super::host_call::HostCall;
 use super::super::hyp_page::HypPage;
-use super::super::machine::{Machine, Region, RegionKind};
+use super::super::machine::{ListedPages, Machine, Region, RegionKind};
 use super::super::vm::{nr_pgd_pages, nr_vcpu_pages, nr_vm_pages};
-use super::super::{El2, Pages, Profile};
+use super::super::{El2, Pages, Profile, State};
 use super::choices::Choices;
-use crate::addr::Pfn;
+use crate::addr::{Gfn, Pfn};
 use crate::backing::Arena;
 use crate::error::Errno;
 use crate::range::PfnRange;
@@ -22,6 +22,10 @@ const SPARE: u64 = CARVEOUT - NR_SPARE;
 /// Memory for guests: a block, and a little.
 pub(super) const GUEST: u64 = 0x2000;
 const NR_GUEST: u64 = 520;
+/// The last of it: a firmware, where guests can have one; and where protected guests want it.
+const FIRMWARE: u64 = GUEST + NR_GUEST - 2;
+const NR_FIRMWARE: u64 = 2;
+const FIRMWARE_AT: u64 = 2;
 /// Memory that is kept out of the kernel's map.
 const NO_MAP: u64 = GUEST + NR_GUEST;
 const DEVICE: u64 = 0x9000;
@@ -64,7 +68,13 @@ impl Host {
         let arena = Arena::heap(NR_GUEST).map_err(|error| error.errno())?;
         let machine = Machine::new(regions, Some(Box::new(arena)))?;
         let carveout = Pages::new(Pfn::new(CARVEOUT), NR_CARVEOUT);
-        let el2 = El2::boot(profile, machine, carveout, NR_CPUS)?;
+        let mut el2 = El2::boot(profile, machine, carveout, NR_CPUS)?;
+        if profile.is_android() {
+            el2.keep_firmware(Pages::new(Pfn::new(FIRMWARE), NR_FIRMWARE))?;
+            for pfn in FIRMWARE..FIRMWARE + NR_FIRMWARE {
+                el2.machine().write(Pfn::new(pfn).pa(), b"firmware")?;
+            }
+        }
         let mut host = Self { el2, guests: Vec::new(), next: KERNEL };
         for protected in [true, false, true, false] {
             let guest = host.vm(protected)?;
@@ -104,6 +114,7 @@ impl Host {
             let said = self.el2.machine().host_struct(kvm);
             let mut said = said.lock();
             (said.handle, said.nr_vcpus, said.protected) = (handle, NR_VCPUS, protected);
+            said.firmware_at = Some(FIRMWARE_AT << 12);
         }
         // Found together: what is only found is still free.
         let (nr_vm, nr_pgd) = (nr_vm_pages(NR_VCPUS), nr_pgd_pages());
@@ -155,13 +166,65 @@ impl Host {
         }
     }
 
+    /// Mostly an address where the guest of the vCPU that a CPU has has something.
+    pub(super) fn gfn_of_guest(&self, choices: &mut Choices<'_>, cpu: usize) -> u64 {
+        let there = self.el2.with_vcpu(cpu, |loaded| {
+            let guest = loaded.vm.mmu.lock();
+            let has = |gfn: &u64| guest.tree.leaf(Gfn::new(*gfn)).is_some();
+            Ok(NEAR.into_iter().filter(has).collect::<Vec<_>>())
+        });
+        match there {
+            Ok(there) if !there.is_empty() && !choices.one_in(4) => choices.of(&there),
+            _ => gfn(choices),
+        }
+    }
+
+    /// At times one that is not the host's.
+    pub(super) fn frame_to_touch(&self, choices: &mut Choices<'_>) -> u64 {
+        let host = self.el2.host.lock();
+        let is_away = |pfn: &u64| host.page(Pfn::new(*pfn)).host() == State::NoPage;
+        let away: Vec<_> = NEAR.into_iter().map(|nth| GUEST + nth).filter(is_away).collect();
+        match !away.is_empty() && choices.one_in(3) {
+            true => choices.of(&away),
+            false => frame(choices),
+        }
+    }
+
+    /// What guests that are not protected have, and where.
+    fn lent(&self) -> Vec<(u64, u64)> {
+        let vms = self.el2.vms.lock();
+        let plain = vms.live().filter(|entry| !entry.vm.protected);
+        let of = |entry: &super::super::vm::VmEntry| {
+            let guest = entry.vm.mmu.lock();
+            let handle = u64::from(entry.vm.handle);
+            let has = |gfn: &u64| guest.tree.leaf(Gfn::new(*gfn)).is_some();
+            NEAR.into_iter().filter(has).map(|gfn| (handle, gfn)).collect::<Vec<_>>()
+        };
+        plain.flat_map(of).collect()
+    }
+
+    /// Lists pages and blocks for the guest of the vCPU that a CPU has.
+    pub(super) fn list(&self, choices: &mut Choices<'_>, cpu: usize) {
+        let at = self.el2.with_vcpu(cpu, |loaded| Ok(loaded.vcpu.host_at));
+        let Ok(at) = at else { return };
+        let said = self.el2.machine().host_struct(at);
+        let mut said = said.lock();
+        said.listed.clear();
+        for _ in 0..choices.below(5) {
+            let (pfn, gfn) = pair(choices);
+            let order = choices.of(&[0, 0, 0, 0, 0, 9, 1, 200]);
+            said.listed.push(ListedPages { pfn, gfn, order });
+        }
+    }
+
     /// Says something else in a structure that EL2 reads.
     pub(super) fn lie(&self, choices: &mut Choices<'_>) {
         let guest = choices.of(&self.guests);
         let at = choices.of(&[guest.kvm, guest.vcpus[0], guest.vcpus[1]]);
         let said = self.el2.machine().host_struct(at);
         let mut said = said.lock();
-        match choices.below(5) {
+        match choices.below(6) {
+            5 => said.firmware_at = choices.of(&[None, Some(0), Some(3 << 12 | 8), Some(!0xfff)]),
             0 => said.handle = self.handle(choices),
             1 => said.nr_vcpus = choices.odd(),
             2 => said.vcpu_idx = choices.odd(),
@@ -192,6 +255,7 @@ impl Host {
         if choices.one_in(4) {
             return choices.of(HostCall::ALL);
         }
+        let has = |call| if self.el2.has(call) { call } else { fill };
         choices.of(&[
             fill,
             fill,
@@ -202,7 +266,8 @@ impl Host {
             HostCall::ReclaimDyingGuestPage,
             HostCall::ShareHyp,
             HostCall::UnshareHyp,
-            HostCall::SplitGuest,
+            has(HostCall::SplitGuest),
+            has(HostCall::DonateSglistGuest),
         ])
     }
 
@@ -225,7 +290,14 @@ impl Host {
                 [pfn, gfn, nr(choices), choices.of(&[7, 7, 7, 1, 2, 3, 5, 8])]
             }
             HostCall::UnshareGuest | HostCall::WrprotectGuest | HostCall::TestClearYoungGuest => {
-                [self.handle(choices), gfn(choices), nr(choices), choices.below(2)]
+                let lent = self.lent();
+                match lent.is_empty() || choices.one_in(4) {
+                    true => [self.handle(choices), gfn(choices), nr(choices), choices.below(2)],
+                    false => {
+                        let (handle, gfn) = choices.of(&lent);
+                        [handle, gfn, nr(choices), choices.below(2)]
+                    }
+                }
             }
             HostCall::RelaxPermsGuest => [gfn(choices), choices.below(9), 0, 0],
             HostCall::MkyoungGuest => [gfn(choices), 0, 0, 0],

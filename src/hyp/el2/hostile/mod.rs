@@ -4,13 +4,11 @@
 //! |---|---|
 //! | `choices` | bytes as choices |
 //! | `host` | the machine and its kernel, which sends what could work, or anything |
-//! | `judge` | what a step may have changed |
 //! | `flaw` | mistakes that EL2 can be made to seem to make |
 
 mod choices;
 mod flaw;
 mod host;
-mod judge;
 
 pub use flaw::Flaw;
 
@@ -18,12 +16,12 @@ use std::collections::BTreeMap;
 
 use super::access::{Bytes, GuestStop, KernelOutcome};
 use super::guest_call::{
-    FEATURES, GuestAnswer, HYP_MEMINFO, MEM_RELINQUISH, MEM_SHARE, MEM_UNSHARE,
+    FEATURES, GuestAnswer, HYP_MEMINFO, MEM_RELINQUISH, MEM_SHARE, MEM_UNSHARE, NO_POISON,
 };
 use super::host_call::HostCall;
-use super::invariants::trace::Snapshot;
+use super::invariants::trace::{self, Kind, Snapshot};
 use super::{Pages, Profile};
-use crate::addr::{Ipa, Pa, Pfn};
+use crate::addr::{Ipa, Pa};
 use crate::error::Errno;
 
 use choices::Choices;
@@ -34,26 +32,6 @@ const MOST_STEPS: u64 = 400;
 
 /// How often each call was answered how.
 pub(crate) type Answers = BTreeMap<String, u64>;
-
-/// What was done, as far as it matters to what may have changed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    Done,
-    /// Nothing may have changed.
-    Refused,
-    /// Nothing but bytes: pages for EL2 itself are cleared when they come and when they go.
-    RefusedAfterClearing,
-    /// Refused, or a vCPU's list was emptied first.
-    RefusedAfterRefill,
-    /// More than one operation.
-    Many,
-    GuestStored,
-    DeviceStored,
-    /// The host reached the frame as it was.
-    HostReached(Pfn),
-    /// The host's kernel reached it after it had destroyed what was there.
-    HostDestroyed(Pfn),
-}
 
 #[derive(Debug)]
 struct Step {
@@ -80,7 +58,8 @@ pub(crate) fn run(profile: Profile, bytes: &[u8], flaw: Option<Flaw>) -> Result<
             flaw.spoil(&host.el2, &before, remembered, step.kind);
         }
         let after = Snapshot::of_heads(&host.el2);
-        if let Some(wrong) = judge::wrong(&host.el2, &before, &after, step.kind) {
+        let seen = trace::Step { before: &before, after: &after, el2: &host.el2, kind: step.kind };
+        if let Some(wrong) = seen.wrong() {
             return Err(format!("step {nth}, {}, {:?}: {wrong}", step.what, step.kind));
         }
         *answers.entry(step.what).or_default() += 1;
@@ -91,7 +70,8 @@ pub(crate) fn run(profile: Profile, bytes: &[u8], flaw: Option<Flaw>) -> Result<
 
 /// Calls that take from a vCPU's list before they fail.
 fn may_take_first(call: HostCall) -> bool {
-    matches!(call, HostCall::DonateGuest | HostCall::ShareGuest | HostCall::SplitGuest)
+    use HostCall::{DonateGuest, DonateSglistGuest, ShareGuest, SplitGuest};
+    matches!(call, DonateGuest | DonateSglistGuest | ShareGuest | SplitGuest)
 }
 
 fn said<T, E>(what: &str, answer: &Result<T, E>, done: Kind) -> Step {
@@ -126,9 +106,16 @@ impl Host {
             let at = self.el2.with_vcpu(cpu, |loaded| Ok(loaded.vcpu.host_at));
             at.and_then(|at| self.top_up(at, 6)).ok();
         }
+        if call == HostCall::DonateSglistGuest {
+            self.list(choices, cpu);
+        }
         let x = self.arguments(choices, call);
         match self.el2.call(cpu, call, x) {
-            Ok(_) => Step { what: format!("{call:?} Ok"), kind: Kind::Done },
+            Ok(_) => {
+                let is_list = call == HostCall::DonateSglistGuest;
+                let kind = if is_list { Kind::Listed } else { Kind::Done };
+                Step { what: format!("{call:?} Ok"), kind }
+            }
             Err(errno) => {
                 let kind = match call {
                     HostCall::InitVm | HostCall::InitVcpu => Kind::RefusedAfterClearing,
@@ -143,7 +130,16 @@ impl Host {
     fn guest_calls(&self, choices: &mut Choices<'_>, cpu: usize) -> Step {
         let id = choices.of(&[MEM_SHARE, MEM_UNSHARE, MEM_RELINQUISH, FEATURES, HYP_MEMINFO]);
         let within = if choices.one_in(8) { 8 } else { 0 };
-        let mut x = [id, host::gfn(choices).wrapping_shl(12) | within, 0, 0];
+        let mut x = [id, self.gfn_of_guest(choices, cpu).wrapping_shl(12) | within, 0, 0];
+        match id {
+            MEM_SHARE | MEM_UNSHARE if self.el2.profile.is_android() => {
+                x[2] = choices.of(&[0, 0, 0, 0, 1, 2, 3, 512]);
+            }
+            MEM_RELINQUISH if self.el2.profile.is_android() => {
+                x[3] = choices.of(&[0, 0, 0, NO_POISON])
+            }
+            _ => {}
+        }
         if choices.one_in(4) {
             let nth = choices.index(4);
             x[nth] = choices.odd();
@@ -152,10 +148,14 @@ impl Host {
             Ok(GuestAnswer::Resume([answer, ..])) if answer > u64::MAX >> 1 => {
                 ("refused", Kind::Refused)
             }
+            Ok(GuestAnswer::Resume(_)) if (x[0], x[3]) == (MEM_RELINQUISH, NO_POISON) => {
+                ("Ok, as it was", Kind::GivenUpAsItWas)
+            }
             Ok(GuestAnswer::Resume(_)) => ("Ok", Kind::Done),
             Ok(GuestAnswer::Exit(_)) => ("exit", Kind::Refused),
             Ok(GuestAnswer::Fault(_)) => ("fault", Kind::Refused),
             Ok(GuestAnswer::WantsSplit(_)) => ("wants split", Kind::Refused),
+            Ok(GuestAnswer::WantsMemory) => ("wants memory", Kind::Refused),
             Err(_) => ("no vCPU", Kind::Refused),
         };
         Step { what: format!("guest's {id:#x} {how}"), kind }
@@ -163,7 +163,7 @@ impl Host {
 
     fn vcpu_touches(&self, choices: &mut Choices<'_>, cpu: usize, nth: u64) -> Step {
         let within = choices.of(&[0, 0, 0, 1, 4095]);
-        let ipa = Ipa::new(host::gfn(choices).wrapping_shl(12) | within);
+        let ipa = Ipa::new(self.gfn_of_guest(choices, cpu).wrapping_shl(12) | within);
         let mut buf = nth.to_le_bytes();
         let answer = match choices.one_in(3) {
             true => self.el2.vcpu(cpu, ipa, Bytes::Load(&mut buf)),
@@ -177,7 +177,7 @@ impl Host {
 
     fn host_touches(&self, choices: &mut Choices<'_>, cpu: usize, nth: u64) -> Step {
         let within = choices.of(&[0, 0, 0, 1, 4095]);
-        let at = Pa::new(host::frame(choices).wrapping_shl(12) | within);
+        let at = Pa::new(self.frame_to_touch(choices).wrapping_shl(12) | within);
         let is_load = choices.one_in(3);
         let mut buf = nth.to_le_bytes();
         let kind = Kind::HostReached(at.pfn());
@@ -206,13 +206,17 @@ impl Host {
 
     /// The secure world, and devices behind the IOMMU.
     fn others(&self, choices: &mut Choices<'_>) -> Step {
+        if choices.one_in(16) {
+            return said("wipe", &self.el2.wipe_firmware(), Kind::Done);
+        }
         let mut at = [host::frame(choices), host::nr(choices)];
         if choices.one_in(2) {
             at[choices.index(2)] = choices.odd();
         }
         let pages = Pages::checked(at[0], at[1]);
-        match choices.below(4) {
+        match choices.below(5) {
             0 => said("FF-A share", &self.el2.ffa_share(at[0], at[1]), Kind::Done),
+            4 => said("FF-A donate", &self.el2.ffa_donate(at[0], at[1]), Kind::Done),
             1 => said("FF-A reclaim", &self.el2.ffa_reclaim(at[1]), Kind::Done),
             2 => said("DMA map", &pages.and_then(|pages| self.el2.map_dma(pages)), Kind::Done),
             _ => said("DMA unmap", &pages.and_then(|pages| self.el2.unmap_dma(pages)), Kind::Done),

@@ -6,9 +6,10 @@ use super::super::State;
 use super::View;
 use crate::addr::Pfn;
 
-/// 29: no page stays behind. Everything that EL2 owns is its carve-out, or a VM's, a vCPU's, or a table's.
+/// 29: no page stays behind. Everything that EL2 owns is its carve-out or the firmware, or a VM's, a vCPU's, or a table's.
 pub(super) fn what_el2_owns_is_used(view: &View<'_>) -> Vec<String> {
     let mut used: BTreeSet<Pfn> = view.carveout.iter().collect();
+    used.extend(view.host.firmware.iter());
     for entry in view.vms.live() {
         used.extend(entry.frames());
         used.extend(entry.resting().flat_map(|vcpu| vcpu.frames()));

@@ -7,9 +7,11 @@
 //! | `life` | VMs, vCPUs, and what EL2 was given for them |
 //! | `refinement` | the specification |
 //! | `trace` | an operation: what it may change, for callers to check around it |
+//! | `books` | what a host that means well keeps, for that host to ask |
 //!
 //! The numbers are those of the list that all simulators of this kind share.
 
+mod books;
 mod life;
 mod ownership;
 mod refinement;
@@ -22,6 +24,7 @@ use std::collections::BTreeMap;
 use super::guest_mmu::{GuestMmu, state_of};
 use super::host_mmu::{HostMmu, Owner};
 use super::hyp_space::HypSpace;
+use super::incident::IncidentCounts;
 use super::profile::Profile;
 use super::transition::Ffa;
 use super::vm::{Cpu, VmTable};
@@ -30,6 +33,7 @@ use crate::addr::{Gfn, Pfn};
 use crate::stage2::{Entry, Leaf, Level};
 use crate::sync::MutexGuard;
 
+pub(crate) use books::{Books, HOST_RULES};
 #[cfg(debug_assertions)]
 pub(crate) use refinement::frame_refines;
 
@@ -59,6 +63,7 @@ pub(crate) struct View<'a> {
     ffa: &'a Ffa,
     vms: &'a VmTable,
     cpus: &'a [MutexGuard<'a, Cpu>],
+    incidents: IncidentCounts,
     guests: &'a [GuestView<'a>],
     /// Guests' leaves, a page at a time, by frame.
     mappings: BTreeMap<Pfn, Vec<Mapping>>,
@@ -95,6 +100,27 @@ pub(crate) const RULES: &[(&str, Rule)] = &[
 impl El2 {
     /// Everything that is wrong, with the name of the rule. Everybody waits meanwhile.
     pub(crate) fn check(&self) -> Vec<String> {
+        self.view(|view| {
+            let told = RULES.iter().flat_map(|(name, rule)| {
+                rule(view).into_iter().map(move |wrong| format!("{name}: {wrong}"))
+            });
+            told.collect()
+        })
+    }
+
+    /// The same for rules that are the host's to keep: those whose name begins with one of the numbers.
+    pub(crate) fn check_books(&self, books: &Books, numbers: &[&str]) -> Vec<String> {
+        let is_wanted = |name: &str| name.split(' ').next().is_some_and(|nr| numbers.contains(&nr));
+        self.view(|view| {
+            let rules = HOST_RULES.iter().filter(|(name, _)| is_wanted(name));
+            let told = rules.flat_map(|(name, rule)| {
+                rule(view, books).into_iter().map(move |wrong| format!("{name}: {wrong}"))
+            });
+            told.collect()
+        })
+    }
+
+    fn view<T>(&self, look: impl FnOnce(&View<'_>) -> T) -> T {
         let cpus: Vec<_> = self.cpus.iter().map(|cpu| cpu.lock()).collect();
         let vms = self.vms.lock();
         let ffa = self.ffa.lock();
@@ -114,16 +140,14 @@ impl El2 {
             ffa: &ffa,
             vms: &vms,
             cpus: &cpus,
+            incidents: self.incidents.counts(),
             guests: &guests,
             mappings: BTreeMap::new(),
             annotated: BTreeMap::new(),
             leaves: Vec::new(),
         };
         view.gather();
-        let told = RULES.iter().flat_map(|(name, rule)| {
-            rule(&view).into_iter().map(move |wrong| format!("{name}: {wrong}"))
-        });
-        told.collect()
+        look(&view)
     }
 
     /// Rule 31, which is the host's to keep: frames that VMs which are gone have kept.

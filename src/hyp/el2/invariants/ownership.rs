@@ -11,12 +11,13 @@ const fn owns(state: State) -> bool {
     matches!(state, State::Owned | State::SharedOwned)
 }
 
-/// 1: the host, EL2, or one page of one guest.
+/// 1: the host, EL2, the secure world, or one page of one guest.
 pub(super) fn a_frame_has_one_owner(view: &View<'_>) -> Vec<String> {
     let count = |pfn: Pfn| {
         let page = view.host.page(pfn);
         let guests = view.mappings_of(pfn).iter().filter(|mapping| owns(mapping.state)).count();
-        guests + usize::from(owns(page.host())) + usize::from(owns(page.hyp()))
+        let secure = usize::from(view.ffa.owns(pfn));
+        guests + secure + usize::from(owns(page.host())) + usize::from(owns(page.hyp()))
     };
     let wrong = view.frames().filter(|&pfn| count(pfn) != 1);
     wrong
@@ -49,6 +50,7 @@ pub(super) fn annotations_tell(view: &View<'_>) -> Vec<String> {
         let fits = match (page.host(), owner) {
             (State::NoPage, Some(Owner::Hyp)) => page.hyp() == State::Owned,
             (State::NoPage, Some(Owner::Guest(_))) => page.hyp() == State::NoPage,
+            (State::NoPage, Some(Owner::Ffa)) => page.hyp() == State::NoPage && view.ffa.owns(pfn),
             (State::NoPage, None) => false,
             (_, owner) => owner.is_none(),
         };
@@ -163,7 +165,7 @@ pub(super) fn shares_are_counted(view: &View<'_>) -> Vec<String> {
             wrong.push(format!("{pfn:?} is shown to guests, and {page:?}"));
         }
         let secure = shown && page.hyp() == State::NoPage && nr_guests == 0;
-        if secure != view.ffa.holds(pfn) {
+        if secure != view.ffa.sees(pfn) {
             wrong.push(format!("{pfn:?}: held by the secure world: {}, {page:?}", !secure));
         }
     }
@@ -188,7 +190,9 @@ pub(super) fn leaves_fit_their_guest(view: &View<'_>) -> Vec<String> {
             true => {
                 owns(mapping.state)
                     && mapping.leaf.prot == Prot::RWX
-                    && (!block || view.profile.donates(HUGE_PAGES) && mapping.state == State::Owned)
+                    && (!block
+                        || view.profile.donates(HUGE_PAGES)
+                            && (mapping.state == State::Owned || view.profile.is_android()))
             }
             false => mapping.state == State::SharedBorrowed,
         };

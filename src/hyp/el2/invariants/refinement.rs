@@ -29,6 +29,7 @@ mod compare {
             SpecPage::HostAndGuests(guests) => {
                 states == (State::SharedOwned, State::NoPage) && nr_guests == guests.len()
             }
+            SpecPage::Ffa => states == (State::NoPage, State::NoPage) && owner == Some(Owner::Ffa),
             SpecPage::Guest(guest) => {
                 states == (State::NoPage, State::NoPage) && guest_of(owner) == Some(*guest)
             }

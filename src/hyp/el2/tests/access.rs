@@ -46,7 +46,7 @@ fn the_kernels_copies_fail_and_the_page_stays() {
 }
 
 #[test]
-fn the_kernels_own_pointer_destroys_the_page() {
+pub(super) fn the_kernels_own_pointer_destroys_the_page() {
     let (world, guest) = private_page();
     let mut buf = [0xee; 4];
     let outcome = world.el2.kernel_alias(1, AT, Bytes::Load(&mut buf));

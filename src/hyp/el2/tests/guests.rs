@@ -37,7 +37,7 @@ fn calls_answer_exactly() {
 }
 
 #[test]
-fn a_share_of_nothing_is_a_fault_first_and_then_made_again() {
+pub(super) fn a_share_of_nothing_is_a_fault_first_and_then_made_again() {
     let world = World::new();
     world.running(true);
     world.donate(GUEST + 9, 0x9).unwrap();

@@ -20,7 +20,7 @@ fn handles_are_reserved_given_up_and_used_up() {
 }
 
 #[test]
-fn a_vm_is_made_of_what_checks_let_through_in_order() {
+pub(super) fn a_vm_is_made_of_what_checks_let_through_in_order() {
     let world = World::new();
     let handle = world.call(HostCall::ReserveVm, [0; 4]).unwrap();
     let kvm = world.page();
@@ -57,7 +57,7 @@ fn a_vm_is_made_of_what_checks_let_through_in_order() {
 }
 
 #[test]
-fn a_vcpu_is_made_of_what_checks_let_through_in_order() {
+pub(super) fn a_vcpu_is_made_of_what_checks_let_through_in_order() {
     let world = World::new();
     let guest = world.vm(true);
     let (at, frames) = (world.page(), world.pages(nr_vcpu_pages()));
@@ -106,7 +106,7 @@ fn a_vcpu_is_loaded_once_and_silently_not_twice() {
 }
 
 #[test]
-fn teardown_goes_in_one_order_and_gives_everything_back() {
+pub(super) fn teardown_goes_in_one_order_and_gives_everything_back() {
     let world = World::new();
     let before = Snapshot::of(&world.el2);
     let guest = world.running(true);
@@ -202,5 +202,26 @@ fn the_memcache_takes_what_is_the_hosts_and_nothing_else() {
     world.sound();
     list(2, &[two]);
     assert_eq!(world.donate(GUEST, 0x10), Ok(0), "two are enough");
+    world.sound();
+}
+
+#[test]
+fn a_page_for_tables_is_cleared_before_it_is_one() {
+    let world = World::new();
+    let guest = world.vm(true);
+    world.load(0, guest, 0);
+    for nth in 0..4 {
+        world.user_store(GUEST + nth, b"host").unwrap();
+    }
+    {
+        let said = world.el2.machine().host_struct(guest.vcpus[0]);
+        let mut said = said.lock();
+        (said.nr_memcache, said.memcache) = (3, (1..4).map(|nth| (GUEST + nth) << 12).collect());
+    }
+    world.donate(GUEST, 0x10).unwrap();
+    for nth in 1..4 {
+        assert_eq!(world.bytes(GUEST + nth), [0; 4096], "{nth}");
+    }
+    assert_eq!(world.read(0x10), Ok(*b"host"));
     world.sound();
 }

@@ -1,11 +1,16 @@
 //! A small machine, and everything that a host, good or bad, does to its EL2.
 
 mod access;
+mod android;
 mod guest_tlb;
 mod guests;
 mod life;
+mod model;
 mod np;
+mod numbers;
+mod play;
 mod profiles;
+mod property;
 mod pvm;
 mod random;
 mod rules;
@@ -71,17 +76,27 @@ impl World {
     }
 
     pub(super) fn with_carveout(profile: Profile, nr: u64) -> Self {
+        Self::made(profile, nr, false)
+    }
+
+    /// The kernel's own memory has bytes too.
+    pub(super) fn with_bytes_everywhere(profile: Profile) -> Self {
+        Self::made(profile, 0x100, true)
+    }
+
+    fn made(profile: Profile, nr: u64, kernel_has_bytes: bool) -> Self {
         let region = |start, nr, kind, bytes: Option<u64>| Region {
             frames: PfnRange::new(Pfn::new(start), nr).unwrap(),
             kind,
             bytes: bytes.map(Pfn::new),
         };
         let regions = vec![
-            region(KERNEL, NR_KERNEL, RegionKind::Memory, None),
+            region(KERNEL, NR_KERNEL, RegionKind::Memory, kernel_has_bytes.then_some(NR_GUEST)),
             region(GUEST, NR_GUEST, RegionKind::Memory, Some(0)),
             region(NO_MAP, 4, RegionKind::NoMap, None),
         ];
-        let arena = Arena::heap(NR_GUEST).unwrap();
+        let nr_arena = if kernel_has_bytes { NR_GUEST + NR_KERNEL } else { NR_GUEST };
+        let arena = Arena::heap(nr_arena).unwrap();
         let machine = Machine::new(regions, Some(Box::new(arena))).unwrap();
         let carveout = Pages::new(Pfn::new(KERNEL + NR_KERNEL - nr), nr);
         let el2 = El2::boot(profile, machine, carveout, NR_CPUS).unwrap();
@@ -155,12 +170,18 @@ impl World {
 
     /// A VM with two vCPUs, as KVM makes it.
     pub(super) fn vm(&self, protected: bool) -> Guest {
+        self.vm_with(protected, None)
+    }
+
+    /// The same with a firmware at an address.
+    pub(super) fn vm_with(&self, protected: bool, firmware_at: Option<u64>) -> Guest {
         let handle = self.call(HostCall::ReserveVm, [0; 4]).unwrap();
         let kvm = self.shared_page();
         {
             let said = self.el2.machine().host_struct(kvm);
             let mut said = said.lock();
             (said.handle, said.nr_vcpus, said.protected) = (handle, 2, protected);
+            said.firmware_at = firmware_at;
         }
         let vm_at = self.pages(nr_vm_pages(2));
         let pgd_at = self.pages(nr_pgd_pages());

@@ -9,7 +9,7 @@ fn unshare(guest: Guest, gfn: u64, nr: u64) -> [u64; 4] {
 }
 
 #[test]
-fn shares_check_arguments_then_memory_then_the_guest_then_the_host() {
+pub(super) fn shares_check_arguments_then_memory_then_the_guest_then_the_host() {
     let world = World::new();
     world.refused(HostCall::ShareGuest, [GUEST, 0, 1, RWX], Errno::EINVAL);
     let pvm = world.running(true);
@@ -87,7 +87,7 @@ fn a_count_that_is_full_is_busy() {
 }
 
 #[test]
-fn a_block_is_shown_and_hidden_as_one() {
+pub(super) fn a_block_is_shown_and_hidden_as_one() {
     let world = World::new();
     let guest = world.running(false);
     let all: Vec<_> = (GUEST..GUEST + 512).collect();

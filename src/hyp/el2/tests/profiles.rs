@@ -32,7 +32,7 @@ fn mainline_gives_a_page_and_does_not_look_at_the_number() {
 }
 
 #[test]
-fn blocks_are_given_where_blocks_begin_and_all_or_nothing() {
+pub(super) fn blocks_are_given_where_blocks_begin_and_all_or_nothing() {
     for profile in [Profile::HugeProtected, Profile::Android618] {
         let world = World::with(profile);
         world.running(true);
@@ -57,7 +57,7 @@ fn blocks_are_given_where_blocks_begin_and_all_or_nothing() {
 }
 
 #[test]
-fn a_block_is_one_entry_on_both_sides_until_it_is_split() {
+pub(super) fn a_block_is_one_entry_on_both_sides_until_it_is_split() {
     let world = World::with(Profile::HugeProtected);
     let guest = world.running(true);
     world.user_store(GUEST + 0x77, b"boot").unwrap();
@@ -164,26 +164,6 @@ fn a_guest_of_androids_gives_pages_back() {
 }
 
 #[test]
-fn runs_are_shared_as_far_as_they_go() {
-    let world = World::with(Profile::Android618);
-    world.running(true);
-    for nth in 0..4 {
-        world.donate(GUEST + nth, 0x10 + nth).unwrap();
-    }
-    let call = |id, gfn: u64, nr| world.el2.guest_call(0, [id, gfn << 12, nr, 0]).unwrap();
-    assert_eq!(call(MEM_SHARE, 0x10, 2), GuestAnswer::Resume([0, 2, 0, 0]));
-    assert_eq!(call(MEM_SHARE, 0x12, 9), GuestAnswer::Resume([0, 2, 0, 0]), "then nothing");
-    assert!(matches!(call(MEM_SHARE, 0x14, 5), GuestAnswer::Fault(_)));
-    assert_eq!(call(MEM_SHARE, 0x10, 2), INVALID, "not one page done");
-    assert_eq!(call(MEM_UNSHARE, 0x10, u64::MAX), GuestAnswer::Resume([0, 4, 0, 0]));
-    assert_eq!(call(MEM_SHARE, u64::MAX >> 12, u64::MAX), INVALID);
-    world.sound();
-    for nth in 0..4 {
-        assert_eq!(world.user_load(GUEST + nth), Err(Signal::SegvAccerr));
-    }
-}
-
-#[test]
 fn devices_reach_what_the_iommu_was_told_of_and_it_stays() {
     let world = World::with(Profile::Android618);
     world.running(true);
@@ -197,9 +177,27 @@ fn devices_reach_what_the_iommu_was_told_of_and_it_stays() {
     dma(GUEST).unwrap();
     world.sound();
     world.refused(HostCall::DonateGuest, [GUEST, 0x10, 1, 0], Errno::EINVAL);
-    world.refused(HostCall::ShareHyp, [GUEST, 0, 0, 0], Errno::EBUSY);
-    assert_eq!(world.el2.ffa_share(GUEST, 1), Err(Errno::EBUSY));
-    world.el2.unmap_dma(pages(GUEST, 2)).unwrap();
+    world.refused(HostCall::ShareHyp, [GUEST, 0, 0, 0], Errno::EINVAL);
+    assert_eq!(world.el2.ffa_share(GUEST, 1), Err(Errno::EINVAL));
+    let frames = world.pages(nr_vcpu_pages());
+    world.el2.map_dma(pages(frames >> 12, 1)).unwrap();
+    let guest = world.vm(true);
+    let at = world.shared_page();
+    world.refused(HostCall::InitVcpu, [guest.handle, at, frames, 0], Errno::ENOMEM);
+    world.put(0);
+    // A guest that is not protected sees what the device sees.
+    let np = world.running(false);
+    world.share(GUEST, 0x10, 1).unwrap();
+    dma(GUEST).unwrap();
+    assert_eq!(world.read(0x10), Ok(*b"data"));
+    assert_eq!(world.el2.map_dma(pages(GUEST, 1)), Err(Errno::EPERM));
+    world.sound();
+    world.el2.unmap_dma(pages(GUEST, 1)).unwrap();
+    world.call(HostCall::UnshareGuest, [np.handle, 0x10, 1, 0]).unwrap();
+    world.put(0);
+    world.load(0, guest, 0);
+    world.top_up(guest, 0, 8);
+    world.el2.unmap_dma(pages(GUEST + 1, 1)).unwrap();
     world.refused(HostCall::DonateGuest, [GUEST, 0x10, 1, 0], Errno::EINVAL);
     world.el2.unmap_dma(pages(GUEST, 1)).unwrap();
     world.donate(GUEST, 0x10).unwrap();
@@ -207,4 +205,46 @@ fn devices_reach_what_the_iommu_was_told_of_and_it_stays() {
     assert_eq!(world.el2.map_dma(pages(GUEST, 1)), Err(Errno::EPERM));
     world.sound();
     assert_eq!(World::new().el2.map_dma(pages(GUEST, 1)), Err(Errno::ENOSYS));
+}
+
+#[test]
+fn the_secure_world_may_own_pages_of_androids_host() {
+    let world = World::with(Profile::Android618);
+    world.running(true);
+    world.user_store(GUEST + 1, b"host").unwrap();
+    let pages = |pfn, nr| Pages::new(Pfn::new(pfn), nr);
+    world.el2.map_dma(pages(GUEST + 8, 1)).unwrap();
+    world.prime(HostCall::DonateGuest);
+    let before = Snapshot::of(&world.el2);
+    for (pfn, nr, errno) in [
+        (GUEST, 0, Errno::EINVAL),
+        (u64::MAX, 1, Errno::EINVAL),
+        (DEVICE, 1, Errno::EINVAL),
+        (NO_MAP - 1, 2, Errno::EINVAL),
+        (NO_MAP, 1, Errno::EPERM),
+        (CARVEOUT, 1, Errno::EPERM),
+        (GUEST + 7, 2, Errno::EINVAL),
+    ] {
+        assert_eq!(world.el2.ffa_donate(pfn, nr), Err(errno), "{pfn:#x} {nr}");
+    }
+    before.nothing_changed(&Snapshot::of(&world.el2));
+    let shown = world.el2.ffa_share(GUEST, 1).unwrap();
+    let owned = world.el2.ffa_donate(GUEST + 1, 2).unwrap();
+    world.sound();
+    before.edges_exist(&Snapshot::of(&world.el2));
+    assert_eq!(world.el2.ffa_donate(GUEST + 2, 1), Err(Errno::EPERM));
+    assert_eq!(world.user_load(GUEST + 1), Err(Signal::SegvAccerr));
+    world.refused(HostCall::DonateGuest, [GUEST + 1, 0x10, 1, 0], Errno::EPERM);
+    world.refused(HostCall::ForceReclaimGuestPage, [(GUEST + 1) << 12, 0, 0, 0], Errno::EPERM);
+    let outcome = world.el2.kernel_alias(0, Pa::new((GUEST + 1) << 12), Bytes::Store(b"x"));
+    assert_eq!(outcome, KernelOutcome::Oops);
+    world.el2.ffa_reclaim(owned).unwrap();
+    world.sound();
+    assert_eq!(world.user_load(GUEST + 1), Ok(*b"host"), "nobody cleared it");
+    assert_eq!(world.el2.ffa_reclaim(owned), Err(Errno::EINVAL));
+    world.el2.ffa_reclaim(shown).unwrap();
+    before.nothing_changed(&Snapshot::of(&world.el2));
+    for profile in [Profile::Mainline72, Profile::HugeProtected] {
+        assert_eq!(World::with(profile).el2.ffa_donate(GUEST, 1), Err(Errno::ENOSYS));
+    }
 }

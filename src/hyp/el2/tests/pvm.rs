@@ -13,7 +13,7 @@ fn donation_wants_a_protected_vcpu_that_is_loaded() {
 }
 
 #[test]
-fn donation_checks_the_list_then_the_host_then_the_guest_then_the_tables() {
+pub(super) fn donation_checks_the_list_then_the_host_then_the_guest_then_the_tables() {
     let world = World::new();
     let guest = world.vm(true);
     world.load(0, guest, 0);
@@ -59,7 +59,7 @@ fn donation_takes_the_page_from_the_host_with_what_is_in_it() {
 }
 
 #[test]
-fn a_guest_shows_a_page_and_hides_it_again() {
+pub(super) fn a_guest_shows_a_page_and_hides_it_again() {
     let world = World::new();
     let guest = world.running(true);
     world.donate(GUEST, 0x10).unwrap();
@@ -107,7 +107,7 @@ fn a_page_in_use_of_a_guest_is_nobodys_to_give() {
 }
 
 #[test]
-fn pages_of_a_dying_guest_come_back_cleared_but_for_what_the_host_saw() {
+pub(super) fn pages_of_a_dying_guest_come_back_cleared_but_for_what_the_host_saw() {
     let world = World::new();
     let guest = world.running(true);
     for nth in 0..3 {
@@ -136,7 +136,7 @@ fn pages_of_a_dying_guest_come_back_cleared_but_for_what_the_host_saw() {
 }
 
 #[test]
-fn force_destroys_a_page_that_is_a_guests_alone() {
+pub(super) fn force_destroys_a_page_that_is_a_guests_alone() {
     let world = World::new();
     let guest = world.running(true);
     let force = |pfn: u64| [pfn << 12 | 0xabc, 0, 0, 0];

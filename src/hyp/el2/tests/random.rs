@@ -27,22 +27,22 @@ fn hammer(profile: Profile, seed: u64) {
 }
 
 #[test]
-fn mainline_stands_anything() {
+pub(super) fn mainline_stands_anything() {
     (1..3).for_each(|seed| hammer(Profile::Mainline72, seed));
 }
 
 #[test]
-fn android_stands_anything() {
+pub(super) fn android_stands_anything() {
     hammer(Profile::Android618, 11);
 }
 
 #[test]
-fn huge_pages_stand_anything() {
+pub(super) fn huge_pages_stand_anything() {
     hammer(Profile::HugeProtected, 21);
 }
 
 #[test]
-fn a_call_that_does_not_exist_is_said_not_to() {
+pub(super) fn a_call_that_does_not_exist_is_said_not_to() {
     let world = World::new();
     let mut random = Random(77);
     for nth in 0..2000 {

@@ -11,7 +11,7 @@ fn an_idle_machine_is_sound() {
 }
 
 #[test]
-fn share_hyp_wants_the_hosts_own_memory() {
+pub(super) fn share_hyp_wants_the_hosts_own_memory() {
     let world = World::new();
     let guest = world.running(true);
     let np = world.vm(false);
@@ -44,7 +44,7 @@ impl World {
 }
 
 #[test]
-fn unshare_hyp_wants_a_page_that_is_shown_and_not_pinned() {
+pub(super) fn unshare_hyp_wants_a_page_that_is_shown_and_not_pinned() {
     let world = World::new();
     let guest = world.vm(true);
     world.ffa(GUEST + 1);
@@ -84,7 +84,7 @@ fn pins_are_all_or_nothing_and_counted_to_their_limit() {
 }
 
 #[test]
-fn the_secure_world_gives_back_what_it_has() {
+pub(super) fn the_secure_world_gives_back_what_it_has() {
     let world = World::new();
     assert_eq!(world.el2.ffa_share(u64::MAX, 1), Err(Errno::EINVAL));
     assert_eq!(world.el2.ffa_share(1 << 35, u64::MAX), Err(Errno::EINVAL));

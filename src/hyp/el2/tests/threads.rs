@@ -49,7 +49,7 @@ fn a_page_that_is_taken_is_never_read_with_the_guests_bytes() {
 
 /// All locks in all orders that there are.
 #[test]
-fn nobody_waits_for_ever() {
+pub(super) fn nobody_waits_for_ever() {
     let world = World::new();
     let guests = [world.vm(true), world.vm(false), world.vm(true)];
     std::thread::scope(|scope| {

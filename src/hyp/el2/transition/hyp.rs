@@ -4,7 +4,7 @@ use super::super::host_mmu::{HostMmu, Owner};
 use super::super::hyp_space::HypSpace;
 use super::super::spec::SpecPage;
 use super::super::{Pages, State};
-use super::touched;
+use super::{no_dma, touched};
 use crate::addr::Pfn;
 use crate::error::Errno;
 use crate::stage2::Level;
@@ -12,12 +12,12 @@ use crate::stage2::Level;
 /// The host shows a page to EL2. EL2 maps it when it is first pinned.
 ///
 /// # Errors
-/// `EINVAL` or `EPERM` for what is no memory; `EPERM` unless it is the host's alone.
+/// `EINVAL` or `EPERM` for what is no memory; `EPERM` unless it is the host's alone; `EINVAL` while a device uses it.
 pub(crate) fn share_hyp(host: &mut HostMmu, pfn: Pfn) -> Result<(), Errno> {
     let page = Pages::one(pfn);
     host.check_state(page, State::Owned)?;
-    host.check_hyp_state(page, State::NoPage)?;
     no_dma(host, page)?;
+    host.check_hyp_state(page, State::NoPage)?;
     host.pages.set_hyp(page, State::SharedBorrowed);
     host.pages.set_host(page, State::SharedOwned);
     host.spec.step(pfn, SpecPage::HostAndHyp);
@@ -43,7 +43,8 @@ pub(crate) fn unshare_hyp(host: &mut HostMmu, pfn: Pfn) -> Result<(), Errno> {
     Ok(())
 }
 
-/// The IOMMU will let devices at pages that the host has. Until they are done, the pages change hands with nobody.
+/// The IOMMU will let devices at pages that the host has. Until they are done, the pages go to nobody but guests that
+/// are not protected, with whom the host shares them.
 ///
 /// # Errors
 /// `EINVAL` or `EPERM` for what is no memory; `EPERM` for what is not the host's alone; `EBUSY` for too many devices.
@@ -60,23 +61,15 @@ pub(crate) fn use_dma(host: &mut HostMmu, pages: Pages) -> Result<(), Errno> {
 /// A device is done.
 ///
 /// # Errors
-/// As for [`use_dma`]; `EINVAL` if no device used one of them.
+/// `EINVAL` or `EPERM` for what is no memory; `EINVAL` if no device used one of them.
 #[cfg(any(test, feature = "oracle"))]
 pub(crate) fn unuse_dma(host: &mut HostMmu, pages: Pages) -> Result<(), Errno> {
-    host.check_state(pages, State::Owned)?;
-    if pages.iter().any(|pfn| host.page(pfn).nr_pins == 0) {
+    host.machine().check_allowed(pages.start(), pages.nr())?;
+    if pages.iter().any(|pfn| !host.page(pfn).is_for_dma()) {
         return Err(Errno::EINVAL);
     }
     pages.iter().for_each(|pfn| host.pages.update(pfn, |page| page.nr_pins -= 1));
     Ok(())
-}
-
-/// Whether no device uses these pages of the host's alone.
-fn no_dma(host: &HostMmu, pages: Pages) -> Result<(), Errno> {
-    match pages.iter().all(|pfn| host.page(pfn).nr_pins == 0) {
-        true => Ok(()),
-        false => Err(Errno::EBUSY),
-    }
 }
 
 /// EL2 will read pages that the host shows to it, and needs them to stay.
@@ -118,8 +111,8 @@ pub(crate) fn donate_hyp(
     pages: Pages,
 ) -> Result<(), Errno> {
     host.check_state(pages, State::Owned)?;
-    host.check_hyp_state(pages, State::NoPage)?;
     no_dma(host, pages)?;
+    host.check_hyp_state(pages, State::NoPage)?;
     host.give(pages, Owner::Hyp, Level::PAGE)?;
     host.pages.set_hyp(pages, State::Owned);
     hyp.map(pages);

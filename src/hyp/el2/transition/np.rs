@@ -39,6 +39,10 @@ impl NpRange {
         }
     }
 
+    pub(crate) const fn level(self) -> Level {
+        self.level
+    }
+
     fn nr_pages(self) -> u64 {
         GuestMmu::SHAPE.pages_at(self.level)
     }
@@ -70,7 +74,6 @@ pub(crate) fn share_guest(
     for pfn in pages.iter() {
         let page = host.page(pfn);
         match page.host() {
-            State::Owned if page.nr_pins > 0 => return Err(Errno::EBUSY),
             State::Owned => {}
             State::SharedOwned if page.nr_guests == u32::MAX => return Err(Errno::EBUSY),
             State::SharedOwned if page.nr_guests > 0 => {}

@@ -6,7 +6,7 @@ use super::super::profile::Profile;
 use super::super::spec::SpecPage;
 use super::super::{Pages, State};
 use super::np::NpRange;
-use super::touched;
+use super::{check_given, touched};
 use crate::addr::{Gfn, Pfn};
 use crate::error::Errno;
 use crate::geometry::HUGE_PAGES;
@@ -18,7 +18,8 @@ use crate::stage2::{Leaf, Level, PageState, Prot};
 /// In this order: `EINVAL` for a number that the profile does not give at once, or misaligned; `EINVAL` or `EPERM`
 /// for what is no memory; `EPERM` unless they are the host's alone; `EINVAL` while a device uses them;
 /// `ERANGE` or `EPERM` unless the guest has nothing there, not even a destroyed page; `ENOMEM` for a
-/// memcache with less than a page may need, or without tables for the host.
+/// memcache with less than a page may need; `EINVAL` for a firmware that begins within a page; `ENOMEM` or
+/// `ENOMEMHOSTS2` without tables for the host.
 pub(crate) fn donate_guest(
     profile: Profile,
     host: &mut HostMmu,
@@ -31,21 +32,21 @@ pub(crate) fn donate_guest(
         return Err(Errno::EINVAL);
     }
     let pages = Pages::new(pfn, nr_pages);
-    host.check_state(pages, State::Owned)?;
-    if pages.iter().any(|pfn| host.page(pfn).nr_pins > 0) {
-        return Err(Errno::EINVAL);
-    }
+    check_given(profile, host, pages)?;
     let level = if nr_pages == HUGE_PAGES { Level::BLOCK_2M } else { Level::PAGE };
     let nr_missing = guest.check_vacant(gfn, level)?;
     guest.reserve(nr_missing, memcache)?;
+    let load = host.firmware_for(guest.firmware_at, gfn, pages)?;
 
     let annotated = if profile.annotates_blocks() { level } else { Level::PAGE };
-    host.give(pages, Owner::Guest(guest.at(gfn)), annotated)?;
-    let leaf = Leaf { pfn, prot: Prot::RWX, state: PageState::Owned };
-    guest.map(gfn, level, leaf, memcache)?;
+    let given = host.give(pages, Owner::Guest(guest.at(gfn)), annotated);
+    given.map_err(|errno| profile.host_tables_short(errno))?;
     for (pfn, nth) in pages.iter().zip(0..) {
         host.spec.step(pfn, SpecPage::Guest(guest.at(gfn).after(nth)));
     }
+    host.load(load)?;
+    let leaf = Leaf { pfn, prot: Prot::RWX, state: PageState::Owned };
+    guest.map(gfn, level, leaf, memcache)?;
     touched(host, pages);
     Ok(())
 }
@@ -97,23 +98,46 @@ pub(crate) fn guest_unshare_host(
     Ok(())
 }
 
-/// A guest gives a page up: it is cleared, and the host's.
+/// What becomes of the bytes of a page that a guest gives up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Relinquished {
+    Cleared,
+    /// The guest has asked for that: `NO_POISON`.
+    AsTheyAre,
+}
+
+/// A guest gives a page up, and it is the host's.
 ///
 /// # Errors
-/// `ERANGE`, `EHWPOISON`, `E2BIG` in a block; `EPERM` for a page that is not the guest's
-/// alone; `EIO` if the memory is gone, and then nothing has changed hands. Nothing there is no error.
-pub(crate) fn relinquish(host: &mut HostMmu, guest: &mut GuestMmu, gfn: Gfn) -> Result<(), Errno> {
+/// In this order: `ERANGE`, `EHWPOISON`, `E2BIG` in a block; `EBUSY` while a device uses it; `EPERM` for a page that
+/// is not the guest's alone; `EIO` if the memory is gone, and then nobody has it. Nothing there is no error.
+pub(crate) fn relinquish(
+    host: &mut HostMmu,
+    guest: &mut GuestMmu,
+    gfn: Gfn,
+    bytes: Relinquished,
+) -> Result<(), Errno> {
     let (pfn, state) = match guest.page(gfn) {
         Err(Errno::ENOENT) => return Ok(()),
         other => other?,
     };
     let page = Pages::one(pfn);
+    if host.page(pfn).nr_pins > 0 {
+        return Err(Errno::EBUSY);
+    }
     if state != State::Owned {
         return Err(Errno::EPERM);
     }
+    let had_firmware = host.firmware_for(guest.firmware_at, gfn, page)?.is_some();
     guest.unmap(gfn, 1)?;
-    host.clear(page)?;
+    if bytes == Relinquished::Cleared {
+        host.clear(page)?;
+    }
     host.take_back(page, State::Owned)?;
+    if had_firmware {
+        // What comes there next is the host's to say.
+        guest.firmware_at = None;
+    }
     host.spec.step(pfn, SpecPage::Host);
     touched(host, page);
     Ok(())
@@ -122,8 +146,7 @@ pub(crate) fn relinquish(host: &mut HostMmu, guest: &mut GuestMmu, gfn: Gfn) -> 
 /// A block of a guest becomes pages, in its table and in what the host's says. All stay where they are.
 ///
 /// # Errors
-/// In this order: `ERANGE`; `EHWPOISON`; `ENOENT`; `EINVAL` if it is no block of the guest's own;
-/// `ENOMEM`.
+/// In this order: `ERANGE`; `EHWPOISON`; `ENOENT`; `EINVAL` if it is no block; `ENOMEM`.
 pub(crate) fn split_guest(
     host: &mut HostMmu,
     guest: &mut GuestMmu,
@@ -138,15 +161,18 @@ pub(crate) fn split_guest(
     }
     let Some((Level::BLOCK_2M, leaf)) = guest.tree.leaf(gfn) else { return Err(Errno::EINVAL) };
     let pages = Pages::new(leaf.pfn, HUGE_PAGES);
-    if gfn.get() % HUGE_PAGES != 0 || leaf.state != PageState::Owned {
+    if gfn.get() % HUGE_PAGES != 0 {
         return Err(Errno::EINVAL);
     }
-    host.check_state(pages, State::NoPage)?;
+    let is_shown = leaf.state == PageState::SharedOwned;
+    host.check_state(pages, if is_shown { State::SharedBorrowed } else { State::NoPage })?;
     // A table, for what was an entry.
     guest.reserve(1, memcache)?;
 
     // All under the guest's lock: no vCPU sees the block gone and the pages not there yet.
-    host.give(pages, Owner::Guest(guest.at(gfn)), Level::PAGE)?;
+    if !is_shown {
+        host.give(pages, Owner::Guest(guest.at(gfn)), Level::PAGE)?;
+    }
     guest.unmap(gfn, HUGE_PAGES)?;
     for (pfn, nth) in pages.iter().zip(0..) {
         let gfn = guest.at(gfn).after(nth).gfn;

@@ -1,0 +1,104 @@
+//! A firmware for protected guests: the boot loader leaves it in memory that the host never sees, and EL2 copies it
+//! into the pages that a guest is given where the host said that its firmware is to be. Android's only.
+
+use super::host_mmu::{HostMmu, Owner};
+use super::spec::SpecPage;
+use super::{El2, Pages, State};
+use crate::addr::{Gfn, Ipa, Pfn};
+use crate::error::Errno;
+use crate::stage2::Level;
+
+/// Pages of the firmware, and where they go.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Load {
+    from: Pages,
+    to: Pfn,
+}
+
+impl El2 {
+    /// Sets memory aside for the firmware that is in it.
+    ///
+    /// # Errors
+    /// `ENOSYS` in profiles that have none; as for donations to EL2; `EBUSY` the second time.
+    pub(crate) fn keep_firmware(&mut self, frames: Pages) -> Result<(), Errno> {
+        if !self.profile.is_android() {
+            return Err(Errno::ENOSYS);
+        }
+        let mut host = self.host.lock();
+        let mut hyp = self.hyp.lock();
+        if host.firmware.nr() > 0 {
+            return Err(Errno::EBUSY);
+        }
+        host.check_state(frames, State::Owned)?;
+        host.give(frames, Owner::Hyp, Level::PAGE)?;
+        host.pages.set_hyp(frames, State::Owned);
+        hyp.map(frames);
+        frames.iter().for_each(|pfn| host.spec.step(pfn, SpecPage::Hyp));
+        host.firmware = frames;
+        Ok(())
+    }
+
+    /// Whether a guest has a frame where its firmware is to be.
+    #[cfg(any(test, feature = "oracle"))]
+    pub(crate) fn has_firmware(&self, pfn: Pfn) -> bool {
+        let vms = self.vms.lock();
+        let host = self.host.lock();
+        let Ok(Some(Owner::Guest(page))) = host.owner(pfn) else { return false };
+        let at = vms.get(page.handle).and_then(|entry| entry.vm.mmu.lock().firmware_at);
+        host.firmware_for(at, page.gfn, Pages::one(pfn)).is_ok_and(|load| load.is_some())
+    }
+
+    /// Before the machine is reset: nobody finds the firmware afterwards.
+    ///
+    /// # Errors
+    /// `EIO` if the memory is broken.
+    pub(crate) fn wipe_firmware(&self) -> Result<(), Errno> {
+        let host = self.host.lock();
+        host.firmware.iter().try_for_each(|pfn| self.machine.zero(pfn))
+    }
+}
+
+impl HostMmu {
+    /// What of the firmware goes into frames that a guest is about to be given.
+    ///
+    /// # Errors
+    /// `EINVAL` if the firmware does not begin with a page.
+    pub(crate) fn firmware_for(
+        &self,
+        at: Option<Ipa>,
+        gfn: Gfn,
+        pages: Pages,
+    ) -> Result<Option<Load>, Errno> {
+        let Some(at) = at.filter(|_| self.firmware.nr() > 0) else { return Ok(None) };
+        let (first, start) = (at.gfn().get(), gfn.get());
+        let end = first.saturating_add(self.firmware.nr()).min(start + pages.nr());
+        let from = first.max(start);
+        if from >= end {
+            return Ok(None);
+        }
+        if !at.is_page_aligned() {
+            return Err(Errno::EINVAL);
+        }
+        let source = self.firmware.start().checked_add(from - first).ok_or(Errno::EINVAL)?;
+        let to = pages.start().checked_add(from - start).ok_or(Errno::EINVAL)?;
+        Ok(Some(Load { from: Pages::new(source, end - from), to }))
+    }
+
+    /// Copies it, once the host cannot reach the frames any more.
+    ///
+    /// # Errors
+    /// `EIO` if the memory is broken: then it is nobody's.
+    pub(crate) fn load(&mut self, load: Option<Load>) -> Result<(), Errno> {
+        let Some(Load { from, to }) = load else { return Ok(()) };
+        let pages = Pages::new(to, from.nr());
+        let mut page = [0; 4096];
+        let copied = from.iter().zip(pages.iter()).try_for_each(|(from, to)| {
+            self.machine().read(from.pa(), &mut page)?;
+            self.machine().write(to.pa(), &page)
+        });
+        if copied.is_err() {
+            self.orphans.extend(pages.iter());
+        }
+        copied
+    }
+}
