@@ -4,8 +4,10 @@ use super::*;
 use crate::hyp::el2::invariants::trace::STEP_RULES;
 use crate::hyp::el2::invariants::{HOST_RULES, RULES};
 
+type Tests = &'static [fn()];
+
 /// Rules that need a stage of their own, and the tests that set it.
-const STAGED: &[(&str, &[fn()])] = &[
+const STAGED: &[(&str, Tests)] = &[
     (
         "15 which errno is a matter of the state before, in one order",
         &[

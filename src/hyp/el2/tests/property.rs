@@ -362,7 +362,7 @@ fn go(play: &mut Play, there: &Act, back: &Act) -> Result<u32, TestCaseError> {
 #[test]
 fn every_mistake_is_found_and_told_in_few_acts() {
     for flaw in Flaw::ALL {
-        let run = runner(100).run(&wishes(30), |wishes| {
+        let run = runner(300).run(&wishes(16), |wishes| {
             perform(Profile::Mainline72, &wishes, Some(flaw)).map(drop).map_err(TestCaseError::fail)
         });
         match run {
