@@ -74,6 +74,9 @@ pub use crate::state::modelled;
 #[cfg(feature = "oracle")]
 #[doc(hidden)]
 pub use crate::folio::frames_only;
+#[cfg(feature = "oracle")]
+#[doc(hidden)]
+pub use crate::hyp::el2::el2_only;
 
 pub use crate::backing::{ArenaBacking, HostOffer, Offer, PartReport, PartSpec, WhyKept};
 pub use crate::folio::{

@@ -327,9 +327,9 @@ impl HostMmu {
     }
 
     /// How many bytes records and tables take.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "oracle"))]
     pub(crate) fn nr_bytes(&self) -> usize {
-        self.pages.nr_bytes() + self.tree.nr_tables() * 4096
+        self.pages.nr_bytes() + self.tree.nr_bytes()
     }
 }
 

@@ -17,12 +17,15 @@
 //! | `profile` | which version this is |
 //! | `spec` | the states again, in the plainest way |
 //! | `invariants` | what must hold, by name |
+//! | `el2_only` | for benches: a machine of any size without bytes |
 //! | `hostile` | for tests and fuzzers: a host and guests that do anything |
 //! | `incident` | times when a real host would have crashed |
 //!
 //! Locks are taken in this order: a CPU's own, the VMs' table, the host's, then EL2's or one guest's.
 
 mod access;
+#[cfg(feature = "oracle")]
+pub mod el2_only;
 mod guest_call;
 mod guest_mmu;
 mod host_call;
