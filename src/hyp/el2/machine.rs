@@ -13,7 +13,7 @@ use crate::backing::Arena;
 use crate::error::Errno;
 use crate::geometry::PAGE_BYTES;
 use crate::range::PfnRange;
-use crate::sync::{Arc, Mutex};
+use crate::sync::{Arc, SpinMutex as Mutex};
 
 /// The bytes of frames.
 pub(crate) trait FrameBytes: Send + Sync {
@@ -157,23 +157,29 @@ impl Machine {
     /// # Errors
     /// `EINVAL` if they are not all of one region or hole, `EPERM` if they are no memory, or memory that is kept
     /// out of the map.
+    #[inline]
     pub(crate) fn check_allowed(&self, pfn: Pfn, nr_pages: u64) -> Result<(), Errno> {
         let last = pfn.checked_add(nr_pages.saturating_sub(1)).ok_or(Errno::EINVAL)?;
         // Nearly always it is memory.
-        if let Some(region) = self.region_of(pfn) {
-            if region.kind == RegionKind::Memory && region.frames.contains(last) {
-                return Ok(());
+        match self.region_of(pfn) {
+            Some(region) if region.kind == RegionKind::Memory && region.frames.contains(last) => {
+                Ok(())
             }
+            _ => Err(self.why_not_allowed(pfn, last)),
         }
+    }
+
+    #[cold]
+    fn why_not_allowed(&self, pfn: Pfn, last: Pfn) -> Errno {
         let at = self.regions.partition_point(|region| region.frames.end() <= pfn);
         match self.regions.get(at) {
             Some(region) if region.frames.contains(pfn) => match region.kind {
-                _ if !region.frames.contains(last) => Err(Errno::EINVAL),
-                RegionKind::Memory => Ok(()),
-                RegionKind::NoMap => Err(Errno::EPERM),
+                _ if !region.frames.contains(last) => Errno::EINVAL,
+                // Memory would be allowed, and was.
+                RegionKind::Memory | RegionKind::NoMap => Errno::EPERM,
             },
-            Some(next) if next.frames.start() <= last => Err(Errno::EINVAL),
-            _ => Err(Errno::EPERM),
+            Some(next) if next.frames.start() <= last => Errno::EINVAL,
+            _ => Errno::EPERM,
         }
     }
 

@@ -62,7 +62,7 @@ pub(crate) use vm::{Fault, FaultKind, nr_pgd_pages, nr_vcpu_pages, nr_vm_pages};
 use crate::addr::{Gfn, Pfn};
 use crate::error::Errno;
 use crate::stage2::{Level, PageState};
-use crate::sync::{Arc, Mutex};
+use crate::sync::{Arc, SpinGuard, SpinMutex as Mutex};
 
 use host_mmu::{FramePool, HostMmu, Owner};
 use hyp_space::HypSpace;
@@ -235,7 +235,7 @@ impl El2 {
     }
 
     /// A CPU's own state; `None` for a CPU that the machine has not.
-    fn cpu(&self, cpu: usize) -> Option<crate::sync::MutexGuard<'_, Cpu>> {
+    fn cpu(&self, cpu: usize) -> Option<SpinGuard<'_, Cpu>> {
         Some(self.cpus.get(cpu)?.lock())
     }
 }

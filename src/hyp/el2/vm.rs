@@ -16,7 +16,7 @@ use super::{El2, Pages};
 use crate::addr::{Gfn, Pa, Pfn};
 use crate::error::Errno;
 use crate::stage2::{Entry, Tree};
-use crate::sync::{Arc, Mutex};
+use crate::sync::{Arc, SpinMutex as Mutex};
 
 /// The first handle; smaller numbers are none.
 pub(crate) const FIRST_HANDLE: u16 = 0x1000;
