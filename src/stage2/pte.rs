@@ -226,6 +226,7 @@ impl Pte {
     ///
     /// # Errors
     /// [`TableError::Invalid`] at a level without leaves, or for a frame that 48 bits cannot address.
+    #[inline]
     pub(crate) fn leaf(level: Level, leaf: Leaf) -> Result<Self, TableError> {
         if !level.has_leaves() || leaf.pfn.get() >> FRAME_BITS != 0 {
             return Err(TableError::Invalid);
@@ -257,6 +258,7 @@ impl Pte {
     ///
     /// # Errors
     /// [`TableError::Invalid`] if the payload needs bit 0 or bits 63:60.
+    #[inline]
     pub(crate) fn annotation(kind: Annotation, payload: u64) -> Result<Self, TableError> {
         if payload & (VALID | KIND) != 0 {
             return Err(TableError::Invalid);

@@ -35,6 +35,7 @@ const GFN: u64 = (1 << 40) - 1;
 
 impl Owner {
     /// As the payload of an annotation.
+    #[inline]
     fn payload(self) -> u64 {
         match self {
             Self::Hyp => HYP_ID << ID_SHIFT,
@@ -97,6 +98,7 @@ impl TableEnv for Env<'_> {
         self.pool.nr_free()
     }
 
+    #[inline]
     fn invalidate(&mut self, gfn: Gfn, nr_pages: u64) {
         self.tlbs.invalidate(gfn, nr_pages);
     }
@@ -157,6 +159,7 @@ impl HostMmu {
     ///
     /// # Errors
     /// `EINVAL` or `EPERM` for what is no memory, `EPERM` for another state.
+    #[inline]
     pub(crate) fn check_state(&self, pages: Pages, state: State) -> Result<(), Errno> {
         self.machine.check_allowed(pages.start(), pages.nr())?;
         match pages.iter().all(|pfn| self.page(pfn).host() == state) {
@@ -178,23 +181,37 @@ impl HostMmu {
     ///
     /// # Errors
     /// `ENOMEM`, and nothing has changed.
+    #[inline]
     pub(crate) fn give(&mut self, pages: Pages, owner: Owner, level: Level) -> Result<(), Errno> {
         match self.annotate(pages, owner, level) {
-            Err(TableError::NoMemory) => {
-                self.drop_devices()?;
-                self.annotate(pages, owner, level)?;
-            }
+            Err(TableError::NoMemory) => self.annotate_for_devices(pages, owner, level)?,
             other => other?,
         }
         self.pages.set_host(pages, State::NoPage);
         Ok(())
     }
 
+    #[cold]
+    fn annotate_for_devices(
+        &mut self,
+        pages: Pages,
+        owner: Owner,
+        level: Level,
+    ) -> Result<(), TableError> {
+        self.drop_devices()?;
+        self.annotate(pages, owner, level)
+    }
+
+    #[inline]
     fn annotate(&mut self, pages: Pages, owner: Owner, level: Level) -> Result<(), TableError> {
+        let first = Pte::annotation(Annotation::HostDonation, owner.payload())?;
+        if pages.nr() == 1 && level == Level::PAGE {
+            return self.set_page(pages.start(), first);
+        }
         let Self { tree, pool, tlbs, .. } = self;
         let mut env = Env { pool, tlbs };
         match owner {
-            Owner::Guest(guest) if level == Level::PAGE && pages.nr() > 1 => {
+            Owner::Guest(guest) if level == Level::PAGE => {
                 // All of one table, so only the first can fail.
                 for (pfn, nth) in pages.iter().zip(0..) {
                     let payload = Owner::Guest(guest.after(nth)).payload();
@@ -202,21 +219,33 @@ impl HostMmu {
                 }
                 Ok(())
             }
-            _ => {
-                let pte = Pte::annotation(Annotation::HostDonation, owner.payload())?;
-                tree.annotate_at(here(pages.start()), pages.nr(), level, pte, &mut env)
-            }
+            _ => tree.annotate_at(here(pages.start()), pages.nr(), level, first, &mut env),
         }
+    }
+
+    /// One entry of one page.
+    #[inline]
+    fn set_page(&mut self, pfn: Pfn, new: Pte) -> Result<(), TableError> {
+        let Self { tree, pool, tlbs, .. } = self;
+        let found = tree.find(here(pfn))?;
+        tree.set(here(pfn), found, Level::PAGE, new, &mut Env { pool, tlbs })
     }
 
     /// Gives pages to the host, mapped, in a state.
     ///
     /// # Errors
     /// `ENOMEM`.
+    #[inline]
     pub(crate) fn take_back(&mut self, pages: Pages, state: State) -> Result<(), Errno> {
-        // A leaf of a page each, so that neighbours keep their annotations; but a block whole.
-        let is_block = pages.nr() == 512 && pages.start().get() % 512 == 0;
-        self.identity(pages, if is_block { Level::BLOCK_2M } else { Level::PAGE })?;
+        if pages.nr() == 1 {
+            // Only memory changes hands.
+            let leaf = Leaf { pfn: pages.start(), prot: Prot::RWX, state: PageState::Owned };
+            self.set_page(pages.start(), Pte::leaf(Level::PAGE, leaf)?)?;
+        } else {
+            // A leaf of a page each, so that neighbours keep their annotations; but a block whole.
+            let is_block = pages.nr() == 512 && pages.start().get() % 512 == 0;
+            self.identity(pages, if is_block { Level::BLOCK_2M } else { Level::PAGE })?;
+        }
         self.pages.set_host(pages, state);
         Ok(())
     }

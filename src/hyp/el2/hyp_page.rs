@@ -38,10 +38,12 @@ impl HypPage {
         State::from_bits(self.states >> STATE_BITS ^ HYP_COMPLEMENT)
     }
 
+    #[inline]
     pub(crate) fn set_host(&mut self, state: State) {
         self.states = self.states & !STATE | state as u8;
     }
 
+    #[inline]
     pub(crate) fn set_hyp(&mut self, state: State) {
         self.states = self.states & STATE | (state as u8 ^ HYP_COMPLEMENT) << STATE_BITS;
     }
@@ -77,6 +79,7 @@ impl HypPages {
     }
 
     /// Changes the record of a frame of memory.
+    #[inline]
     pub(crate) fn update(&mut self, pfn: Pfn, change: impl FnOnce(&mut HypPage)) {
         // Callers have checked that it is memory; others have no record.
         let Some(chunk) = self.chunks.get_mut(index(pfn.get() >> HUGE_ORDER)) else { return };
@@ -84,6 +87,7 @@ impl HypPages {
         change(&mut chunk.get_or_insert_with(new)[index(pfn.get() & (HUGE_PAGES - 1))]);
     }
 
+    #[inline]
     pub(crate) fn set_host(&mut self, pages: Pages, state: State) {
         pages.iter().for_each(|pfn| self.update(pfn, |page| page.set_host(state)));
     }

@@ -36,13 +36,13 @@ pub(crate) fn donate_guest(
         return Err(Errno::EINVAL);
     }
     let level = if nr_pages == HUGE_PAGES { Level::BLOCK_2M } else { Level::PAGE };
-    let nr_missing = guest.check_vacant(gfn, level)?;
-    guest.reserve(nr_missing, memcache)?;
+    let vacancy = guest.vacancy(gfn, level)?;
+    guest.reserve(vacancy.nr_missing(level), memcache)?;
 
     let annotated = if profile.annotates_blocks() { level } else { Level::PAGE };
     host.give(pages, Owner::Guest(guest.at(gfn)), annotated)?;
     let leaf = Leaf { pfn, prot: Prot::RWX, state: PageState::Owned };
-    guest.map(gfn, level, leaf, memcache)?;
+    guest.fill(gfn, vacancy, level, leaf, memcache)?;
     for (pfn, nth) in pages.iter().zip(0..) {
         host.spec.step(pfn, SpecPage::Guest(guest.at(gfn).after(nth)));
     }
@@ -60,14 +60,14 @@ pub(crate) fn guest_share_host(
     guest: &mut GuestMmu,
     gfn: Gfn,
 ) -> Result<(), Errno> {
-    let (pfn, state) = guest.page(gfn)?;
+    let (found, pfn, state) = guest.page(gfn)?;
     let page = Pages::one(pfn);
-    if state != State::Owned {
+    if state != PageState::Owned {
         return Err(Errno::EPERM);
     }
     host.check_state(page, State::NoPage)?;
 
-    guest.set_state(gfn, PageState::SharedOwned)?;
+    guest.set_state(gfn, (found, pfn), PageState::SharedOwned)?;
     host.take_back(page, State::SharedBorrowed)?;
     host.spec.step(pfn, SpecPage::GuestAndHost(guest.at(gfn)));
     touched(host, page);
@@ -83,15 +83,15 @@ pub(crate) fn guest_unshare_host(
     guest: &mut GuestMmu,
     gfn: Gfn,
 ) -> Result<(), Errno> {
-    let (pfn, state) = guest.page(gfn)?;
+    let (found, pfn, state) = guest.page(gfn)?;
     let page = Pages::one(pfn);
-    if state != State::SharedOwned {
+    if state != PageState::SharedOwned {
         return Err(Errno::EPERM);
     }
     host.check_state(page, State::SharedBorrowed)?;
 
     host.give(page, Owner::Guest(guest.at(gfn)), Level::PAGE)?;
-    guest.set_state(gfn, PageState::Owned)?;
+    guest.set_state(gfn, (found, pfn), PageState::Owned)?;
     host.spec.step(pfn, SpecPage::Guest(guest.at(gfn)));
     touched(host, page);
     Ok(())
@@ -103,15 +103,15 @@ pub(crate) fn guest_unshare_host(
 /// `ERANGE`, `EHWPOISON`, `E2BIG` in a block; `EPERM` for a page that is not the guest's
 /// alone; `EIO` if the memory is gone, and then nothing has changed hands. Nothing there is no error.
 pub(crate) fn relinquish(host: &mut HostMmu, guest: &mut GuestMmu, gfn: Gfn) -> Result<(), Errno> {
-    let (pfn, state) = match guest.page(gfn) {
+    let (found, pfn, state) = match guest.page(gfn) {
         Err(Errno::ENOENT) => return Ok(()),
         other => other?,
     };
     let page = Pages::one(pfn);
-    if state != State::Owned {
+    if state != PageState::Owned {
         return Err(Errno::EPERM);
     }
-    guest.unmap(gfn, 1)?;
+    guest.clear(gfn, found);
     host.clear(page)?;
     host.take_back(page, State::Owned)?;
     host.spec.step(pfn, SpecPage::Host);
