@@ -109,16 +109,22 @@ impl Tree {
     }
 
     /// Down from the root to the first entry that leads to no table, or to `stop`.
-    #[inline]
+    // Inlined, as what leads here from a hypercall: what was found stays in registers then.
+    #[inline(always)]
     fn walk(&self, gfn: Gfn, stop: Level) -> Result<Found, TableError> {
         match self.shape.index_bits() {
             // All but those of tests; so that shifts are by constants.
             NODE_BITS => self.walk_by(NODE_BITS, gfn, stop),
-            bits => self.walk_by(bits, gfn, stop),
+            bits => self.walk_small(bits, gfn, stop),
         }
     }
 
-    #[inline]
+    #[cold]
+    fn walk_small(&self, bits: u32, gfn: Gfn, stop: Level) -> Result<Found, TableError> {
+        self.walk_by(bits, gfn, stop)
+    }
+
+    #[inline(always)]
     fn walk_by(&self, bits: u32, gfn: Gfn, stop: Level) -> Result<Found, TableError> {
         if gfn >= self.limit {
             return Err(TableError::BeyondIpa);
@@ -145,7 +151,7 @@ impl Tree {
     ///
     /// # Errors
     /// [`TableError::BeyondIpa`].
-    #[inline]
+    #[inline(always)]
     pub(crate) fn find(&self, gfn: Gfn) -> Result<Found, TableError> {
         self.walk(gfn, Level::PAGE)
     }
@@ -154,7 +160,7 @@ impl Tree {
     ///
     /// # Errors
     /// [`TableError::NoMemory`]; [`TableError::Unchanged`] if it would change in nothing but permissions.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn set(
         &mut self,
         gfn: Gfn,
@@ -166,7 +172,7 @@ impl Tree {
         debug_assert_eq!(self.entries[found.at], found.pte);
         if found.level == level {
             self.changes(found, level, new)?;
-            self.replace(gfn, found, new, env);
+            self.replace(gfn, Found { level, ..found }, new, env);
             return Ok(());
         }
         self.put(gfn, level, new, env)
@@ -243,7 +249,7 @@ impl Tree {
     }
 
     /// Whether an entry would change in more than permissions.
-    #[inline]
+    #[inline(always)]
     fn changes(&self, found: Found, level: Level, new: Pte) -> Result<(), TableError> {
         let is_leaf = found.level == level && found.pte.next_table(level).is_none();
         let stays = is_leaf && found.pte.is_valid() && new.is_valid();
@@ -338,7 +344,7 @@ impl Tree {
         }
     }
 
-    #[inline(never)]
+    #[cold]
     fn put(
         &mut self,
         gfn: Gfn,
@@ -396,7 +402,7 @@ impl Tree {
     }
 
     /// Break, invalidate, make.
-    #[inline]
+    #[inline(always)]
     fn replace(&mut self, gfn: Gfn, found: Found, new: Pte, env: &mut impl TableEnv) {
         let mut old = found.pte;
         if old.is_valid() {
@@ -409,7 +415,7 @@ impl Tree {
         self.store(found.at, old, new);
     }
 
-    #[inline]
+    #[inline(always)]
     fn store(&mut self, at: usize, old: Pte, new: Pte) {
         self.entries[at] = new;
         if old.is_empty() != new.is_empty() {
@@ -449,7 +455,7 @@ impl Tree {
     }
 
     /// Empties a leaf or an annotation, of a block all of it.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn clear(&mut self, gfn: Gfn, found: Found, env: &mut impl TableEnv) {
         debug_assert_eq!(self.entries[found.at], found.pte);
         self.replace(gfn, found, Pte::EMPTY, env);

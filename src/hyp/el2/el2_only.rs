@@ -5,6 +5,7 @@
 use super::guest_call::{GuestAnswer, MEM_SHARE, MEM_UNSHARE};
 use super::host_call::HostCall;
 use super::machine::{Machine, Region, RegionKind};
+use super::on_cpu::EnteredCpu;
 use super::profile::Profile;
 use super::vm::{nr_pgd_pages, nr_vcpu_pages, nr_vm_pages};
 use super::{El2, Pages};
@@ -81,9 +82,22 @@ impl El2Only {
         (self.kernel + 1) << 12
     }
 
-    #[inline]
     fn call(&self, call: HostCall, x: [u64; 4]) -> Result<u64, Errno> {
         self.el2.call(CPU, call, x)
+    }
+
+    /// The calling thread is the machine's first CPU.
+    ///
+    /// # Errors
+    /// None: the machine has one.
+    pub fn enter(&self) -> Result<CpuOnly<'_>, Errno> {
+        let cpu = self.el2.enter(CPU).ok_or(Errno::EINVAL)?;
+        Ok(CpuOnly { cpu: Calls::Entered(cpu), handle: self.handle })
+    }
+
+    /// The calling thread makes calls as the machine's first CPU, one by one.
+    pub fn by_number(&self) -> CpuOnly<'_> {
+        CpuOnly { cpu: Calls::ByNumber(&self.el2), handle: self.handle }
     }
 
     /// Makes a VM with one vCPU, loads that, and lists pages for its tables, if it is to map so many entries in a row.
@@ -140,68 +154,6 @@ impl El2Only {
         Ok(())
     }
 
-    /// The host gives a page to the guest.
-    ///
-    /// # Errors
-    /// The call's.
-    #[inline]
-    pub fn donate(&self, pfn: Pfn, gfn: Gfn) -> Result<(), Errno> {
-        self.call(HostCall::DonateGuest, [pfn.get(), gfn.get(), 1, 0]).map(drop)
-    }
-
-    /// The host takes a page back from the dying guest.
-    ///
-    /// # Errors
-    /// The call's.
-    #[inline]
-    pub fn reclaim(&self, gfn: Gfn) -> Result<(), Errno> {
-        self.call(HostCall::ReclaimDyingGuestPage, [self.handle, gfn.get(), 0, 0]).map(drop)
-    }
-
-    /// The host shows a page or a block to a guest that is not protected.
-    ///
-    /// # Errors
-    /// The call's.
-    #[inline]
-    pub fn lend(&self, pfn: Pfn, gfn: Gfn, nr_pages: u64) -> Result<(), Errno> {
-        self.call(HostCall::ShareGuest, [pfn.get(), gfn.get(), nr_pages, RWX]).map(drop)
-    }
-
-    /// And hides it again.
-    ///
-    /// # Errors
-    /// The call's.
-    #[inline]
-    pub fn hide(&self, gfn: Gfn, nr_pages: u64) -> Result<(), Errno> {
-        self.call(HostCall::UnshareGuest, [self.handle, gfn.get(), nr_pages, 0]).map(drop)
-    }
-
-    #[inline]
-    fn guest_call(&self, id: u64, gfn: Gfn) -> Result<(), Errno> {
-        match self.el2.guest_call(CPU, [id, gfn.get() << 12, 0, 0])? {
-            GuestAnswer::Resume([0, ..]) => Ok(()),
-            _ => Err(Errno::EPERM),
-        }
-    }
-
-    /// The guest shows a page of its own to the host.
-    ///
-    /// # Errors
-    /// `EPERM` if it was refused.
-    #[inline]
-    pub fn share(&self, gfn: Gfn) -> Result<(), Errno> {
-        self.guest_call(MEM_SHARE, gfn)
-    }
-
-    /// And hides it again.
-    ///
-    /// # Errors
-    /// `EPERM` if it was refused.
-    #[inline]
-    pub fn unshare(&self, gfn: Gfn) -> Result<(), Errno> {
-        self.guest_call(MEM_UNSHARE, gfn)
-    }
-
     /// What of the frames' records, EL2's map and all tables there is now, as each counts itself.
     pub fn metadata(&self) -> ByteSize {
         let vms = self.el2.vms.lock();
@@ -215,5 +167,98 @@ impl El2Only {
     /// What is wrong, by the rules that always hold.
     pub fn check(&self) -> Vec<String> {
         self.el2.check()
+    }
+}
+
+#[derive(Debug)]
+enum Calls<'a> {
+    Entered(EnteredCpu<'a>),
+    ByNumber(&'a El2),
+}
+
+/// The machine's first CPU.
+#[derive(Debug)]
+pub struct CpuOnly<'a> {
+    cpu: Calls<'a>,
+    handle: u64,
+}
+
+impl CpuOnly<'_> {
+    #[inline]
+    fn call(&mut self, call: HostCall, x: [u64; 4]) -> Result<u64, Errno> {
+        let x = [call.id(), x[0], x[1], x[2], x[3]];
+        El2::answer(match &mut self.cpu {
+            Calls::Entered(cpu) => cpu.host_call(x),
+            Calls::ByNumber(el2) => el2.host_call(CPU, x),
+        })
+    }
+
+    /// The host gives a page to the guest.
+    ///
+    /// # Errors
+    /// The call's.
+    #[inline]
+    pub fn donate(&mut self, pfn: Pfn, gfn: Gfn) -> Result<(), Errno> {
+        self.call(HostCall::DonateGuest, [pfn.get(), gfn.get(), 1, 0]).map(drop)
+    }
+
+    /// The host takes a page back from the dying guest.
+    ///
+    /// # Errors
+    /// The call's.
+    #[inline]
+    pub fn reclaim(&mut self, gfn: Gfn) -> Result<(), Errno> {
+        self.call(HostCall::ReclaimDyingGuestPage, [self.handle, gfn.get(), 0, 0]).map(drop)
+    }
+
+    /// The host shows a page or a block to a guest that is not protected.
+    ///
+    /// # Errors
+    /// The call's.
+    #[inline]
+    pub fn lend(&mut self, pfn: Pfn, gfn: Gfn, nr_pages: u64) -> Result<(), Errno> {
+        self.call(HostCall::ShareGuest, [pfn.get(), gfn.get(), nr_pages, RWX]).map(drop)
+    }
+
+    /// And hides it again.
+    ///
+    /// # Errors
+    /// The call's.
+    #[inline]
+    pub fn hide(&mut self, gfn: Gfn, nr_pages: u64) -> Result<(), Errno> {
+        self.call(HostCall::UnshareGuest, [self.handle, gfn.get(), nr_pages, 0]).map(drop)
+    }
+
+    #[inline]
+    fn guest_call(&mut self, id: u64, gfn: Gfn) -> Result<(), Errno> {
+        let x = [id, gfn.get() << 12, 0, 0];
+        let answer = match &mut self.cpu {
+            Calls::Entered(cpu) => cpu.guest_call(x),
+            Calls::ByNumber(el2) => el2.guest_call(CPU, x),
+        };
+        // Looked at where it lies: a copy would wait for what was just written.
+        match &answer {
+            Ok(GuestAnswer::Resume([0, ..])) => Ok(()),
+            Ok(_) => Err(Errno::EPERM),
+            Err(errno) => Err(*errno),
+        }
+    }
+
+    /// The guest shows a page of its own to the host.
+    ///
+    /// # Errors
+    /// `EPERM` if it was refused.
+    #[inline]
+    pub fn share(&mut self, gfn: Gfn) -> Result<(), Errno> {
+        self.guest_call(MEM_SHARE, gfn)
+    }
+
+    /// And hides it again.
+    ///
+    /// # Errors
+    /// `EPERM` if it was refused.
+    #[inline]
+    pub fn unshare(&mut self, gfn: Gfn) -> Result<(), Errno> {
+        self.guest_call(MEM_UNSHARE, gfn)
     }
 }

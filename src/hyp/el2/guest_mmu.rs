@@ -84,7 +84,7 @@ impl GuestMmu {
     ///
     /// # Errors
     /// `ERANGE`; `EPERM` if something is there, be it a destroyed page.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn vacancy(&self, gfn: Gfn, level: Level) -> Result<Found, Errno> {
         let found = self.tree.find(gfn)?;
         // Below an entry of a higher level that is empty, everything is. A table has something in it.
@@ -98,7 +98,7 @@ impl GuestMmu {
     ///
     /// # Errors
     /// In this order: `ERANGE`, `EHWPOISON` for a destroyed page, `ENOENT`, `E2BIG` in a block.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn page(&self, gfn: Gfn) -> Result<(Found, Pfn, PageState), Errno> {
         let found = self.tree.find(gfn)?;
         match found.pte.decode(found.level) {
@@ -130,7 +130,7 @@ impl GuestMmu {
     ///
     /// # Errors
     /// `ENOMEM` without frames for tables.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn fill(
         &mut self,
         gfn: Gfn,
@@ -161,7 +161,7 @@ impl GuestMmu {
     ///
     /// # Errors
     /// None that its caller could cause.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn set_state(
         &mut self,
         gfn: Gfn,
@@ -184,7 +184,7 @@ impl GuestMmu {
     }
 
     /// Unmaps what was found.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn clear(&mut self, gfn: Gfn, found: Found) {
         let Self { tree, pool, tlbs, .. } = self;
         tree.clear(gfn, found, &mut Env { pool, memcache: &mut Vec::new(), tlbs });

@@ -159,10 +159,10 @@ impl HostMmu {
     ///
     /// # Errors
     /// `EINVAL` or `EPERM` for what is no memory, `EPERM` for another state.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn check_state(&self, pages: Pages, state: State) -> Result<(), Errno> {
         self.machine.check_allowed(pages.start(), pages.nr())?;
-        match pages.iter().all(|pfn| self.page(pfn).host() == state) {
+        match self.pages.all(pages, |page| page.host() == state) {
             true => Ok(()),
             false => Err(Errno::EPERM),
         }
@@ -170,7 +170,7 @@ impl HostMmu {
 
     /// The same as EL2 sees them.
     pub(crate) fn check_hyp_state(&self, pages: Pages, state: State) -> Result<(), Errno> {
-        match pages.iter().all(|pfn| self.page(pfn).hyp() == state) {
+        match self.pages.all(pages, |page| page.hyp() == state) {
             true => Ok(()),
             false => Err(Errno::EPERM),
         }
@@ -181,37 +181,23 @@ impl HostMmu {
     ///
     /// # Errors
     /// `ENOMEM`, and nothing has changed.
-    #[inline]
     pub(crate) fn give(&mut self, pages: Pages, owner: Owner, level: Level) -> Result<(), Errno> {
         match self.annotate(pages, owner, level) {
-            Err(TableError::NoMemory) => self.annotate_for_devices(pages, owner, level)?,
+            Err(TableError::NoMemory) => {
+                self.drop_devices()?;
+                self.annotate(pages, owner, level)?;
+            }
             other => other?,
         }
         self.pages.set_host(pages, State::NoPage);
         Ok(())
     }
 
-    #[cold]
-    fn annotate_for_devices(
-        &mut self,
-        pages: Pages,
-        owner: Owner,
-        level: Level,
-    ) -> Result<(), TableError> {
-        self.drop_devices()?;
-        self.annotate(pages, owner, level)
-    }
-
-    #[inline]
     fn annotate(&mut self, pages: Pages, owner: Owner, level: Level) -> Result<(), TableError> {
-        let first = Pte::annotation(Annotation::HostDonation, owner.payload())?;
-        if pages.nr() == 1 && level == Level::PAGE {
-            return self.set_page(pages.start(), first);
-        }
         let Self { tree, pool, tlbs, .. } = self;
         let mut env = Env { pool, tlbs };
         match owner {
-            Owner::Guest(guest) if level == Level::PAGE => {
+            Owner::Guest(guest) if level == Level::PAGE && pages.nr() > 1 => {
                 // All of one table, so only the first can fail.
                 for (pfn, nth) in pages.iter().zip(0..) {
                     let payload = Owner::Guest(guest.after(nth)).payload();
@@ -219,12 +205,58 @@ impl HostMmu {
                 }
                 Ok(())
             }
-            _ => tree.annotate_at(here(pages.start()), pages.nr(), level, first, &mut env),
+            _ => {
+                let pte = Pte::annotation(Annotation::HostDonation, owner.payload())?;
+                tree.annotate_at(here(pages.start()), pages.nr(), level, pte, &mut env)
+            }
         }
     }
 
+    /// The same for a page of a guest's.
+    ///
+    /// # Errors
+    /// `ENOMEM`, and nothing has changed.
+    #[inline(always)]
+    pub(crate) fn give_page(&mut self, pfn: Pfn, to: GuestPage) -> Result<(), Errno> {
+        let new = Pte::annotation(Annotation::HostDonation, Owner::Guest(to).payload())?;
+        if let Err(error) = self.set_page(pfn, new) {
+            self.set_page_of_devices(pfn, new, error)?;
+        }
+        self.pages.update(pfn, |page| page.set_host(State::NoPage));
+        Ok(())
+    }
+
+    #[cold]
+    fn set_page_of_devices(
+        &mut self,
+        pfn: Pfn,
+        new: Pte,
+        error: TableError,
+    ) -> Result<(), TableError> {
+        match error {
+            TableError::NoMemory => {
+                self.drop_devices()?;
+                self.set_page(pfn, new)
+            }
+            error => Err(error),
+        }
+    }
+
+    /// The same as [`Self::take_back`] for a page.
+    ///
+    /// # Errors
+    /// `ENOMEM`.
+    #[inline(always)]
+    pub(crate) fn take_page_back(&mut self, pfn: Pfn, state: State) -> Result<(), Errno> {
+        // Only memory changes hands.
+        let leaf = Leaf { pfn, prot: Prot::RWX, state: PageState::Owned };
+        self.set_page(pfn, Pte::leaf(Level::PAGE, leaf)?)?;
+        self.pages.update(pfn, |page| page.set_host(state));
+        Ok(())
+    }
+
     /// One entry of one page.
-    #[inline]
+    #[inline(always)]
     fn set_page(&mut self, pfn: Pfn, new: Pte) -> Result<(), TableError> {
         let Self { tree, pool, tlbs, .. } = self;
         let found = tree.find(here(pfn))?;
@@ -235,17 +267,10 @@ impl HostMmu {
     ///
     /// # Errors
     /// `ENOMEM`.
-    #[inline]
     pub(crate) fn take_back(&mut self, pages: Pages, state: State) -> Result<(), Errno> {
-        if pages.nr() == 1 {
-            // Only memory changes hands.
-            let leaf = Leaf { pfn: pages.start(), prot: Prot::RWX, state: PageState::Owned };
-            self.set_page(pages.start(), Pte::leaf(Level::PAGE, leaf)?)?;
-        } else {
-            // A leaf of a page each, so that neighbours keep their annotations; but a block whole.
-            let is_block = pages.nr() == 512 && pages.start().get() % 512 == 0;
-            self.identity(pages, if is_block { Level::BLOCK_2M } else { Level::PAGE })?;
-        }
+        // A leaf of a page each, so that neighbours keep their annotations; but a block whole.
+        let is_block = pages.nr() == 512 && pages.start().get() % 512 == 0;
+        self.identity(pages, if is_block { Level::BLOCK_2M } else { Level::PAGE })?;
         self.pages.set_host(pages, state);
         Ok(())
     }

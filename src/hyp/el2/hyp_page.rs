@@ -70,7 +70,7 @@ impl HypPages {
         Self { chunks, end }
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn get(&self, pfn: Pfn) -> HypPage {
         match self.chunks.get(index(pfn.get() >> HUGE_ORDER)) {
             Some(Some(chunk)) => chunk[index(pfn.get() & (HUGE_PAGES - 1))],
@@ -78,8 +78,17 @@ impl HypPages {
         }
     }
 
+    /// Whether all of these are so.
+    #[inline(always)]
+    pub(crate) fn all(&self, pages: Pages, is_so: impl Fn(HypPage) -> bool) -> bool {
+        match pages.nr() {
+            1 => is_so(self.get(pages.start())),
+            _ => pages.iter().all(|pfn| is_so(self.get(pfn))),
+        }
+    }
+
     /// Changes the record of a frame of memory.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn update(&mut self, pfn: Pfn, change: impl FnOnce(&mut HypPage)) {
         // Callers have checked that it is memory; others have no record.
         let Some(chunk) = self.chunks.get_mut(index(pfn.get() >> HUGE_ORDER)) else { return };

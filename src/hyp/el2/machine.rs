@@ -8,6 +8,7 @@
 use std::collections::HashMap;
 use std::fmt;
 
+use super::host_struct::SharedStruct;
 use crate::addr::{Pa, Pfn};
 use crate::backing::Arena;
 use crate::error::Errno;
@@ -65,31 +66,12 @@ pub(crate) struct Region {
     pub(crate) bytes: Option<Pfn>,
 }
 
-/// A structure of the host's kernel that EL2 reads where the host says it is. EL2 believes none of it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct HostStruct {
-    /// `kvm.arch.pkvm.handle`.
-    pub(crate) handle: u64,
-    /// `kvm.created_vcpus`.
-    pub(crate) nr_vcpus: u64,
-    /// Whether the VM is to be protected.
-    pub(crate) protected: bool,
-    /// `vcpu.vcpu_idx`.
-    pub(crate) vcpu_idx: u64,
-    /// A vCPU's `memcache.nr_pages`, as claimed.
-    pub(crate) nr_memcache: u64,
-    /// The chain of pages in it, by physical address, last first.
-    pub(crate) memcache: Vec<u64>,
-    /// Pages that EL2 gave back when the VM was torn down.
-    pub(crate) returned: Vec<u64>,
-}
-
 /// The memory map, and what is in it.
 pub(crate) struct Machine {
     /// Ascending, without overlap.
     regions: Vec<Region>,
     bytes: Option<Box<dyn FrameBytes>>,
-    structs: Mutex<HashMap<u64, Arc<Mutex<HostStruct>>>>,
+    structs: Mutex<HashMap<u64, Arc<SharedStruct>>>,
 }
 
 impl fmt::Debug for Machine {
@@ -122,7 +104,7 @@ impl Machine {
         self.regions.last().map_or(Pfn::new(0), |region| region.frames.end())
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn region_of(&self, pfn: Pfn) -> Option<&Region> {
         let at = match &self.regions[..] {
             // Most machines have one or two; no search then.
@@ -157,7 +139,7 @@ impl Machine {
     /// # Errors
     /// `EINVAL` if they are not all of one region or hole, `EPERM` if they are no memory, or memory that is kept
     /// out of the map.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn check_allowed(&self, pfn: Pfn, nr_pages: u64) -> Result<(), Errno> {
         let last = pfn.checked_add(nr_pages.saturating_sub(1)).ok_or(Errno::EINVAL)?;
         // Nearly always it is memory.
@@ -227,9 +209,8 @@ impl Machine {
     }
 
     /// What the host's kernel has at an address, to be read and changed by both.
-    pub(crate) fn host_struct(&self, at: u64) -> Arc<Mutex<HostStruct>> {
-        let new = || Arc::new(Mutex::new(HostStruct::default()));
-        Arc::clone(self.structs.lock().entry(at).or_insert_with(new))
+    pub(crate) fn host_struct(&self, at: u64) -> Arc<SharedStruct> {
+        Arc::clone(self.structs.lock().entry(at).or_default())
     }
 }
 

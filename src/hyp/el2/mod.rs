@@ -3,6 +3,7 @@
 //! | file | one idea |
 //! |---|---|
 //! | `machine` | what is memory, and the bytes behind frames |
+//! | `host_struct` | what the host's kernel says in structures that EL2 reads |
 //! | `hyp_page` | eight bytes for each frame |
 //! | `host_mmu` | the host's stage 2, and who has what the host has not |
 //! | `hyp_space` | what EL2 maps for itself |
@@ -12,6 +13,7 @@
 //! | `transition` | the ways between states: all checks, in order, then changes that cannot fail |
 //! | `host_call` | the host's hypercalls, by number and raw arguments |
 //! | `guest_call` | the guest's |
+//! | `on_cpu` | which CPU calls |
 //! | `access` | who touches bytes, and what becomes of that |
 //! | `tlb` | translations that are remembered |
 //! | `profile` | which version this is |
@@ -30,6 +32,7 @@ mod guest_call;
 mod guest_mmu;
 mod host_call;
 mod host_mmu;
+mod host_struct;
 #[cfg(any(test, feature = "oracle"))]
 pub(crate) mod hostile;
 mod hyp_page;
@@ -38,6 +41,7 @@ mod incident;
 mod invariants;
 mod machine;
 mod memcache;
+mod on_cpu;
 mod profile;
 mod spec;
 #[cfg(test)]

@@ -32,15 +32,19 @@ pub(crate) fn donate_guest(
     }
     let pages = Pages::new(pfn, nr_pages);
     host.check_state(pages, State::Owned)?;
-    if pages.iter().any(|pfn| host.page(pfn).nr_pins > 0) {
+    if !host.pages.all(pages, |page| page.nr_pins == 0) {
         return Err(Errno::EINVAL);
     }
     let level = if nr_pages == HUGE_PAGES { Level::BLOCK_2M } else { Level::PAGE };
     let vacancy = guest.vacancy(gfn, level)?;
     guest.reserve(vacancy.nr_missing(level), memcache)?;
 
-    let annotated = if profile.annotates_blocks() { level } else { Level::PAGE };
-    host.give(pages, Owner::Guest(guest.at(gfn)), annotated)?;
+    if nr_pages == 1 {
+        host.give_page(pfn, guest.at(gfn))?;
+    } else {
+        let annotated = if profile.annotates_blocks() { level } else { Level::PAGE };
+        host.give(pages, Owner::Guest(guest.at(gfn)), annotated)?;
+    }
     let leaf = Leaf { pfn, prot: Prot::RWX, state: PageState::Owned };
     guest.fill(gfn, vacancy, level, leaf, memcache)?;
     for (pfn, nth) in pages.iter().zip(0..) {
@@ -68,7 +72,7 @@ pub(crate) fn guest_share_host(
     host.check_state(page, State::NoPage)?;
 
     guest.set_state(gfn, (found, pfn), PageState::SharedOwned)?;
-    host.take_back(page, State::SharedBorrowed)?;
+    host.take_page_back(pfn, State::SharedBorrowed)?;
     host.spec.step(pfn, SpecPage::GuestAndHost(guest.at(gfn)));
     touched(host, page);
     Ok(())
@@ -90,7 +94,7 @@ pub(crate) fn guest_unshare_host(
     }
     host.check_state(page, State::SharedBorrowed)?;
 
-    host.give(page, Owner::Guest(guest.at(gfn)), Level::PAGE)?;
+    host.give_page(pfn, guest.at(gfn))?;
     guest.set_state(gfn, (found, pfn), PageState::Owned)?;
     host.spec.step(pfn, SpecPage::Guest(guest.at(gfn)));
     touched(host, page);
@@ -113,7 +117,7 @@ pub(crate) fn relinquish(host: &mut HostMmu, guest: &mut GuestMmu, gfn: Gfn) -> 
     }
     guest.clear(gfn, found);
     host.clear(page)?;
-    host.take_back(page, State::Owned)?;
+    host.take_page_back(pfn, State::Owned)?;
     host.spec.step(pfn, SpecPage::Host);
     touched(host, page);
     Ok(())

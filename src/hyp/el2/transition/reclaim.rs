@@ -45,7 +45,10 @@ pub(crate) fn reclaim_dying(
     guest.clear(gfn, found);
     if state == PageState::Owned {
         host.clear(pages)?;
-        host.take_back(pages, State::Owned)?;
+        match pages.nr() {
+            1 => host.take_page_back(pfn, State::Owned)?,
+            _ => host.take_back(pages, State::Owned)?,
+        }
     } else {
         // Mapped already, or not yet: it was the host's to see.
         host.pages.set_host(pages, State::Owned);
