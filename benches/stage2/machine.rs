@@ -1,7 +1,7 @@
 //! A machine with a guest of one GiB, whose memory is 512 folios of 2 MiB.
 
 use gmem::addr::{ByteSize, Gfn, Pfn};
-use gmem::el2_only::{El2Only, Kind};
+use gmem::el2_only::{CpuOnly, El2Only, Kind};
 
 use crate::Outcome;
 use crate::bare::BareTree;
@@ -18,9 +18,19 @@ pub(crate) enum Order {
     Ascending,
 }
 
+/// How calls are made.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Caller {
+    /// By a thread that is the CPU all the while.
+    IsCpu,
+    /// Each by a thread that names the CPU, which is locked for the call.
+    NamesCpu,
+}
+
 pub(crate) struct Machine {
     pub(crate) el2: El2Only,
     pub(crate) nr_pages: u64,
+    pub(crate) caller: Caller,
     /// The first frame of each of the guest's folios.
     folios: Vec<u64>,
     shuffled: Vec<u32>,
@@ -45,7 +55,7 @@ impl Machine {
         let ascending: Vec<_> = (0..nr_pages as u32).collect();
         let mut shuffled = ascending.clone();
         shuffle(&mut shuffled, &mut random);
-        Ok(Self { el2, nr_pages, folios, shuffled, ascending })
+        Ok(Self { el2, nr_pages, caller: Caller::IsCpu, folios, shuffled, ascending })
     }
 
     #[inline]
@@ -63,7 +73,7 @@ impl Machine {
     /// A new protected guest with all of its pages, shuffled as they came.
     pub(crate) fn protected_guest(&mut self) {
         self.new_guest(Kind::Protected, self.nr_pages);
-        self.donate_all(Order::Random);
+        self.donate_all(&mut self.cpu(), Order::Random);
     }
 
     /// The host lists pages for its tables, which EL2 takes with the first call.
@@ -71,23 +81,30 @@ impl Machine {
         self.el2.new_guest(kind, nr_entries).expect("there is no other");
     }
 
-    pub(crate) fn donate_all(&self, order: Order) {
+    pub(crate) fn cpu(&self) -> CpuOnly<'_> {
+        match self.caller {
+            Caller::IsCpu => self.el2.enter().expect("a CPU"),
+            Caller::NamesCpu => self.el2.by_number(),
+        }
+    }
+
+    pub(crate) fn donate_all(&self, cpu: &mut CpuOnly<'_>, order: Order) {
         for gfn in self.pages(order) {
-            let donated = self.el2.donate(self.frame_of(gfn), Gfn::new(gfn));
+            let donated = cpu.donate(self.frame_of(gfn), Gfn::new(gfn));
             donated.expect("the host's page, and nothing there");
         }
     }
 
-    pub(crate) fn reclaim_all(&self, order: Order) {
+    pub(crate) fn reclaim_all(&self, cpu: &mut CpuOnly<'_>, order: Order) {
         for gfn in self.pages(order) {
-            self.el2.reclaim(Gfn::new(gfn)).expect("a page of a guest that dies");
+            cpu.reclaim(Gfn::new(gfn)).expect("a page of a guest that dies");
         }
     }
 
     /// The guest goes, and what it has to the host before.
     pub(crate) fn end_protected_guest(&mut self) {
         self.el2.stop_guest().expect("a guest");
-        self.reclaim_all(Order::Ascending);
+        self.reclaim_all(&mut self.cpu(), Order::Ascending);
         self.end_guest();
     }
 

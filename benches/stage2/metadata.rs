@@ -31,7 +31,7 @@ pub(crate) fn rows(bench: Bench, quick: bool) -> Outcome<()> {
         let before = anonymous_memory()?;
         let mut machine = Machine::with_guest(nr_gib, nr_gib * GIB_PAGES)?;
         machine.new_guest(Kind::Protected, machine.nr_pages);
-        machine.donate_all(Order::Random);
+        machine.donate_all(&mut machine.cpu(), Order::Random);
         let bytes = machine.el2.metadata().get() as f64 / nr_gib as f64;
         // A table for each 2 MiB in the host's tree and in the guest's, and one above 512 of those.
         row("metadata_donated", bytes, HYP_PAGES + 2.0 * (LEAVES + PAGE_BYTES));

@@ -1,5 +1,6 @@
 //! Pages that change hands. Each turn goes through all pages of a guest of one GiB, and has a guest of its own.
 
+use std::cell::{Cell, RefCell};
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -9,7 +10,7 @@ use gmem::el2_only::Kind;
 use crate::Outcome;
 use crate::bare::BareTree;
 use crate::harness::{Bench, Goal};
-use crate::machine::{Machine, Order};
+use crate::machine::{Caller, Machine, Order};
 
 const HUGE: u64 = 512;
 
@@ -24,58 +25,73 @@ pub(crate) const TURNS: [(&str, Turn); 4] = [
     ("teardown", |machine| donate_and_reclaim(machine, Order::Random).1),
 ];
 
+/// How pages are gone through and who calls; the first is what the figures are about.
+const WAYS: [(&str, Order, Caller); 3] = [
+    ("", Order::Random, Caller::IsCpu),
+    ("_in_order", Order::Ascending, Caller::IsCpu),
+    ("_by_number", Order::Random, Caller::NamesCpu),
+];
+
 pub(crate) fn rows(bench: Bench) -> Outcome<()> {
-    let names = ["donate_4k", "share_unshare_4k", "share_2m", "teardown"];
-    let names = names.map(|name| [name.to_string(), format!("{name}_in_order")]).concat();
-    if !bench.wants_any(&names.iter().map(String::as_str).collect::<Vec<_>>()) {
+    let rows = ["donate_4k", "share_unshare_4k", "share_unshare_4k_at_once", "teardown"];
+    let names = WAYS.map(|(suffix, ..)| rows.map(|name| format!("{name}{suffix}"))).concat();
+    let names: Vec<_> = names.iter().map(String::as_str).chain(["share_2m"]).collect();
+    if !bench.wants_any(&names) {
         return Ok(());
     }
     let mut machine = Machine::new(1)?;
-    let (mut host, mut guest) = machine.bare();
-    for (order, suffix) in [(Order::Random, ""), (Order::Ascending, "_in_order")] {
-        let goal = |limit| if suffix.is_empty() { Goal::AtMost(limit) } else { Goal::None };
-        // The peers need the order of the pages, and ours the machine.
-        let pages: Vec<_> = machine.pages(order).map(|gfn| (gfn, machine.frame_of(gfn))).collect();
-        let pages: Vec<_> = pages.into_iter().map(|(gfn, pfn)| (gfn, pfn.get())).collect();
-        bench.timed_row(
-            &format!("donate_4k{suffix}"),
-            "two_bare_walks_two_stores",
-            goal(6.0),
-            |_| donate(&mut machine, order),
-            |_| bare_stores(&mut host, &mut guest, &pages, 1),
-        );
-        bench.timed_row(
-            &format!("share_unshare_4k{suffix}"),
-            "four_bare_walks_four_stores",
-            goal(6.0),
-            |_| share_unshare(&mut machine, order),
-            |_| bare_stores(&mut host, &mut guest, &pages, 2),
-        );
-        let machine = std::cell::RefCell::new(&mut machine);
-        let donated = std::cell::Cell::new(0.0);
-        bench.timed_row(
-            &format!("teardown{suffix}"),
-            "donate_4k",
-            goal(1.5),
-            |_| {
-                let (donate, reclaim) = donate_and_reclaim(&mut machine.borrow_mut(), order);
-                donated.set(donate);
-                reclaim
-            },
-            |_| donated.get(),
-        );
-        if order == Order::Random {
-            bench.timed_row(
-                "share_2m",
-                "512_single_shares",
-                Goal::AtMost(0.1),
-                |_| share_2m(&mut machine.borrow_mut()),
-                |_| single_shares(&mut machine.borrow_mut()),
-            );
-        }
+    for (suffix, order, caller) in WAYS {
+        machine.caller = caller;
+        protected(bench, &mut machine, order, suffix);
     }
-    assert_eq!(machine.el2.check(), Vec::<String>::new());
+    machine.caller = Caller::IsCpu;
+    let machine = RefCell::new(machine);
+    bench.timed_row(
+        "share_2m",
+        "512_single_shares",
+        Goal::AtMost(0.1),
+        |_| share_2m(&mut machine.borrow_mut()),
+        |_| single_shares(&mut machine.borrow_mut()),
+    );
+    assert_eq!(machine.borrow().el2.check(), Vec::<String>::new());
     Ok(())
+}
+
+fn protected(bench: Bench, machine: &mut Machine, order: Order, suffix: &str) {
+    let goal = |limit| if suffix.is_empty() { Goal::AtMost(limit) } else { Goal::None };
+    let (mut host, mut guest) = machine.bare();
+    let pages = machine.pages(order).map(|gfn| (gfn, machine.frame_of(gfn).get()));
+    let pages: Vec<_> = pages.collect();
+    bench.timed_row(
+        &format!("donate_4k{suffix}"),
+        "two_bare_walks_two_stores",
+        goal(6.0),
+        |_| donate(machine, order),
+        |_| bare_stores(&mut host, &mut guest, &pages, 1),
+    );
+    bench.timed_row(
+        &format!("share_unshare_4k{suffix}"),
+        "two_bare_walks_two_stores_twice",
+        goal(6.0),
+        |_| share_unshare(machine, order),
+        |_| [1, 1].map(|times| bare_stores(&mut host, &mut guest, &pages, times)).iter().sum(),
+    );
+    bench.timed_row(
+        &format!("share_unshare_4k_at_once{suffix}"),
+        "four_bare_walks_four_stores",
+        Goal::None,
+        |_| share_unshare_at_once(machine, order),
+        |_| bare_stores(&mut host, &mut guest, &pages, 2),
+    );
+    let donated = Cell::new(0.0);
+    let reclaim = |_| {
+        let (given, taken) = donate_and_reclaim(machine, order);
+        donated.set(given);
+        taken
+    };
+    bench.timed_row(&format!("teardown{suffix}"), "donate_4k", goal(1.5), reclaim, |_| {
+        donated.get()
+    });
 }
 
 /// Nanoseconds for each of so many.
@@ -87,7 +103,10 @@ fn each(nr: u64, work: impl FnOnce()) -> f64 {
 
 fn donate(machine: &mut Machine, order: Order) -> f64 {
     machine.new_guest(Kind::Protected, machine.nr_pages);
-    let taken = each(machine.nr_pages, || machine.donate_all(order));
+    let taken = {
+        let mut cpu = machine.cpu();
+        each(machine.nr_pages, || machine.donate_all(&mut cpu, order))
+    };
     machine.end_protected_guest();
     taken
 }
@@ -95,21 +114,48 @@ fn donate(machine: &mut Machine, order: Order) -> f64 {
 /// The same, and how long it took to get a page back.
 fn donate_and_reclaim(machine: &mut Machine, order: Order) -> (f64, f64) {
     machine.new_guest(Kind::Protected, machine.nr_pages);
-    let given = each(machine.nr_pages, || machine.donate_all(order));
+    let given = {
+        let mut cpu = machine.cpu();
+        each(machine.nr_pages, || machine.donate_all(&mut cpu, order))
+    };
     machine.el2.stop_guest().expect("a guest");
-    let taken = each(machine.nr_pages, || machine.reclaim_all(order));
+    let taken = {
+        let mut cpu = machine.cpu();
+        each(machine.nr_pages, || machine.reclaim_all(&mut cpu, order))
+    };
     machine.end_guest();
     (given, taken)
 }
 
+/// Shares all pages and, from the middle on, hides them again: each when many others have been shared since.
 fn share_unshare(machine: &mut Machine, order: Order) -> f64 {
     machine.protected_guest();
+    let half = machine.nr_pages as usize / 2;
+    let mut cpu = machine.cpu();
     let taken = each(machine.nr_pages, || {
-        for gfn in machine.pages(order).map(Gfn::new) {
-            machine.el2.share(gfn).expect("the guest's own");
-            machine.el2.unshare(gfn).expect("what was shared");
+        for gfn in machine.pages(order) {
+            cpu.share(Gfn::new(gfn)).expect("the guest's own");
+        }
+        for gfn in machine.pages(order).skip(half).chain(machine.pages(order).take(half)) {
+            cpu.unshare(Gfn::new(gfn)).expect("what was shared");
         }
     });
+    drop(cpu);
+    machine.end_protected_guest();
+    taken
+}
+
+/// Shares each page and hides it at once.
+fn share_unshare_at_once(machine: &mut Machine, order: Order) -> f64 {
+    machine.protected_guest();
+    let mut cpu = machine.cpu();
+    let taken = each(machine.nr_pages, || {
+        for gfn in machine.pages(order).map(Gfn::new) {
+            cpu.share(gfn).expect("the guest's own");
+            cpu.unshare(gfn).expect("what was shared");
+        }
+    });
+    drop(cpu);
     machine.end_protected_guest();
     taken
 }
@@ -132,15 +178,17 @@ fn lend_and_end(machine: &mut Machine, nr_pages: u64) -> f64 {
     // Blocks as a guest's faults come; their pages one after another.
     let blocks: Vec<_> = machine.pages(Order::Random).filter(|gfn| gfn % HUGE == 0).collect();
     let all = || blocks.iter().flat_map(|block| (*block..block + HUGE).step_by(nr_pages as usize));
+    let mut cpu = machine.cpu();
     let taken = each(nr_blocks, || {
         for gfn in all() {
-            let lent = machine.el2.lend(machine.frame_of(gfn), Gfn::new(gfn), nr_pages);
+            let lent = cpu.lend(machine.frame_of(gfn), Gfn::new(gfn), nr_pages);
             lent.expect("the host's page, and nothing there");
         }
     });
     for gfn in all() {
-        machine.el2.hide(Gfn::new(gfn), nr_pages).expect("what was lent");
+        cpu.hide(Gfn::new(gfn), nr_pages).expect("what was lent");
     }
+    drop(cpu);
     machine.el2.stop_guest().expect("a guest");
     machine.end_guest();
     taken
