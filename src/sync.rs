@@ -6,6 +6,8 @@
 
 #[cfg(all(loom, feature = "loom"))]
 mod modelled;
+#[cfg(not(all(loom, feature = "loom")))]
+mod spin;
 
 #[cfg(all(loom, feature = "loom"))]
 mod facade {
@@ -43,6 +45,14 @@ mod facade {
 }
 
 pub(crate) use facade::*;
+#[cfg(not(all(loom, feature = "loom")))]
+pub(crate) use spin::{SpinGuard, SpinMutex};
+
+/// Models have one kind of lock.
+#[cfg(all(loom, feature = "loom"))]
+pub(crate) type SpinMutex<T> = Mutex<T>;
+#[cfg(all(loom, feature = "loom"))]
+pub(crate) type SpinGuard<'a, T> = MutexGuard<'a, T>;
 
 use std::time::Instant;
 

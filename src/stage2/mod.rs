@@ -11,7 +11,7 @@ mod walk;
 
 pub(crate) use pte::{Annotation, Entry, Leaf, Level, PageState, Prot, Pte};
 pub(crate) use table::Table;
-pub(crate) use tree::{TableEnv, Tree};
+pub(crate) use tree::{Found, TableEnv, Tree};
 pub(crate) use walk::{TableError, TableShape};
 
 use crate::addr::{Gfn, Pfn};

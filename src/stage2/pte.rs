@@ -235,6 +235,7 @@ impl Pte {
     ///
     /// # Errors
     /// [`TableError::Invalid`] at a level without leaves, or for a frame that 48 bits cannot address.
+    #[inline(always)]
     pub(crate) fn leaf(level: Level, leaf: Leaf) -> Result<Self, TableError> {
         if !level.has_leaves() || leaf.pfn.get() >> FRAME_BITS != 0 {
             return Err(TableError::Invalid);
@@ -266,6 +267,7 @@ impl Pte {
     ///
     /// # Errors
     /// [`TableError::Invalid`] if the payload needs bit 0 or bits 63:60.
+    #[inline(always)]
     pub(crate) fn annotation(kind: Annotation, payload: u64) -> Result<Self, TableError> {
         if payload & (VALID | KIND) != 0 {
             return Err(TableError::Invalid);
@@ -309,7 +311,7 @@ impl Pte {
     }
 
     /// What it says in a table of `level`. Total: every word means something at every level.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn decode(self, level: Level) -> Entry {
         if self.is_empty() {
             return Entry::Empty;
@@ -333,7 +335,7 @@ impl Pte {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn decode_leaf(self, frame: u64) -> Entry {
         match PageState::from_bits(self.0) {
             Some(state) => {

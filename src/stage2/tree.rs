@@ -44,18 +44,27 @@ struct Node {
     nr_refs: u16,
 }
 
-/// The entry at which a walk ended.
+/// The entry at which a walk ended: for looking at it first, and changing it then. Good until the tree changes.
 #[derive(Clone, Copy, Debug)]
-struct Found {
+pub(crate) struct Found {
     at: usize,
-    level: Level,
-    pte: Pte,
+    pub(crate) level: Level,
+    pub(crate) pte: Pte,
+}
+
+impl Found {
+    /// How many tables an entry of `level` needs where this one, which leads to none, is found.
+    pub(crate) fn nr_missing(self, level: Level) -> u64 {
+        u64::from(self.level.height().saturating_sub(level.height()))
+    }
 }
 
 /// A stage-2 tree.
 #[derive(Debug)]
 pub(crate) struct Tree {
     shape: TableShape,
+    /// The shape's.
+    limit: Gfn,
     /// Table `k` is at `k * NODE`; the root begins at 0.
     entries: Vec<Pte>,
     nodes: Vec<Node>,
@@ -79,6 +88,7 @@ impl Tree {
         let pages = (0..nr_roots as u64).filter_map(|nth| root.checked_add(nth));
         Self {
             shape,
+            limit: shape.gfn_limit(),
             entries: vec![Pte::EMPTY; nr_roots * NODE],
             nodes: pages.map(|pfn| Node { pfn, nr_refs: 1 }).collect(),
             idle: Vec::new(),
@@ -99,26 +109,73 @@ impl Tree {
     }
 
     /// Down from the root to the first entry that leads to no table, or to `stop`.
-    #[inline]
+    // Inlined, as what leads here from a hypercall: what was found stays in registers then.
+    #[inline(always)]
     fn walk(&self, gfn: Gfn, stop: Level) -> Result<Found, TableError> {
-        if gfn >= self.shape.gfn_limit() {
+        match self.shape.index_bits() {
+            // All but those of tests; so that shifts are by constants.
+            NODE_BITS => self.walk_by(NODE_BITS, gfn, stop),
+            bits => self.walk_small(bits, gfn, stop),
+        }
+    }
+
+    #[cold]
+    fn walk_small(&self, bits: u32, gfn: Gfn, stop: Level) -> Result<Found, TableError> {
+        self.walk_by(bits, gfn, stop)
+    }
+
+    #[inline(always)]
+    fn walk_by(&self, bits: u32, gfn: Gfn, stop: Level) -> Result<Found, TableError> {
+        if gfn >= self.limit {
             return Err(TableError::BeyondIpa);
         }
-        let bits = self.shape.index_bits();
         let mut level = self.shape.root();
-        let mut shift = bits * level.height();
-        let mut at = index(gfn.get() >> shift);
+        let below = bits * level.height();
+        let mut at = index(gfn.get() >> below);
+        // The indices to come, the next one on top.
+        let mut rest = gfn.get().checked_shl(u64::BITS - below).unwrap_or(0);
         loop {
             let pte = self.entries[at];
             match pte.next_table(level) {
                 Some(next) if level != stop => {
-                    shift -= bits;
+                    at = (next << NODE_BITS) + index(rest >> (u64::BITS - bits));
+                    rest <<= bits;
                     level = level.below();
-                    at = (next << NODE_BITS) + index(gfn.get() >> shift & ((1 << bits) - 1));
                 }
                 _ => return Ok(Found { at, level, pte }),
             }
         }
+    }
+
+    /// Where the entry for a guest frame is.
+    ///
+    /// # Errors
+    /// [`TableError::BeyondIpa`].
+    #[inline(always)]
+    pub(crate) fn find(&self, gfn: Gfn) -> Result<Found, TableError> {
+        self.walk(gfn, Level::PAGE)
+    }
+
+    /// Puts a leaf or an annotation of `level` where `gfn` was found.
+    ///
+    /// # Errors
+    /// [`TableError::NoMemory`]; [`TableError::Unchanged`] if it would change in nothing but permissions.
+    #[inline(always)]
+    pub(crate) fn set(
+        &mut self,
+        gfn: Gfn,
+        found: Found,
+        level: Level,
+        new: Pte,
+        env: &mut impl TableEnv,
+    ) -> Result<(), TableError> {
+        debug_assert_eq!(self.entries[found.at], found.pte);
+        if found.level == level {
+            self.changes(found, level, new)?;
+            self.replace(gfn, Found { level, ..found }, new, env);
+            return Ok(());
+        }
+        self.put(gfn, level, new, env)
     }
 
     /// The entry for a guest frame, and its level: a leaf, an annotation, or nothing.
@@ -192,6 +249,7 @@ impl Tree {
     }
 
     /// Whether an entry would change in more than permissions.
+    #[inline(always)]
     fn changes(&self, found: Found, level: Level, new: Pte) -> Result<(), TableError> {
         let is_leaf = found.level == level && found.pte.next_table(level).is_none();
         let stays = is_leaf && found.pte.is_valid() && new.is_valid();
@@ -286,6 +344,7 @@ impl Tree {
         }
     }
 
+    #[cold]
     fn put(
         &mut self,
         gfn: Gfn,
@@ -343,23 +402,25 @@ impl Tree {
     }
 
     /// Break, invalidate, make.
+    #[inline(always)]
     fn replace(&mut self, gfn: Gfn, found: Found, new: Pte, env: &mut impl TableEnv) {
-        if found.pte.is_valid() {
+        let mut old = found.pte;
+        if old.is_valid() {
             let marker = if new.is_empty() { Pte::EMPTY } else { Pte::LOCKED };
-            self.store(found.at, marker);
+            self.store(found.at, old, marker);
             let span = self.shape.pages_at(found.level);
             env.invalidate(Gfn::new(gfn.get() & !(span - 1)), span);
+            old = marker;
         }
-        self.store(found.at, new);
+        self.store(found.at, old, new);
     }
 
-    fn store(&mut self, at: usize, new: Pte) {
-        let old = std::mem::replace(&mut self.entries[at], new);
-        let refs = &mut self.nodes[at >> NODE_BITS].nr_refs;
-        match (old.is_empty(), new.is_empty()) {
-            (true, false) => *refs += 1,
-            (false, true) => *refs -= 1,
-            _ => {}
+    #[inline(always)]
+    fn store(&mut self, at: usize, old: Pte, new: Pte) {
+        self.entries[at] = new;
+        if old.is_empty() != new.is_empty() {
+            let refs = &mut self.nodes[at >> NODE_BITS].nr_refs;
+            *refs = if old.is_empty() { *refs + 1 } else { *refs - 1 };
         }
         #[cfg(test)]
         if let Some(trace) = &mut self.trace {
@@ -385,8 +446,7 @@ impl Tree {
             let gfn = Gfn::new(next);
             let found = self.walk(gfn, Level::PAGE)?;
             if !found.pte.is_empty() {
-                self.replace(gfn, found, Pte::EMPTY, env);
-                self.prune(gfn, env);
+                self.clear(gfn, found, env);
             }
             let span = self.shape.pages_at(found.level);
             next = (next & !(span - 1)) + span;
@@ -394,7 +454,18 @@ impl Tree {
         Ok(())
     }
 
+    /// Empties a leaf or an annotation, of a block all of it.
+    #[inline(always)]
+    pub(crate) fn clear(&mut self, gfn: Gfn, found: Found, env: &mut impl TableEnv) {
+        debug_assert_eq!(self.entries[found.at], found.pte);
+        self.replace(gfn, found, Pte::EMPTY, env);
+        if self.nodes[found.at >> NODE_BITS].nr_refs == 1 {
+            self.prune(gfn, env);
+        }
+    }
+
     /// Frees the tables on the way to `gfn` that have no entry left, lowest first.
+    #[cold]
     fn prune(&mut self, gfn: Gfn, env: &mut impl TableEnv) {
         let mut way = [(0, self.shape.root()); MAX_LEVELS];
         let mut nr = 0;

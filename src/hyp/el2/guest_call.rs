@@ -1,6 +1,7 @@
 //! A guest's hypercalls: four registers in, four out, or an exit to the host.
 
 use super::El2;
+use super::on_cpu::OnCpu;
 use super::profile::ENOMEM_HOST_TABLES;
 use super::transition::{self, Relinquished, Stop, guest_frame};
 use super::vm::{Fault, FaultKind, Loaded};
@@ -52,7 +53,15 @@ impl El2 {
     /// # Errors
     /// `EINVAL` if it has none.
     pub(crate) fn guest_call(&self, cpu: usize, x: [u64; 4]) -> Result<GuestAnswer, Errno> {
-        self.with_vcpu(cpu, |loaded| {
+        self.guest_call_on(&mut OnCpu::Number(cpu), x)
+    }
+
+    pub(super) fn guest_call_on(
+        &self,
+        on: &mut OnCpu<'_>,
+        x: [u64; 4],
+    ) -> Result<GuestAnswer, Errno> {
+        self.with_vcpu_on(on, |loaded| {
             if !loaded.vm.protected {
                 // Its calls are KVM's to answer.
                 return Ok(GuestAnswer::Exit(x));

@@ -8,7 +8,7 @@ use super::{GuestPage, State};
 use crate::addr::{Gfn, Ipa, Pfn};
 use crate::error::Errno;
 use crate::stage2::{
-    Annotation, Entry, Leaf, Level, PageState, Prot, Pte, TableEnv, TableShape, Tree,
+    Annotation, Entry, Found, Leaf, Level, PageState, Prot, Pte, TableEnv, TableShape, Tree,
 };
 
 /// Where a page table's frames come from.
@@ -31,6 +31,7 @@ impl TableEnv for Env<'_> {
         (self.pool.len() + self.memcache.len()) as u64
     }
 
+    #[inline]
     fn invalidate(&mut self, gfn: Gfn, nr_pages: u64) {
         self.tlbs.invalidate(gfn, nr_pages);
     }
@@ -87,38 +88,30 @@ impl GuestMmu {
         Ok(state_of(level, pte))
     }
 
-    /// Whether nothing is where a page or a block is to be, and how many tables that will need.
+    /// Where a page or a block is to be, if nothing is there.
     ///
     /// # Errors
     /// `ERANGE`; `EPERM` if something is there, be it a destroyed page.
-    pub(crate) fn check_vacant(&self, gfn: Gfn, level: Level) -> Result<u64, Errno> {
-        let (found, pte) = self.tree.get(gfn)?;
+    #[inline(always)]
+    pub(crate) fn vacancy(&self, gfn: Gfn, level: Level) -> Result<Found, Errno> {
+        let found = self.tree.find(gfn)?;
         // Below an entry of a higher level that is empty, everything is. A table has something in it.
-        match pte.is_empty() && found <= level {
-            true => Ok(Self::nr_tables_between(found, level)),
+        match found.pte.is_empty() && found.level <= level {
+            true => Ok(found),
             false => Err(Errno::EPERM),
         }
     }
 
-    fn nr_tables_between(found: Level, level: Level) -> u64 {
-        let mut at = found;
-        let mut nr = 0;
-        while at < level {
-            at = at.below();
-            nr += 1;
-        }
-        nr
-    }
-
-    /// The frame and state of a single page that is mapped.
+    /// Where a single page is mapped, its frame and state.
     ///
     /// # Errors
     /// In this order: `ERANGE`, `EHWPOISON` for a destroyed page, `ENOENT`, `E2BIG` in a block.
-    pub(crate) fn page(&self, gfn: Gfn) -> Result<(Pfn, State), Errno> {
-        let (level, pte) = self.tree.get(gfn)?;
-        match pte.decode(level) {
+    #[inline(always)]
+    pub(crate) fn page(&self, gfn: Gfn) -> Result<(Found, Pfn, PageState), Errno> {
+        let found = self.tree.find(gfn)?;
+        match found.pte.decode(found.level) {
+            Entry::Leaf(leaf) if found.level == Level::PAGE => Ok((found, leaf.pfn, leaf.state)),
             Entry::Annotated(Annotation::GuestPoisoned, _) => Err(Errno::EHWPOISON),
-            Entry::Leaf(leaf) if level == Level::PAGE => Ok((leaf.pfn, leaf.state.into())),
             Entry::Leaf(_) => Err(Errno::E2BIG),
             _ => Err(Errno::ENOENT),
         }
@@ -141,10 +134,29 @@ impl GuestMmu {
         Ok(tree.map(gfn, nr_pages, level, leaf, Pte::leaf, &mut env)?)
     }
 
-    /// Whether [`Self::map`] would find so many tables.
+    /// The same where nothing was found.
+    ///
+    /// # Errors
+    /// `ENOMEM` without frames for tables.
+    #[inline(always)]
+    pub(crate) fn fill(
+        &mut self,
+        gfn: Gfn,
+        vacancy: Found,
+        level: Level,
+        leaf: Leaf,
+        memcache: &mut Vec<Pfn>,
+    ) -> Result<(), Errno> {
+        let Self { tree, pool, tlbs, .. } = self;
+        let mut env = Env { pool, memcache, tlbs };
+        Ok(tree.set(gfn, vacancy, level, Pte::leaf(level, leaf)?, &mut env)?)
+    }
+
+    /// Whether there are so many tables, and those that a page may need besides.
     ///
     /// # Errors
     /// `ENOMEM`.
+    #[inline]
     pub(crate) fn reserve(&self, nr_tables: u64, memcache: &[Pfn]) -> Result<(), Errno> {
         let enough = nr_tables <= (memcache.len() + self.pool.len()) as u64;
         match enough && memcache.len() >= Self::MIN_MEMCACHE {
@@ -153,13 +165,21 @@ impl GuestMmu {
         }
     }
 
-    /// Replaces the state of a page that is mapped.
+    /// Replaces the state of a page that was found.
     ///
     /// # Errors
-    /// As for [`Self::page`].
-    pub(crate) fn set_state(&mut self, gfn: Gfn, state: PageState) -> Result<(), Errno> {
-        let (pfn, _) = self.page(gfn)?;
-        self.map(gfn, Level::PAGE, Leaf { pfn, prot: Prot::RWX, state }, &mut Vec::new())
+    /// None that its caller could cause.
+    #[inline(always)]
+    pub(crate) fn set_state(
+        &mut self,
+        gfn: Gfn,
+        (found, pfn): (Found, Pfn),
+        state: PageState,
+    ) -> Result<(), Errno> {
+        let Self { tree, pool, tlbs, .. } = self;
+        let mut env = Env { pool, memcache: &mut Vec::new(), tlbs };
+        let new = Pte::leaf(Level::PAGE, Leaf { pfn, prot: Prot::RWX, state })?;
+        Ok(tree.set(gfn, found, Level::PAGE, new, &mut env)?)
     }
 
     /// Unmaps a range; of blocks all.
@@ -169,6 +189,13 @@ impl GuestMmu {
     pub(crate) fn unmap(&mut self, gfn: Gfn, nr_pages: u64) -> Result<(), Errno> {
         let Self { tree, pool, tlbs, .. } = self;
         Ok(tree.unmap(gfn, nr_pages, &mut Env { pool, memcache: &mut Vec::new(), tlbs })?)
+    }
+
+    /// Unmaps what was found.
+    #[inline(always)]
+    pub(crate) fn clear(&mut self, gfn: Gfn, found: Found) {
+        let Self { tree, pool, tlbs, .. } = self;
+        tree.clear(gfn, found, &mut Env { pool, memcache: &mut Vec::new(), tlbs });
     }
 
     /// Marks a page as destroyed, in place of its leaf.

@@ -6,7 +6,8 @@
 use super::El2;
 #[cfg(test)]
 use super::Pages;
-use super::machine::ListedPages;
+use super::host_struct::ListedPages;
+use super::on_cpu::OnCpu;
 use super::transition::{self, Age, NpRange, frame, guest_frame};
 use super::vm::{FaultKind, Loaded};
 use crate::addr::Pa;
@@ -73,9 +74,13 @@ const fn word(raw: u64) -> u64 {
 impl El2 {
     /// A hypercall of the host on a CPU: `x0` to `x4` in, `x0` and `x1` out.
     pub(crate) fn host_call(&self, cpu: usize, x: [u64; 5]) -> [u64; 2] {
+        self.host_call_on(&mut OnCpu::Number(cpu), x)
+    }
+
+    pub(super) fn host_call_on(&self, on: &mut OnCpu<'_>, x: [u64; 5]) -> [u64; 2] {
         let call = HostCall::from_id(x[0]).filter(|&call| self.has(call));
         match call {
-            Some(call) => [SUCCESS, register(self.dispatch(cpu, call, [x[1], x[2], x[3], x[4]]))],
+            Some(call) => [SUCCESS, register(self.dispatch(on, call, &x))],
             None => [NOT_SUPPORTED, x[1]],
         }
     }
@@ -94,7 +99,15 @@ impl El2 {
     /// # Errors
     /// The call's.
     pub(crate) fn call(&self, cpu: usize, call: HostCall, x: [u64; 4]) -> Result<u64, Errno> {
-        let [status, answer] = self.host_call(cpu, [call.id(), x[0], x[1], x[2], x[3]]);
+        let answer = self.host_call(cpu, [call.id(), x[0], x[1], x[2], x[3]]);
+        Self::answer(answer)
+    }
+
+    /// What a call's registers say.
+    ///
+    /// # Errors
+    /// The call's.
+    pub(super) fn answer([status, answer]: [u64; 2]) -> Result<u64, Errno> {
         let errno = i32::try_from((answer as i64).wrapping_neg());
         match (status, errno) {
             (SUCCESS, Ok(errno @ 1..)) => Err(Errno::new(errno)),
@@ -103,18 +116,24 @@ impl El2 {
         }
     }
 
-    fn dispatch(&self, cpu: usize, call: HostCall, x: [u64; 4]) -> Result<u64, Errno> {
+    fn dispatch(
+        &self,
+        on: &mut OnCpu<'_>,
+        call: HostCall,
+        &[_, x1, x2, x3, x4]: &[u64; 5],
+    ) -> Result<u64, Errno> {
+        let x = [x1, x2, x3, x4];
         match call {
             HostCall::ShareHyp => transition::share_hyp(&mut self.host.lock(), frame(x[0]))?,
             HostCall::UnshareHyp => transition::unshare_hyp(&mut self.host.lock(), frame(x[0]))?,
-            HostCall::DonateGuest => self.donate_guest(cpu, x[0], x[1], x[2])?,
-            HostCall::ShareGuest => self.share_guest(cpu, x)?,
+            HostCall::DonateGuest => self.donate_guest(on, x[0], x[1], x[2])?,
+            HostCall::ShareGuest => self.share_guest(on, x)?,
             HostCall::UnshareGuest => self.with_np_vm(handle(x[0]), |vm| {
                 let range = NpRange::new(guest_frame(x[1]), x[2])?;
                 let mut host = self.host.lock();
                 transition::unshare_guest(&mut host, &mut vm.mmu.lock(), range)
             })?,
-            HostCall::RelaxPermsGuest => self.with_np_vcpu(cpu, |loaded| {
+            HostCall::RelaxPermsGuest => self.with_np_vcpu(on, |loaded| {
                 transition::relax(&mut loaded.vm.mmu.lock(), guest_frame(x[0]), x[1])
             })?,
             HostCall::WrprotectGuest => self.with_np_vm(handle(x[0]), |vm| {
@@ -128,7 +147,7 @@ impl El2 {
                     Ok(transition::test_young(&mut vm.mmu.lock(), range, age).into())
                 });
             }
-            HostCall::MkyoungGuest => self.with_np_vcpu(cpu, |loaded| {
+            HostCall::MkyoungGuest => self.with_np_vcpu(on, |loaded| {
                 transition::make_young(&mut loaded.vm.mmu.lock(), guest_frame(x[0]));
                 Ok(())
             })?,
@@ -136,25 +155,25 @@ impl El2 {
             HostCall::UnreserveVm => self.unreserve_vm(handle(x[0])),
             HostCall::InitVm => self.init_vm(x[0], x[1], x[2])?,
             HostCall::InitVcpu => self.init_vcpu(handle(x[0]), x[1], x[2])?,
-            HostCall::VcpuInPoisonFault => return self.in_poison_fault(cpu),
+            HostCall::VcpuInPoisonFault => return self.in_poison_fault(on),
             HostCall::ForceReclaimGuestPage => self.force_reclaim(x[0])?,
             HostCall::ReclaimDyingGuestPage => self.reclaim_dying(handle(x[0]), x[1])?,
             HostCall::StartTeardownVm => self.start_teardown(handle(x[0]))?,
             HostCall::FinalizeTeardownVm => self.finalize_teardown(handle(x[0]))?,
-            HostCall::VcpuLoad => self.vcpu_load(cpu, handle(x[0]), word(x[1])),
-            HostCall::VcpuPut => self.vcpu_put(cpu),
+            HostCall::VcpuLoad => self.vcpu_load(on, handle(x[0]), word(x[1])),
+            HostCall::VcpuPut => self.vcpu_put(on),
             // Nothing is said of a VM that is none.
             HostCall::TlbFlushVmid => drop(self.with_np_vm(handle(x[0]), |vm| {
                 vm.mmu.lock().tlbs.invalidate(crate::addr::Gfn::new(0), u64::MAX);
                 Ok(())
             })),
             HostCall::VcpuRun => {
-                self.with_vcpu(cpu, |loaded| match loaded.vcpu.host_at == x[0] {
+                self.with_vcpu_on(on, |loaded| match loaded.vcpu.host_at == x[0] {
                     true => Ok(()),
                     false => Err(Errno::EINVAL),
                 })?;
             }
-            HostCall::SplitGuest => self.with_vcpu(cpu, |loaded| {
+            HostCall::SplitGuest => self.with_vcpu_on(on, |loaded| {
                 if !loaded.vm.protected {
                     return Err(Errno::EINVAL);
                 }
@@ -164,7 +183,7 @@ impl El2 {
                 let (mut host, mut guest) = (self.host.lock(), vm.mmu.lock());
                 transition::split_guest(&mut host, &mut guest, &mut vcpu.memcache, range)
             })?,
-            HostCall::DonateSglistGuest => self.donate_list(cpu)?,
+            HostCall::DonateSglistGuest => self.donate_list(on)?,
         }
         Ok(0)
     }
@@ -173,30 +192,30 @@ impl El2 {
     ///
     /// # Errors
     /// `EINVAL` if it has none; what `act` says.
+    #[cfg(any(test, feature = "oracle"))]
     pub(crate) fn with_vcpu<T>(
         &self,
         cpu: usize,
         act: impl FnOnce(&mut Loaded) -> Result<T, Errno>,
     ) -> Result<T, Errno> {
-        let mut cpu = self.cpu(cpu).ok_or(Errno::EINVAL)?;
-        act(cpu.loaded.as_mut().ok_or(Errno::EINVAL)?)
+        self.with_vcpu_on(&mut OnCpu::Number(cpu), act)
     }
 
     fn with_np_vcpu(
         &self,
-        cpu: usize,
+        on: &mut OnCpu<'_>,
         act: impl FnOnce(&mut Loaded) -> Result<(), Errno>,
     ) -> Result<(), Errno> {
-        self.with_vcpu(cpu, |loaded| match loaded.vm.protected {
+        self.with_vcpu_on(on, |loaded| match loaded.vm.protected {
             true => Err(Errno::EINVAL),
             false => act(loaded),
         })
     }
 
-    fn donate_guest(&self, cpu: usize, pfn: u64, gfn: u64, nr: u64) -> Result<(), Errno> {
+    fn donate_guest(&self, on: &mut OnCpu<'_>, pfn: u64, gfn: u64, nr: u64) -> Result<(), Errno> {
         // Mainline has no third argument, so does not look at it.
         let nr_pages = if self.profile.donates(512) { nr } else { 1 };
-        self.with_vcpu(cpu, |loaded| {
+        self.with_vcpu_on(on, |loaded| {
             if !loaded.vm.protected {
                 return Err(Errno::EINVAL);
             }
@@ -210,8 +229,8 @@ impl El2 {
         })
     }
 
-    fn donate_list(&self, cpu: usize) -> Result<(), Errno> {
-        self.with_vcpu(cpu, |loaded| {
+    fn donate_list(&self, on: &mut OnCpu<'_>) -> Result<(), Errno> {
+        self.with_vcpu_on(on, |loaded| {
             if !loaded.vm.protected {
                 return Err(Errno::EINVAL);
             }
@@ -226,9 +245,9 @@ impl El2 {
         })
     }
 
-    fn share_guest(&self, cpu: usize, x: [u64; 4]) -> Result<(), Errno> {
+    fn share_guest(&self, on: &mut OnCpu<'_>, x: [u64; 4]) -> Result<(), Errno> {
         let [pfn, gfn, nr_pages, prot] = x;
-        self.with_np_vcpu(cpu, |loaded| {
+        self.with_np_vcpu(on, |loaded| {
             self.refill(&mut loaded.vcpu)?;
             let Loaded { vm, vcpu } = loaded;
             // What is checked here is the number itself: no bit of it is lost.
@@ -239,8 +258,8 @@ impl El2 {
         })
     }
 
-    fn in_poison_fault(&self, cpu: usize) -> Result<u64, Errno> {
-        self.with_vcpu(cpu, |loaded| {
+    fn in_poison_fault(&self, on: &mut OnCpu<'_>) -> Result<u64, Errno> {
+        self.with_vcpu_on(on, |loaded| {
             let fault = loaded.vcpu.fault.filter(|fault| fault.kind == FaultKind::Translation);
             let gfn = fault.ok_or(Errno::EINVAL)?.gfn;
             let guest = loaded.vm.mmu.lock();

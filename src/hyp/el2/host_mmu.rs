@@ -38,6 +38,7 @@ const GFN: u64 = (1 << 40) - 1;
 
 impl Owner {
     /// As the payload of an annotation.
+    #[inline]
     fn payload(self) -> u64 {
         match self {
             Self::Hyp => HYP_ID << ID_SHIFT,
@@ -102,6 +103,7 @@ impl TableEnv for Env<'_> {
         self.pool.nr_free()
     }
 
+    #[inline]
     fn invalidate(&mut self, gfn: Gfn, nr_pages: u64) {
         self.tlbs.invalidate(gfn, nr_pages);
     }
@@ -202,9 +204,10 @@ impl HostMmu {
     ///
     /// # Errors
     /// `EINVAL` or `EPERM` for what is no memory, `EPERM` for another state.
+    #[inline(always)]
     pub(crate) fn check_state(&self, pages: Pages, state: State) -> Result<(), Errno> {
         self.machine.check_allowed(pages.start(), pages.nr())?;
-        match pages.iter().all(|pfn| self.page(pfn).host() == state) {
+        match self.pages.all(pages, |page| page.host() == state) {
             true => Ok(()),
             false => Err(Errno::EPERM),
         }
@@ -212,7 +215,7 @@ impl HostMmu {
 
     /// The same as EL2 sees them.
     pub(crate) fn check_hyp_state(&self, pages: Pages, state: State) -> Result<(), Errno> {
-        match pages.iter().all(|pfn| self.page(pfn).hyp() == state) {
+        match self.pages.all(pages, |page| page.hyp() == state) {
             true => Ok(()),
             false => Err(Errno::EPERM),
         }
@@ -273,6 +276,57 @@ impl HostMmu {
             true => Ok(()),
             false => Err(Errno::ENOMEM),
         }
+    }
+
+    /// The same for a page of a guest's.
+    ///
+    /// # Errors
+    /// `ENOMEM`, and nothing has changed.
+    #[inline(always)]
+    pub(crate) fn give_page(&mut self, pfn: Pfn, to: GuestPage) -> Result<(), Errno> {
+        let new = Pte::annotation(Annotation::HostDonation, Owner::Guest(to).payload())?;
+        if let Err(error) = self.set_page(pfn, new) {
+            self.set_page_of_devices(pfn, new, error)?;
+        }
+        self.pages.update(pfn, |page| page.set_host(State::NoPage));
+        Ok(())
+    }
+
+    #[cold]
+    fn set_page_of_devices(
+        &mut self,
+        pfn: Pfn,
+        new: Pte,
+        error: TableError,
+    ) -> Result<(), TableError> {
+        match error {
+            TableError::NoMemory => {
+                self.drop_devices()?;
+                self.set_page(pfn, new)
+            }
+            error => Err(error),
+        }
+    }
+
+    /// The same as [`Self::take_back`] for a page.
+    ///
+    /// # Errors
+    /// `ENOMEM`.
+    #[inline(always)]
+    pub(crate) fn take_page_back(&mut self, pfn: Pfn, state: State) -> Result<(), Errno> {
+        // Only memory changes hands.
+        let leaf = Leaf { pfn, prot: Prot::RWX, state: PageState::Owned };
+        self.set_page(pfn, Pte::leaf(Level::PAGE, leaf)?)?;
+        self.pages.update(pfn, |page| page.set_host(state));
+        Ok(())
+    }
+
+    /// One entry of one page.
+    #[inline(always)]
+    fn set_page(&mut self, pfn: Pfn, new: Pte) -> Result<(), TableError> {
+        let Self { tree, pool, tlbs, .. } = self;
+        let found = tree.find(here(pfn))?;
+        tree.set(here(pfn), found, Level::PAGE, new, &mut Env { pool, tlbs })
     }
 
     /// Gives pages to the host, mapped, in a state.
@@ -393,9 +447,9 @@ impl HostMmu {
     }
 
     /// How many bytes records and tables take.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "oracle"))]
     pub(crate) fn nr_bytes(&self) -> usize {
-        self.pages.nr_bytes() + self.tree.nr_tables() * 4096
+        self.pages.nr_bytes() + self.tree.nr_bytes()
     }
 }
 

@@ -44,10 +44,12 @@ impl HypPage {
         self.nr_pins > 0 && by_host && self.hyp() == State::NoPage
     }
 
+    #[inline]
     pub(crate) fn set_host(&mut self, state: State) {
         self.states = self.states & !STATE | state as u8;
     }
 
+    #[inline]
     pub(crate) fn set_hyp(&mut self, state: State) {
         self.states = self.states & STATE | (state as u8 ^ HYP_COMPLEMENT) << STATE_BITS;
     }
@@ -74,7 +76,7 @@ impl HypPages {
         Self { chunks, end }
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn get(&self, pfn: Pfn) -> HypPage {
         match self.chunks.get(index(pfn.get() >> HUGE_ORDER)) {
             Some(Some(chunk)) => chunk[index(pfn.get() & (HUGE_PAGES - 1))],
@@ -82,7 +84,17 @@ impl HypPages {
         }
     }
 
+    /// Whether all of these are so.
+    #[inline(always)]
+    pub(crate) fn all(&self, pages: Pages, is_so: impl Fn(HypPage) -> bool) -> bool {
+        match pages.nr() {
+            1 => is_so(self.get(pages.start())),
+            _ => pages.iter().all(|pfn| is_so(self.get(pfn))),
+        }
+    }
+
     /// Changes the record of a frame of memory.
+    #[inline(always)]
     pub(crate) fn update(&mut self, pfn: Pfn, change: impl FnOnce(&mut HypPage)) {
         // Callers have checked that it is memory; others have no record.
         let Some(chunk) = self.chunks.get_mut(index(pfn.get() >> HUGE_ORDER)) else { return };
@@ -90,6 +102,7 @@ impl HypPages {
         change(&mut chunk.get_or_insert_with(new)[index(pfn.get() & (HUGE_PAGES - 1))]);
     }
 
+    #[inline]
     pub(crate) fn set_host(&mut self, pages: Pages, state: State) {
         pages.iter().for_each(|pfn| self.update(pfn, |page| page.set_host(state)));
     }
@@ -108,7 +121,7 @@ impl HypPages {
     }
 
     /// How many bytes the records take.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "oracle"))]
     pub(crate) fn nr_bytes(&self) -> usize {
         let made = self.chunks.iter().flatten().count();
         made * size_of::<Chunk>() + self.chunks.len() * size_of::<Option<Box<Chunk>>>()

@@ -55,7 +55,7 @@ impl HypSpace {
         frames.filter(|&pfn| self.maps(pfn))
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, feature = "oracle"))]
     pub(crate) fn nr_bytes(&self) -> usize {
         let made = self.chunks.iter().flatten().count();
         made * size_of::<[u64; NR_WORDS]>() + self.chunks.len() * size_of::<usize>()

@@ -9,12 +9,12 @@ use crate::addr::{Gfn, Pfn};
 use crate::error::Errno;
 use crate::geometry::HUGE_PAGES;
 use crate::stage2::{Annotation, Entry, Level};
-use crate::sync::{Arc, MutexGuard};
+use crate::sync::{Arc, SpinGuard};
 
 /// Host and one guest, standing still.
 pub(crate) struct Look<'a> {
-    host: MutexGuard<'a, HostMmu>,
-    guest: MutexGuard<'a, GuestMmu>,
+    host: SpinGuard<'a, HostMmu>,
+    guest: SpinGuard<'a, GuestMmu>,
 }
 
 /// What a guest has at a frame.
@@ -92,7 +92,7 @@ impl Look<'_> {
 
     /// Whether all of an aligned block is empty, so that one entry can take its place.
     pub(crate) fn is_vacant_block(&self, gfn: Gfn) -> bool {
-        gfn.get() % HUGE_PAGES == 0 && self.guest.check_vacant(gfn, Level::BLOCK_2M).is_ok()
+        gfn.get() % HUGE_PAGES == 0 && self.guest.vacancy(gfn, Level::BLOCK_2M).is_ok()
     }
 
     /// The host's state of a frame.

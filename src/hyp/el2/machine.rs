@@ -8,12 +8,13 @@
 use std::collections::HashMap;
 use std::fmt;
 
+use super::host_struct::SharedStruct;
 use crate::addr::{Pa, Pfn};
 use crate::backing::Arena;
 use crate::error::Errno;
 use crate::geometry::PAGE_BYTES;
 use crate::range::PfnRange;
-use crate::sync::{Arc, Mutex};
+use crate::sync::{Arc, SpinMutex as Mutex};
 
 /// The bytes of frames.
 pub(crate) trait FrameBytes: Send + Sync {
@@ -98,48 +99,12 @@ pub(crate) struct Region {
     pub(crate) bytes: Option<Pfn>,
 }
 
-/// Pages or a block that the host lists for a guest: `struct kvm_hyp_pinned_page`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct ListedPages {
-    pub(crate) pfn: u64,
-    pub(crate) gfn: u64,
-    pub(crate) order: u8,
-}
-
-impl ListedPages {
-    /// As many as the one page has room for that host and EL2 share for lists.
-    pub(crate) const MOST: usize = PAGE_BYTES / 24;
-}
-
-/// A structure of the host's kernel that EL2 reads where the host says it is. EL2 believes none of it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct HostStruct {
-    /// `kvm.arch.pkvm.handle`.
-    pub(crate) handle: u64,
-    /// `kvm.created_vcpus`.
-    pub(crate) nr_vcpus: u64,
-    /// Whether the VM is to be protected.
-    pub(crate) protected: bool,
-    /// `kvm.arch.pkvm.pvmfw_load_addr`, if it is to have a firmware.
-    pub(crate) firmware_at: Option<u64>,
-    /// A vCPU's list of pages for its guest.
-    pub(crate) listed: Vec<ListedPages>,
-    /// `vcpu.vcpu_idx`.
-    pub(crate) vcpu_idx: u64,
-    /// A vCPU's `memcache.nr_pages`, as claimed.
-    pub(crate) nr_memcache: u64,
-    /// The chain of pages in it, by physical address, last first.
-    pub(crate) memcache: Vec<u64>,
-    /// Pages that EL2 gave back when the VM was torn down.
-    pub(crate) returned: Vec<u64>,
-}
-
 /// The memory map, and what is in it.
 pub(crate) struct Machine {
     /// Ascending, without overlap.
     regions: Vec<Region>,
     bytes: Option<Box<dyn FrameBytes>>,
-    structs: Mutex<HashMap<u64, Arc<Mutex<HostStruct>>>>,
+    structs: Mutex<HashMap<u64, Arc<SharedStruct>>>,
 }
 
 impl fmt::Debug for Machine {
@@ -173,7 +138,7 @@ impl Machine {
         self.regions.last().map_or(Pfn::new(0), |region| region.frames.end())
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn region_of(&self, pfn: Pfn) -> Option<&Region> {
         let at = match &self.regions[..] {
             // Most machines have one or two; no search then.
@@ -208,23 +173,29 @@ impl Machine {
     /// # Errors
     /// `EINVAL` if they are not all of one region or hole, `EPERM` if they are no memory, or memory that is kept
     /// out of the map.
+    #[inline(always)]
     pub(crate) fn check_allowed(&self, pfn: Pfn, nr_pages: u64) -> Result<(), Errno> {
         let last = pfn.checked_add(nr_pages.saturating_sub(1)).ok_or(Errno::EINVAL)?;
         // Nearly always it is memory.
-        if let Some(region) = self.region_of(pfn) {
-            if region.kind == RegionKind::Memory && region.frames.contains(last) {
-                return Ok(());
+        match self.region_of(pfn) {
+            Some(region) if region.kind == RegionKind::Memory && region.frames.contains(last) => {
+                Ok(())
             }
+            _ => Err(self.why_not_allowed(pfn, last)),
         }
+    }
+
+    #[cold]
+    fn why_not_allowed(&self, pfn: Pfn, last: Pfn) -> Errno {
         let at = self.regions.partition_point(|region| region.frames.end() <= pfn);
         match self.regions.get(at) {
             Some(region) if region.frames.contains(pfn) => match region.kind {
-                _ if !region.frames.contains(last) => Err(Errno::EINVAL),
-                RegionKind::Memory => Ok(()),
-                RegionKind::NoMap => Err(Errno::EPERM),
+                _ if !region.frames.contains(last) => Errno::EINVAL,
+                // Memory would be allowed, and was.
+                RegionKind::Memory | RegionKind::NoMap => Errno::EPERM,
             },
-            Some(next) if next.frames.start() <= last => Err(Errno::EINVAL),
-            _ => Err(Errno::EPERM),
+            Some(next) if next.frames.start() <= last => Errno::EINVAL,
+            _ => Errno::EPERM,
         }
     }
 
@@ -314,9 +285,8 @@ impl Machine {
     }
 
     /// What the host's kernel has at an address, to be read and changed by both.
-    pub(crate) fn host_struct(&self, at: u64) -> Arc<Mutex<HostStruct>> {
-        let new = || Arc::new(Mutex::new(HostStruct::default()));
-        Arc::clone(self.structs.lock().entry(at).or_insert_with(new))
+    pub(crate) fn host_struct(&self, at: u64) -> Arc<SharedStruct> {
+        Arc::clone(self.structs.lock().entry(at).or_default())
     }
 }
 

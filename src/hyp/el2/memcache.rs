@@ -16,12 +16,18 @@ impl El2 {
     /// # Errors
     /// `ENOMEM` if the list ends early or has a page that is not the host's to give. What was taken until then
     /// stays taken.
+    #[inline]
     pub(crate) fn refill(&self, vcpu: &mut Vcpu) -> Result<(), Errno> {
         // Read once: the host may change it meanwhile.
-        let wanted = vcpu.host.lock().nr_memcache;
-        if vcpu.memcache.len() as u64 >= wanted {
-            return Ok(());
+        let wanted = vcpu.host.nr_memcache();
+        match vcpu.memcache.len() as u64 >= wanted {
+            true => Ok(()),
+            false => self.take_from_list(vcpu, wanted),
         }
+    }
+
+    #[cold]
+    fn take_from_list(&self, vcpu: &mut Vcpu, wanted: u64) -> Result<(), Errno> {
         let mut host = self.host.lock();
         let mut hyp = self.hyp.lock();
         let mut list = vcpu.host.lock();

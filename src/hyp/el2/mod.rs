@@ -3,6 +3,7 @@
 //! | file | one idea |
 //! |---|---|
 //! | `machine` | what is memory, and the bytes behind frames |
+//! | `host_struct` | what the host's kernel says in structures that EL2 reads |
 //! | `hyp_page` | eight bytes for each frame |
 //! | `host_mmu` | the host's stage 2, and who has what the host has not |
 //! | `hyp_space` | what EL2 maps for itself |
@@ -12,6 +13,7 @@
 //! | `transition` | the ways between states: all checks, in order, then changes that cannot fail |
 //! | `host_call` | the host's hypercalls, by number and raw arguments |
 //! | `guest_call` | the guest's |
+//! | `on_cpu` | which CPU calls |
 //! | `access` | who touches bytes, and what becomes of that |
 //! | `look` | what the host's kernel sees of all that without changing it |
 //! | `tlb` | translations that are remembered |
@@ -20,6 +22,7 @@
 //! | `profile` | which version this is |
 //! | `spec` | the states again, in the plainest way |
 //! | `invariants` | what must hold, by name |
+//! | `el2_only` | for benches: a machine of any size without bytes |
 //! | `hostile` | for tests and fuzzers: a host and guests that do anything |
 //! | `modelled` | a small machine, for the loom models |
 //! | `guest_only` | a guest that loads, for benches |
@@ -28,6 +31,8 @@
 //! Locks are taken in this order: a CPU's own, the VMs' table, the host's, then EL2's or one guest's.
 
 mod access;
+#[cfg(feature = "oracle")]
+pub mod el2_only;
 mod firmware;
 mod guest_call;
 mod guest_mmu;
@@ -37,6 +42,7 @@ pub mod guest_only;
 mod guest_tlb;
 mod host_call;
 mod host_mmu;
+mod host_struct;
 #[cfg(any(test, feature = "oracle"))]
 pub(crate) mod hostile;
 mod hyp_page;
@@ -49,6 +55,7 @@ mod memcache;
 #[cfg(all(loom, feature = "loom"))]
 #[doc(hidden)]
 pub mod modelled;
+mod on_cpu;
 mod profile;
 mod spec;
 #[cfg(test)]
@@ -79,7 +86,7 @@ pub(crate) use vm::{MAX_VMS, Vm, nr_pgd_pages, nr_vcpu_pages, nr_vm_pages};
 use crate::addr::{Gfn, Pfn};
 use crate::error::Errno;
 use crate::stage2::{Level, PageState};
-use crate::sync::{Arc, Mutex};
+use crate::sync::{Arc, SpinGuard, SpinMutex as Mutex};
 
 use host_mmu::{FramePool, HostMmu, Owner};
 use hyp_space::HypSpace;
@@ -257,7 +264,7 @@ impl El2 {
     }
 
     /// A CPU's own state; `None` for a CPU that the machine has not.
-    fn cpu(&self, cpu: usize) -> Option<crate::sync::MutexGuard<'_, Cpu>> {
+    fn cpu(&self, cpu: usize) -> Option<SpinGuard<'_, Cpu>> {
         Some(self.cpus.get(cpu)?.lock())
     }
 }

@@ -7,16 +7,17 @@ use std::collections::BTreeMap;
 
 use super::guest_mmu::GuestMmu;
 use super::host_mmu::HostMmu;
+use super::host_struct::SharedStruct;
 use super::hyp_space::HypSpace;
 use super::incident::Incident;
-use super::machine::HostStruct;
 use super::memcache::give_back;
+use super::on_cpu::OnCpu;
 use super::transition::{donate_hyp, pin, unpin};
 use super::{El2, Pages};
 use crate::addr::{Gfn, Ipa, Pa, Pfn};
 use crate::error::Errno;
 use crate::stage2::{Entry, Tree};
-use crate::sync::{Arc, Mutex};
+use crate::sync::{Arc, SpinMutex as Mutex};
 
 /// The first handle; smaller numbers are none.
 pub(crate) const FIRST_HANDLE: u16 = 0x1000;
@@ -72,7 +73,7 @@ pub(crate) struct Fault {
 pub(crate) struct Vcpu {
     pub(crate) idx: usize,
     /// The host's structure, pinned, and its address.
-    pub(crate) host: Arc<Mutex<HostStruct>>,
+    pub(crate) host: Arc<SharedStruct>,
     pub(crate) host_at: u64,
     pub(crate) memcache: Vec<Pfn>,
     pub(crate) fault: Option<Fault>,
@@ -338,28 +339,40 @@ impl El2 {
     }
 
     /// Loads a vCPU on a CPU. Nothing happens if the CPU has one, the vCPU is loaded somewhere, or the VM is dying.
-    pub(crate) fn vcpu_load(&self, cpu_nr: usize, handle: u16, idx: u64) {
-        let Some(mut cpu) = self.cpu(cpu_nr).filter(|cpu| cpu.loaded.is_none()) else { return };
-        let mut vms = self.vms.lock();
-        let Some(entry) = vms.get_mut(handle).filter(|entry| !entry.dying) else { return };
-        let Ok(idx) = usize::try_from(idx) else { return };
-        let Some(slot @ VcpuSlot::Here(_)) = entry.vcpus.get_mut(&idx) else { return };
-        let loaded = std::mem::replace(slot, VcpuSlot::Loaded { cpu: cpu_nr });
-        if let VcpuSlot::Here(vcpu) = loaded {
-            entry.nr_refs += 1;
-            cpu.loaded = Some(Loaded { vm: Arc::clone(&entry.vm), vcpu });
-        }
+    pub(super) fn vcpu_load(&self, on: &mut OnCpu<'_>, handle: u16, idx: u64) {
+        let loaded = self.with_cpu(on, |cpu, nr| {
+            if cpu.loaded.is_some() {
+                return Err(Errno::EBUSY);
+            }
+            let mut vms = self.vms.lock();
+            let entry = vms.get_mut(handle).filter(|entry| !entry.dying).ok_or(Errno::ENOENT)?;
+            let idx = usize::try_from(idx).map_err(|_| Errno::ENOENT)?;
+            let slot = entry.vcpus.get_mut(&idx).ok_or(Errno::ENOENT)?;
+            if let VcpuSlot::Loaded { .. } = slot {
+                return Err(Errno::EBUSY);
+            }
+            if let VcpuSlot::Here(vcpu) = std::mem::replace(slot, VcpuSlot::Loaded { cpu: nr }) {
+                entry.nr_refs += 1;
+                cpu.loaded = Some(Loaded { vm: Arc::clone(&entry.vm), vcpu });
+            }
+            Ok(())
+        });
+        // Nothing is said of it.
+        loaded.ok();
     }
 
     /// Puts a CPU's vCPU back, if it has one.
-    pub(crate) fn vcpu_put(&self, cpu: usize) {
-        let Some(mut cpu) = self.cpu(cpu) else { return };
-        let Some(Loaded { vm, vcpu }) = cpu.loaded.take() else { return };
-        let mut vms = self.vms.lock();
-        if let Some(entry) = vms.get_mut(vm.handle) {
+    pub(super) fn vcpu_put(&self, on: &mut OnCpu<'_>) {
+        let put = self.with_cpu(on, |cpu, _| {
+            let Loaded { vm, vcpu } = cpu.loaded.take().ok_or(Errno::ENOENT)?;
+            let mut vms = self.vms.lock();
+            let entry = vms.get_mut(vm.handle).ok_or(Errno::ENOENT)?;
             entry.nr_refs -= 1;
             entry.vcpus.insert(vcpu.idx, VcpuSlot::Here(vcpu));
-        }
+            Ok(())
+        });
+        // As above.
+        put.ok();
     }
 
     /// Does something with a VM that is not protected, which stays meanwhile. It may be dying.

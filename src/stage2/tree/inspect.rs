@@ -20,6 +20,12 @@ impl Tree {
         used.map(|(_, node)| node.pfn)
     }
 
+    /// How many bytes its tables take, those included that it keeps for later.
+    #[cfg(any(test, feature = "oracle"))]
+    pub(crate) fn nr_bytes(&self) -> usize {
+        size_of_val(&self.entries[..]) + size_of_val(&self.nodes[..])
+    }
+
     /// Every leaf and annotation, in ascending order.
     pub(crate) fn visit(&self, mut see: impl FnMut(Gfn, Level, Pte)) {
         self.visit_in(0, self.shape.root(), 0, &mut see);

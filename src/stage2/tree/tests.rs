@@ -298,3 +298,42 @@ fn generator(seed: u64) -> impl FnMut(u64) -> u64 {
         (seed >> 33) % below
     }
 }
+
+#[test]
+fn what_was_found_is_changed_where_it_was_found() {
+    let mut env = Bench::new(8);
+    let mut tree = tiny();
+    let gfn = Gfn::new(21);
+    let put = |pfn, state| Pte::leaf(Level::PAGE, leaf(pfn, state)).unwrap();
+    let found = tree.find(gfn).unwrap();
+    assert_eq!((found.pte, found.nr_missing(Level::PAGE)), (Pte::EMPTY, 2), "tables are to come");
+    tree.set(gfn, found, Level::PAGE, put(5, PageState::Owned), &mut env).unwrap();
+    assert_eq!((translate(&tree, 21), env.free.len()), (Some(5), 6));
+
+    let found = tree.find(gfn).unwrap();
+    assert_eq!(found.nr_missing(Level::PAGE), 0);
+    let read_only = Leaf { prot: Prot::R, ..owned(5) };
+    let read_only = Pte::leaf(Level::PAGE, read_only).unwrap();
+    let refused = tree.set(gfn, found, Level::PAGE, read_only, &mut env);
+    assert_eq!(refused, Err(TableError::Unchanged), "nothing but rights");
+    let shared = put(5, PageState::SharedOwned);
+    tree.set(gfn, found, Level::PAGE, shared, &mut env).unwrap();
+    let steps = trace(&tree);
+    assert_eq!(steps[steps.len() - 2..], [(found.pte, Pte::LOCKED), (Pte::LOCKED, shared)]);
+    assert_eq!(env.invalidated, [(21, 1)]);
+    sound(&tree);
+
+    // Its neighbour keeps the tables; the last one frees them.
+    map(&mut tree, 22, 1, Level::PAGE, owned(6), &mut env).unwrap();
+    for (gfn, nr_free) in [(21, 6), (22, 8)] {
+        let found = tree.find(Gfn::new(gfn)).unwrap();
+        tree.clear(Gfn::new(gfn), found, &mut env);
+        assert_eq!((translate(&tree, gfn), env.free.len()), (None, nr_free));
+        sound(&tree);
+    }
+    let short = &mut Bench::new(1);
+    let found = tree.find(gfn).unwrap();
+    let refused = tree.set(gfn, found, Level::PAGE, shared, short);
+    assert_eq!((refused, short.free.len()), (Err(TableError::NoMemory), 1));
+    assert_eq!(tree.find(Gfn::new(64)).err(), Some(TableError::BeyondIpa));
+}

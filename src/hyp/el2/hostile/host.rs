@@ -2,7 +2,8 @@
 
 use super::super::host_call::HostCall;
 use super::super::hyp_page::HypPage;
-use super::super::machine::{ListedPages, Machine, Region, RegionKind};
+use super::super::host_struct::ListedPages;
+use super::super::machine::{Machine, Region, RegionKind};
 use super::super::vm::{nr_pgd_pages, nr_vcpu_pages, nr_vm_pages};
 use super::super::{El2, Pages, Profile, State};
 use super::choices::Choices;

@@ -31,7 +31,7 @@ use super::vm::{Cpu, VmTable};
 use super::{El2, GuestPage, Pages, State};
 use crate::addr::{Gfn, Pfn};
 use crate::stage2::{Entry, Leaf, Level};
-use crate::sync::MutexGuard;
+use crate::sync::SpinGuard;
 
 pub(crate) use books::{Books, HOST_RULES};
 #[cfg(debug_assertions)]
@@ -41,7 +41,7 @@ pub(crate) use refinement::frame_refines;
 struct GuestView<'a> {
     handle: u16,
     protected: bool,
-    mmu: MutexGuard<'a, GuestMmu>,
+    mmu: SpinGuard<'a, GuestMmu>,
 }
 
 /// A page that a guest maps.
@@ -62,7 +62,7 @@ pub(crate) struct View<'a> {
     hyp: &'a HypSpace,
     ffa: &'a Ffa,
     vms: &'a VmTable,
-    cpus: &'a [MutexGuard<'a, Cpu>],
+    cpus: &'a [SpinGuard<'a, Cpu>],
     incidents: IncidentCounts,
     guests: &'a [GuestView<'a>],
     /// Guests' leaves, a page at a time, by frame.

@@ -4,7 +4,7 @@
 use super::*;
 use crate::hyp::el2::guest_call::{MEM_RELINQUISH, NO_POISON};
 use crate::hyp::el2::host_mmu::FramePool;
-use crate::hyp::el2::machine::ListedPages;
+use crate::hyp::el2::host_struct::ListedPages;
 use crate::hyp::el2::profile::ENOMEM_HOST_TABLES;
 use crate::hyp::el2::vm::{Fault, FaultKind};
 use crate::stage2::Level;

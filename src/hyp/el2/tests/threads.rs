@@ -80,3 +80,28 @@ pub(super) fn nobody_waits_for_ever() {
     });
     world.sound();
 }
+
+/// A thread that has entered a CPU is answered as one that names it, and nobody else is that CPU meanwhile.
+#[test]
+fn a_thread_may_be_a_cpu_for_many_calls() {
+    let world = World::new();
+    let guest = world.running(true);
+    let mut cpu = world.el2.enter(0).unwrap();
+    assert_eq!(cpu.host_call([HostCall::DonateGuest.id(), GUEST, 5, 1, 0]), [0, 0]);
+    assert_eq!(cpu.guest_call([MEM_SHARE, 5 << 12, 0, 0]), Ok(DONE));
+    assert_eq!(cpu.guest_call([MEM_SHARE, 5 << 12, 0, 0]), Ok(INVALID));
+    std::thread::scope(|scope| {
+        let put = scope.spawn(|| world.put(0));
+        assert_eq!(cpu.guest_call([MEM_UNSHARE, 5 << 12, 0, 0]), Ok(DONE), "still loaded");
+        drop(cpu);
+        put.join().unwrap();
+    });
+    let mut cpu = world.el2.enter(0).unwrap();
+    assert_eq!(cpu.guest_call([MEM_SHARE, 5 << 12, 0, 0]), Err(Errno::EINVAL));
+    assert_eq!(cpu.host_call([HostCall::VcpuLoad.id(), guest.handle, 1, 0, 0]), [0, 0]);
+    assert_eq!(cpu.guest_call([MEM_SHARE, 5 << 12, 0, 0]), Ok(DONE));
+    drop(cpu);
+    assert!(world.el2.enter(NR_CPUS).is_none());
+    assert_eq!(world.host_state(GUEST), State::SharedBorrowed);
+    world.sound();
+}

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::super::guest_mmu::GuestMmu;
 use super::super::host_mmu::{HostMmu, Owner};
-use super::super::machine::ListedPages;
+use super::super::host_struct::ListedPages;
 use super::super::profile::Profile;
 use super::super::spec::SpecPage;
 use super::super::{Pages, State};
@@ -107,7 +107,7 @@ fn take(
     for &listed in list {
         let gift = Gift::new(listed)?;
         check_given(profile, host, gift.pages)?;
-        guest.check_vacant(gift.gfn, gift.level)?;
+        guest.vacancy(gift.gfn, gift.level)?;
         if gifts.iter().any(|other| other.overlaps(&gift)) {
             return Err(Errno::EPERM);
         }

@@ -59,7 +59,7 @@ pub(crate) const fn guest_frame(raw: u64) -> Gfn {
 /// # Errors
 /// `EINVAL`.
 fn no_dma(host: &HostMmu, pages: Pages) -> Result<(), Errno> {
-    match pages.iter().all(|pfn| host.page(pfn).nr_pins == 0) {
+    match host.pages.all(pages, |page| page.nr_pins == 0) {
         true => Ok(()),
         false => Err(Errno::EINVAL),
     }

@@ -1,6 +1,6 @@
 //! The host and a guest that is not protected: shares only, of pages that stay the host's.
 
-use super::super::guest_mmu::{GuestMmu, state_of};
+use super::super::guest_mmu::GuestMmu;
 use super::super::host_mmu::HostMmu;
 use super::super::{Pages, State};
 use super::touched;
@@ -70,7 +70,7 @@ pub(crate) fn share_guest(
         return Err(Errno::EINVAL);
     }
     host.machine().check_allowed(pfn, nr_pages)?;
-    let nr_missing = guest.check_vacant(gfn, range.level)?;
+    let vacancy = guest.vacancy(gfn, range.level)?;
     for pfn in pages.iter() {
         let page = host.page(pfn);
         match page.host() {
@@ -80,7 +80,7 @@ pub(crate) fn share_guest(
             _ => return Err(Errno::EPERM),
         }
     }
-    guest.reserve(nr_missing, memcache)?;
+    guest.reserve(vacancy.nr_missing(range.level), memcache)?;
 
     for (pfn, nth) in pages.iter().zip(0..) {
         host.pages.update(pfn, |page| {
@@ -90,7 +90,7 @@ pub(crate) fn share_guest(
         host.spec.lend(pfn, guest.at(gfn).after(nth));
     }
     let leaf = Leaf { pfn, prot, state: PageState::SharedBorrowed };
-    guest.map(gfn, range.level, leaf, memcache)?;
+    guest.fill(gfn, vacancy, range.level, leaf, memcache)?;
     touched(host, pages);
     Ok(())
 }
@@ -105,12 +105,12 @@ pub(crate) fn unshare_guest(
     guest: &mut GuestMmu,
     range: NpRange,
 ) -> Result<(), Errno> {
-    let (level, pte) = guest.tree.get(range.gfn)?;
-    let Entry::Leaf(leaf) = pte.decode(level) else { return Err(Errno::ENOENT) };
-    if level != range.level {
+    let found = guest.tree.find(range.gfn)?;
+    let Entry::Leaf(leaf) = found.pte.decode(found.level) else { return Err(Errno::ENOENT) };
+    if found.level != range.level {
         return Err(Errno::E2BIG);
     }
-    if state_of(level, pte) != State::SharedBorrowed {
+    if leaf.state != PageState::SharedBorrowed {
         return Err(Errno::EPERM);
     }
     let pages = Pages::new(leaf.pfn, range.nr_pages());
@@ -119,7 +119,7 @@ pub(crate) fn unshare_guest(
         return Err(Errno::EINVAL);
     }
 
-    guest.unmap(range.gfn, range.nr_pages())?;
+    guest.clear(range.gfn, found);
     for (pfn, nth) in pages.iter().zip(0..) {
         host.pages.update(pfn, |page| {
             page.nr_guests -= 1;

@@ -34,19 +34,23 @@ pub(crate) fn donate_guest(
     let pages = Pages::new(pfn, nr_pages);
     check_given(profile, host, pages)?;
     let level = if nr_pages == HUGE_PAGES { Level::BLOCK_2M } else { Level::PAGE };
-    let nr_missing = guest.check_vacant(gfn, level)?;
-    guest.reserve(nr_missing, memcache)?;
+    let vacancy = guest.vacancy(gfn, level)?;
+    guest.reserve(vacancy.nr_missing(level), memcache)?;
     let load = host.firmware_for(guest.firmware_at, gfn, pages)?;
 
-    let annotated = if profile.annotates_blocks() { level } else { Level::PAGE };
-    let given = host.give(pages, Owner::Guest(guest.at(gfn)), annotated);
+    let given = if nr_pages == 1 {
+        host.give_page(pfn, guest.at(gfn))
+    } else {
+        let annotated = if profile.annotates_blocks() { level } else { Level::PAGE };
+        host.give(pages, Owner::Guest(guest.at(gfn)), annotated)
+    };
     given.map_err(|errno| profile.host_tables_short(errno))?;
     for (pfn, nth) in pages.iter().zip(0..) {
         host.spec.step(pfn, SpecPage::Guest(guest.at(gfn).after(nth)));
     }
     host.load(load)?;
     let leaf = Leaf { pfn, prot: Prot::RWX, state: PageState::Owned };
-    guest.map(gfn, level, leaf, memcache)?;
+    guest.fill(gfn, vacancy, level, leaf, memcache)?;
     touched(host, pages);
     Ok(())
 }
@@ -61,15 +65,15 @@ pub(crate) fn guest_share_host(
     guest: &mut GuestMmu,
     gfn: Gfn,
 ) -> Result<(), Errno> {
-    let (pfn, state) = guest.page(gfn)?;
+    let (found, pfn, state) = guest.page(gfn)?;
     let page = Pages::one(pfn);
-    if state != State::Owned {
+    if state != PageState::Owned {
         return Err(Errno::EPERM);
     }
     host.check_state(page, State::NoPage)?;
 
-    guest.set_state(gfn, PageState::SharedOwned)?;
-    host.take_back(page, State::SharedBorrowed)?;
+    guest.set_state(gfn, (found, pfn), PageState::SharedOwned)?;
+    host.take_page_back(pfn, State::SharedBorrowed)?;
     host.spec.step(pfn, SpecPage::GuestAndHost(guest.at(gfn)));
     touched(host, page);
     Ok(())
@@ -84,15 +88,15 @@ pub(crate) fn guest_unshare_host(
     guest: &mut GuestMmu,
     gfn: Gfn,
 ) -> Result<(), Errno> {
-    let (pfn, state) = guest.page(gfn)?;
+    let (found, pfn, state) = guest.page(gfn)?;
     let page = Pages::one(pfn);
-    if state != State::SharedOwned {
+    if state != PageState::SharedOwned {
         return Err(Errno::EPERM);
     }
     host.check_state(page, State::SharedBorrowed)?;
 
-    host.give(page, Owner::Guest(guest.at(gfn)), Level::PAGE)?;
-    guest.set_state(gfn, PageState::Owned)?;
+    host.give_page(pfn, guest.at(gfn))?;
+    guest.set_state(gfn, (found, pfn), PageState::Owned)?;
     host.spec.step(pfn, SpecPage::Guest(guest.at(gfn)));
     touched(host, page);
     Ok(())
@@ -117,7 +121,7 @@ pub(crate) fn relinquish(
     gfn: Gfn,
     bytes: Relinquished,
 ) -> Result<(), Errno> {
-    let (pfn, state) = match guest.page(gfn) {
+    let (found, pfn, state) = match guest.page(gfn) {
         Err(Errno::ENOENT) => return Ok(()),
         other => other?,
     };
@@ -125,15 +129,15 @@ pub(crate) fn relinquish(
     if host.page(pfn).nr_pins > 0 {
         return Err(Errno::EBUSY);
     }
-    if state != State::Owned {
+    if state != PageState::Owned {
         return Err(Errno::EPERM);
     }
     let had_firmware = host.firmware_for(guest.firmware_at, gfn, page)?.is_some();
-    guest.unmap(gfn, 1)?;
+    guest.clear(gfn, found);
     if bytes == Relinquished::Cleared {
         host.clear(page)?;
     }
-    host.take_back(page, State::Owned)?;
+    host.take_page_back(pfn, State::Owned)?;
     if had_firmware {
         // What comes there next is the host's to say.
         guest.firmware_at = None;

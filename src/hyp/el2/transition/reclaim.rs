@@ -9,7 +9,7 @@ use super::touched;
 use crate::addr::{Gfn, Pfn};
 use crate::error::Errno;
 use crate::geometry::HUGE_PAGES;
-use crate::stage2::{Entry, Level};
+use crate::stage2::{Entry, Level, PageState};
 
 /// What was the guest's alone is cleared; what the host could see is not.
 ///
@@ -23,28 +23,32 @@ pub(crate) fn reclaim_dying(
     guest: &mut GuestMmu,
     gfn: Gfn,
 ) -> Result<(), Errno> {
-    let (pfn, state, nr_pages) = match guest.page(gfn) {
+    let (found, pfn, state, nr_pages) = match guest.page(gfn) {
         Err(Errno::EHWPOISON) => return Ok(()),
         Err(Errno::E2BIG) if profile.splits() && gfn.get() % HUGE_PAGES == 0 => {
+            let found = guest.tree.find(gfn)?;
             let (_, leaf) = guest.tree.leaf(gfn).ok_or(Errno::E2BIG)?;
-            (leaf.pfn, leaf.state.into(), HUGE_PAGES)
+            (found, leaf.pfn, leaf.state, HUGE_PAGES)
         }
-        other => other.map(|(pfn, state)| (pfn, state, 1))?,
+        other => other.map(|(found, pfn, state)| (found, pfn, state, 1))?,
     };
     let pages = Pages::new(pfn, nr_pages);
     match state {
-        State::Owned => host.check_state(pages, State::NoPage)?,
-        State::SharedOwned if profile.is_android() => {
+        PageState::Owned => host.check_state(pages, State::NoPage)?,
+        PageState::SharedOwned if profile.is_android() => {
             host.check_state(pages, State::SharedBorrowed).map_err(|_| Errno::EBUSY)?;
         }
-        State::SharedOwned => host.check_state(pages, State::SharedBorrowed)?,
-        _ => return Err(Errno::EPERM),
+        PageState::SharedOwned => host.check_state(pages, State::SharedBorrowed)?,
+        PageState::SharedBorrowed => return Err(Errno::EPERM),
     }
 
-    guest.unmap(gfn, nr_pages)?;
-    if state == State::Owned {
+    guest.clear(gfn, found);
+    if state == PageState::Owned {
         host.clear(pages)?;
-        host.take_back(pages, State::Owned)?;
+        match pages.nr() {
+            1 => host.take_page_back(pfn, State::Owned)?,
+            _ => host.take_back(pages, State::Owned)?,
+        }
     } else {
         // Mapped already, or not yet: it was the host's to see.
         host.pages.set_host(pages, State::Owned);
