@@ -79,10 +79,10 @@ pub use crate::state::modelled;
 pub use crate::folio::frames_only;
 #[cfg(feature = "oracle")]
 #[doc(hidden)]
-pub use crate::hyp::el2::guest_only;
+pub use crate::hyp::el2::el2_only;
 #[cfg(feature = "oracle")]
 #[doc(hidden)]
-pub use crate::hyp::el2::el2_only;
+pub use crate::hyp::el2::guest_only;
 
 pub use crate::backing::{ArenaBacking, HostOffer, Offer, PartReport, PartSpec, WhyKept};
 pub use crate::folio::{

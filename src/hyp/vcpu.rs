@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::el2::{GuestAnswer, GuestStop, HostCall, State};
+use super::el2::{GuestAnswer, GuestStop, GuestTlb, HostCall, State};
 use super::exit::{ConversionRequest, Exit, MmioAccess};
 use super::hypercall::{
     Asked, FEATURES, HYP_MEMINFO, HvcResult, MEM_RELINQUISH, MEM_SHARE, MEM_UNSHARE,
@@ -15,7 +15,7 @@ use crate::error::{Errno, Error, ErrorKind, Op};
 use crate::geometry::{PAGE_BYTES, index};
 use crate::range::{GfnRange, PgoffRange};
 use crate::stage2::Faulted;
-use crate::state::Visibility;
+use crate::state::{Reader, Visibility};
 
 /// How often a fault is resolved for one access before it is called hopeless. One is enough unless
 /// somebody takes the page away between the fault and the retry.
@@ -35,6 +35,9 @@ pub struct Vcpu {
     index: usize,
     last_cpu: LastCpu,
     pending: Option<Request>,
+    /// What EL2 remembers for it, and this thread's place among those who use that.
+    tlb: GuestTlb,
+    reader: Reader,
 }
 
 /// What came of a stage-2 fault.
@@ -58,8 +61,9 @@ enum Stop {
 }
 
 impl Vcpu {
-    pub(super) fn new(lease: Arc<Lease>, index: usize, last_cpu: LastCpu) -> Self {
-        Self { lease, index, last_cpu, pending: None }
+    pub(super) fn new(lease: Arc<Lease>, index: usize, last_cpu: LastCpu, tlb: GuestTlb) -> Self {
+        let reader = tlb.reader();
+        Self { lease, index, last_cpu, pending: None, tlb, reader }
     }
 
     /// Loads bytes.
@@ -174,11 +178,25 @@ impl Vcpu {
     }
 
     /// Translates and acts at once, so that the page cannot change hands in between. No object is called here.
+    #[inline]
     fn attempt<T>(
         &mut self,
         at: Ipa,
         access: Access,
-        act: impl FnOnce(&Arena, Pa) -> Result<T, Error>,
+        act: &mut impl FnMut(&Arena, Pa) -> Result<T, Error>,
+    ) -> Result<Result<T, Error>, Stop> {
+        let arena = self.lease.core.arena();
+        match self.tlb.hit(&self.reader, at, access, |pa| act(arena, pa)) {
+            Some(done) => Ok(done),
+            None => self.attempt_on_cpu(at, access, act),
+        }
+    }
+
+    fn attempt_on_cpu<T>(
+        &mut self,
+        at: Ipa,
+        access: Access,
+        act: &mut impl FnMut(&Arena, Pa) -> Result<T, Error>,
     ) -> Result<Result<T, Error>, Stop> {
         let core = &self.lease.core;
         core.on_cpu(self.index, &mut self.last_cpu, |el2, cpu| {

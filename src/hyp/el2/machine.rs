@@ -33,21 +33,6 @@ pub(crate) trait FrameBytes: Send + Sync {
     /// # Errors
     /// `EIO` if the memory is gone.
     fn zero(&self, frames: PfnRange) -> Result<(), Errno>;
-    /// Loads eight bytes at once.
-    ///
-    /// # Errors
-    /// `EIO` if the memory is gone.
-    fn load_u64(&self, at: Pa) -> Result<u64, Errno>;
-    /// Stores eight bytes at once.
-    ///
-    /// # Errors
-    /// `EIO` if the memory is gone.
-    fn store_u64(&self, at: Pa, value: u64) -> Result<(), Errno>;
-    /// Puts `new` there if `current` is there, at once. What was there.
-    ///
-    /// # Errors
-    /// `EIO` if the memory is gone.
-    fn exchange_u64(&self, at: Pa, current: u64, new: u64) -> Result<u64, Errno>;
 }
 
 impl FrameBytes for std::sync::Arc<Arena> {
@@ -61,20 +46,6 @@ impl FrameBytes for std::sync::Arc<Arena> {
 
     fn zero(&self, frames: PfnRange) -> Result<(), Errno> {
         Arena::zero(self, frames).map_err(|error| error.errno())
-    }
-
-    fn load_u64(&self, at: Pa) -> Result<u64, Errno> {
-        Arena::load_u64(self, at).map_err(|error| error.errno())
-    }
-
-    fn store_u64(&self, at: Pa, value: u64) -> Result<(), Errno> {
-        Arena::store_u64(self, at, value).map_err(|error| error.errno())
-    }
-
-    fn exchange_u64(&self, at: Pa, current: u64, new: u64) -> Result<u64, Errno> {
-        let (Ok(found) | Err(found)) =
-            Arena::compare_exchange_u64(self, at, current, new).map_err(|error| error.errno())?;
-        Ok(found)
     }
 }
 
@@ -233,48 +204,6 @@ impl Machine {
         }
     }
 
-    /// Loads eight bytes at once.
-    ///
-    /// # Errors
-    /// `EINVAL` unless the address is a multiple of eight, `EIO` if the memory is gone.
-    pub(crate) fn load_u64(&self, at: Pa) -> Result<u64, Errno> {
-        match self.word(at)? {
-            Some((bytes, at)) => bytes.load_u64(at),
-            None => Ok(0),
-        }
-    }
-
-    /// Stores eight bytes at once.
-    ///
-    /// # Errors
-    /// As for [`Self::load_u64`].
-    pub(crate) fn store_u64(&self, at: Pa, value: u64) -> Result<(), Errno> {
-        match self.word(at)? {
-            Some((bytes, at)) => bytes.store_u64(at, value),
-            None => Ok(()),
-        }
-    }
-
-    /// Puts `new` there if `current` is there, at once. What was there.
-    ///
-    /// # Errors
-    /// As for [`Self::load_u64`].
-    pub(crate) fn exchange_u64(&self, at: Pa, current: u64, new: u64) -> Result<u64, Errno> {
-        match self.word(at)? {
-            Some((bytes, at)) => bytes.exchange_u64(at, current, new),
-            None => Ok(0),
-        }
-    }
-
-    fn word(&self, at: Pa) -> Result<Option<(&dyn FrameBytes, Pa)>, Errno> {
-        let within = at.in_page().get();
-        if within % size_of::<u64>() as u64 != 0 {
-            return Err(Errno::EINVAL);
-        }
-        let backed = self.backed(at.pfn());
-        Ok(backed.map(|(bytes, pfn)| (bytes, Pa::new(pfn.pa().get() + within))))
-    }
-
     /// Fills a frame with zeroes.
     ///
     /// # Errors
@@ -356,13 +285,6 @@ mod tests {
         machine.read(Pa::new(0x41_ffc), &mut buf).unwrap();
         assert_eq!(buf, [0; 4]);
         assert_eq!(machine.read(Pa::new(0x41_ffd), &mut buf), Err(Errno::EINVAL));
-        for (at, kept) in [(0x41_ff8, 5), (0x100_000, 0)] {
-            machine.store_u64(Pa::new(at), 5).unwrap();
-            assert_eq!(machine.load_u64(Pa::new(at)), Ok(kept), "{at:#x}");
-            assert_eq!(machine.exchange_u64(Pa::new(at), 5, 6), Ok(kept));
-            assert_eq!(machine.exchange_u64(Pa::new(at), 5, 7), Ok(if kept == 5 { 6 } else { 0 }));
-            assert_eq!(machine.load_u64(Pa::new(at + 4)), Err(Errno::EINVAL));
-        }
         assert_eq!(machine.write(Pa::new(u64::MAX), &buf), Err(Errno::EINVAL));
     }
 }

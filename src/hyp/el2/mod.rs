@@ -66,11 +66,12 @@ mod vm;
 
 pub(crate) use access::{Bytes, GuestStop, KernelOutcome, Signal};
 pub(crate) use guest_call::GuestAnswer;
+pub(crate) use guest_tlb::GuestTlb;
 pub(crate) use host_call::HostCall;
 pub(crate) use incident::IncidentCounts;
-pub(crate) use look::{Look, Mapped};
 #[cfg(feature = "oracle")]
 pub(crate) use invariants::Books;
+pub(crate) use look::{Look, Mapped};
 #[cfg(feature = "oracle")]
 pub(crate) use machine::FrameBytes;
 pub(crate) use machine::{Machine, Region, RegionKind};

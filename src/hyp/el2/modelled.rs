@@ -55,19 +55,6 @@ impl FrameBytes for Words {
             .for_each(|frame| self.0.store(Pfn::new(frame), 0));
         Ok(())
     }
-
-    fn load_u64(&self, at: Pa) -> Result<u64, Errno> {
-        Ok(self.0.load(at.pfn()))
-    }
-
-    fn store_u64(&self, at: Pa, value: u64) -> Result<(), Errno> {
-        self.0.store(at.pfn(), value);
-        Ok(())
-    }
-
-    fn exchange_u64(&self, _: Pa, _: u64, _: u64) -> Result<u64, Errno> {
-        Err(Errno::ENOSYS)
-    }
 }
 
 /// A CPU of the machine.

@@ -79,29 +79,6 @@ impl FrameBytes for Ram {
         });
         Ok(())
     }
-
-    fn load_u64(&self, at: Pa) -> Result<u64, Errno> {
-        let mut word = [0; 8];
-        self.read(at, &mut word)?;
-        Ok(u64::from_le_bytes(word))
-    }
-
-    fn store_u64(&self, at: Pa, value: u64) -> Result<(), Errno> {
-        self.write(at, &value.to_le_bytes())
-    }
-
-    fn exchange_u64(&self, at: Pa, current: u64, new: u64) -> Result<u64, Errno> {
-        let within = index(at.in_page().get());
-        let mut pages = self.0.lock();
-        let page = pages.entry(at.pfn()).or_insert_with(|| Box::new([0; PAGE_BYTES]));
-        let word = page.get_mut(within..within + 8).ok_or(Errno::EINVAL)?;
-        let was: [u8; 8] = word.try_into().map_err(|_| Errno::EINVAL)?;
-        let was = u64::from_le_bytes(was);
-        if was == current {
-            word.copy_from_slice(&new.to_le_bytes());
-        }
-        Ok(was)
-    }
 }
 
 /// Takes the first run of `nr` frames that begins at a multiple of `nr_align`.

@@ -180,8 +180,13 @@ impl Vm {
     /// [`ErrorKind::Saturated`] beyond 512, [`ErrorKind::HypervisorRefused`] with `EINVAL` if the
     /// guest is torn down, [`ErrorKind::Exhausted`] without memory for it.
     pub fn create_vcpu(&self) -> Result<Vcpu, Error> {
-        let (index, last) = self.0.core.create_vcpu()?;
-        Ok(Vcpu::new(Arc::clone(&self.0), index, last))
+        let (index, mut last) = self.0.core.create_vcpu()?;
+        let tlb = self.0.core.on_cpu(index, &mut last, El2::guest_tlb);
+        let Some(tlb) = tlb else {
+            self.0.core.forget_vcpu(index);
+            return Err(refused(Errno::EINVAL).because("EL2 has not got the vCPU"));
+        };
+        Ok(Vcpu::new(Arc::clone(&self.0), index, last, tlb))
     }
 
     /// Ends the guest: takes its pages back, zeroed where the host could not see them, and gives up

@@ -1,8 +1,8 @@
 //! A small machine, and a kernel that knows as much as it takes to send something that could work.
 
 use super::super::host_call::HostCall;
-use super::super::hyp_page::HypPage;
 use super::super::host_struct::ListedPages;
+use super::super::hyp_page::HypPage;
 use super::super::machine::{Machine, Region, RegionKind};
 use super::super::vm::{nr_pgd_pages, nr_vcpu_pages, nr_vm_pages};
 use super::super::{El2, Pages, Profile, State};

@@ -31,9 +31,12 @@ impl<'a> Running<'a> {
     /// Eight bytes at once, if the guest has the page.
     fn store(&self, at: Ipa, value: u64) -> bool {
         let machine = self.world.el2.machine();
-        let hit = self.tlb.hit(&self.reader, at, Access::Write, |at| machine.store_u64(at, value));
-        let done =
-            hit.or_else(|| self.tlb.walk(at, Access::Write, |at| machine.store_u64(at, value)));
+        let hit = self
+            .tlb
+            .hit(&self.reader, at, Access::Write, |at| machine.write(at, &value.to_le_bytes()));
+        let done = hit.or_else(|| {
+            self.tlb.walk(at, Access::Write, |at| machine.write(at, &value.to_le_bytes()))
+        });
         done.is_some_and(|stored| stored.is_ok())
     }
 }
@@ -150,7 +153,11 @@ fn no_store_comes_after_the_page_was_taken() {
             world.top_up(guest, 0, 2);
             world.donate(pfn, 0x10 + nth).unwrap();
             *next.lock() = Some(nth);
-            while world.el2.machine().load_u64(at) != Ok(0xaa) {
+            let seen = || {
+                let mut bytes = [0; 8];
+                world.el2.machine().read(at, &mut bytes).map(|()| u64::from_le_bytes(bytes))
+            };
+            while seen() != Ok(0xaa) {
                 std::thread::yield_now();
             }
             let mut buf = [0xee; 8];

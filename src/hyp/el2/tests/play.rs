@@ -7,9 +7,9 @@ use std::collections::BTreeMap;
 
 use super::model::{BLOCK, Model, Own, Vm, Wanted};
 use super::*;
+use crate::hyp::el2::host_struct::ListedPages;
 use crate::hyp::el2::hostile::Flaw;
 use crate::hyp::el2::invariants::trace::{Kind, Step};
-use crate::hyp::el2::host_struct::ListedPages;
 
 pub(super) const NR_VMS: usize = 3;
 const PLAY_CPUS: usize = 2;
