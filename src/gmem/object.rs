@@ -202,7 +202,7 @@ impl GuestMemfdBuilder {
             reservation,
             ledger: Ledger::new(),
             layout: RwLock::new(Layout::default()),
-            identity: memfd::create_identity(&format!("gmem:{}", self.name))?,
+            identity: memfd::create_identity(&["gmem:", &self.name].concat())?,
             name: self.name.into_boxed_str(),
         });
         let mover: Weak<Inner> = Arc::downgrade(&inner);
