@@ -12,6 +12,7 @@
 
 use std::ops::Range;
 
+use super::flaw::{Flaw, seeded};
 use super::word::Word;
 use crate::addr::Pgoff;
 use crate::geometry::index;
@@ -137,6 +138,14 @@ impl Shape {
     /// Whether one table has the words of all pages.
     pub(super) fn is_one_table(&self) -> bool {
         self.nr_pages <= self.fan_out()
+    }
+
+    /// Whether blocks of a level, or larger ones, from `start` to `end` cannot make up a larger one: less than
+    /// a table of them does only where the object ends.
+    #[inline]
+    pub(super) fn is_too_short(&self, level: u32, start: Pgoff, end: Pgoff) -> bool {
+        let is_short = end.get() - start.get() < self.fan_out() << self.order(level);
+        is_short && end.get() != self.nr_pages && !seeded(Flaw::MergesTooMuch)
     }
 
     /// How many words below the roots take memory when so many tables have been written.
