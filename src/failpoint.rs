@@ -110,7 +110,13 @@ mod armed {
         }
     }
 
+    #[inline]
     pub(crate) fn fails(point: FailPoint) -> bool {
+        PLAN.get().is_some() && fires(point)
+    }
+
+    #[cold]
+    fn fires(point: FailPoint) -> bool {
         match PLAN.get() {
             Some(plan) if plan.point == point => {
                 let left = plan.spared.checked_sub(1);

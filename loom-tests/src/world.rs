@@ -6,8 +6,8 @@ use std::sync::Mutex;
 
 use gmem::addr::Pgoff;
 use gmem::modelled::{
-    Counted, Domain, Frozen, Phase, Reader, Shape, Stop, Tree, Visibility, Wait, Waiters, Wanted,
-    Word,
+    Counted, Domain, Frozen, FrozenBlock, Phase, Reader, Shape, Stop, Tree, Visibility, Wait,
+    Waiters, Wanted, Word,
 };
 use gmem::range::PgoffRange;
 use loom::sync::Arc;
@@ -231,7 +231,18 @@ impl World {
         to: Visibility,
         wait: &Wait,
     ) -> Result<(), Stop> {
-        let frozen = self.tree.freeze(reader, &[range], Wanted::Other(to), wait)?;
+        let frozen = match self.freeze_block(reader, range, to) {
+            Some(Ok(block)) => {
+                if to == Visibility::Private {
+                    assert!(reader.wait_for_others());
+                }
+                self.prepare(&[range], to);
+                ManuallyDrop::into_inner(block).release(to);
+                return Ok(());
+            }
+            Some(Err(frozen)) => frozen,
+            None => self.tree.freeze(reader, &[range], Wanted::Other(to), wait)?,
+        };
         if frozen.runs().is_empty() {
             frozen.thaw();
             return Ok(());
@@ -240,7 +251,7 @@ impl World {
         if to == Visibility::Private {
             assert!(frozen.wait_for_sections(reader));
         }
-        self.prepare(&frozen, to);
+        self.prepare(frozen.runs(), to);
         if to == Visibility::Shared && frozen.could_merge() {
             assert!(frozen.wait_for_sections(reader));
         }
@@ -259,8 +270,16 @@ impl World {
         range: PgoffRange,
         to: Visibility,
     ) -> Result<(), Stop> {
-        let frozen = kept(self.freeze(reader, range, Wanted::Other(to))?);
-        self.prepare(&frozen, to);
+        let frozen = kept(match self.freeze_block(reader, range, to) {
+            Some(Ok(block)) => {
+                self.prepare(&[range], to);
+                ManuallyDrop::into_inner(block).release(to);
+                return Ok(());
+            }
+            Some(Err(frozen)) => frozen,
+            None => self.freeze(reader, range, Wanted::Other(to))?,
+        });
+        self.prepare(frozen.runs(), to);
         ManuallyDrop::into_inner(frozen).release(to);
         Ok(())
     }
@@ -272,16 +291,30 @@ impl World {
     pub fn make_private(&self, reader: &Reader, frozen: Frozen<'_>) {
         let mut frozen = kept(frozen);
         assert!(frozen.wait_for_sections(reader));
-        self.prepare(&frozen, Visibility::Private);
+        self.prepare(frozen.runs(), Visibility::Private);
         ManuallyDrop::into_inner(frozen).release(Visibility::Private);
     }
 
-    fn prepare(&self, frozen: &Frozen<'_>, to: Visibility) {
+    /// What the object tries first: a range that is one block. If that stays one, it is all that is held.
+    fn freeze_block(
+        &self,
+        reader: &Reader,
+        range: PgoffRange,
+        to: Visibility,
+    ) -> Option<Result<ManuallyDrop<FrozenBlock<'_>>, Frozen<'_>>> {
+        let block = kept(self.tree.freeze_block(reader, range, Wanted::Other(to))?);
+        Some(match block.could_merge() {
+            true => Err(ManuallyDrop::into_inner(block).into_frozen()),
+            false => Ok(block),
+        })
+    }
+
+    fn prepare(&self, runs: &[PgoffRange], to: Visibility) {
         let left = match to {
             Visibility::Shared => Self::PREPARED,
             Visibility::Private => Self::SECRET,
         };
-        frozen.runs().iter().for_each(|&run| self.memory.write_all(run, left));
+        runs.iter().for_each(|&run| self.memory.write_all(run, left));
     }
 
     /// Whether the host may touch a range, asked as the object asks: of a page by its own word first.
@@ -347,7 +380,7 @@ impl World {
 
 /// Not dropped by a judge that fails: that would quarantine what is frozen, and fail once more where
 /// loom is no more.
-fn kept(frozen: Frozen<'_>) -> ManuallyDrop<Frozen<'_>> {
+fn kept<T>(frozen: T) -> ManuallyDrop<T> {
     ManuallyDrop::new(frozen)
 }
 

@@ -470,6 +470,12 @@ impl FolioMap {
         }
     }
 
+    /// Whether there ever was a hole: most objects have none.
+    #[inline]
+    pub(crate) fn has_had_holes(&self) -> bool {
+        self.holes.get().is_some()
+    }
+
     /// The holes of the range, and the frames that they have in their folios.
     pub(crate) fn holes(
         &self,

@@ -146,7 +146,10 @@ impl Inner {
     fn write_range(&self, at: Offset, buf: &[u8]) -> Result<(), Error> {
         let op = Op::Write;
         let Some(pages) = self.pages_of(op, at, buf.len())? else { return Ok(()) };
-        self.in_section(op, pages, || ())?;
+        // Before the first of several: what cannot be had as a whole is not written to.
+        if buf.len() > MOST_AT_ONCE {
+            self.in_section(op, pages, || ())?;
+        }
         let mut at = at;
         for chunk in buf.chunks(MOST_AT_ONCE) {
             if let Some(pages) = self.pages_of(op, at, chunk.len())? {

@@ -6,13 +6,15 @@ use std::ops::Deref;
 use std::sync::{RwLockReadGuard, RwLockWriteGuard};
 
 use super::layout::{HidesIfPanicking, Layout};
-use super::object::{GuestMemfd, Inner, Sides};
+use super::object::{GuestMemfd, Inner, PlacedPrivate, Sides};
 use crate::error::{Errno, Error, ErrorKind, Op};
 use crate::failpoint::{FailPoint, fails};
 use crate::geometry::FolioSize;
 use crate::range::PgoffRange;
 use crate::stage2::{GuestRun, Stage2};
-use crate::state::{Frozen, Phase, Reader, Refusal, Stop, Visibility, Wait, Wanted, with_reader};
+use crate::state::{
+    Frozen, FrozenBlock, Phase, Reader, Refusal, Stop, Visibility, Wait, Wanted, with_reader,
+};
 
 /// What a conversion does with the bytes of the pages that change sides.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -182,6 +184,27 @@ impl Inner {
         to: Visibility,
         options: &ConvertOptions,
     ) -> Result<Conversion, Error> {
+        if let [range] = *ranges {
+            // Straight through, as most are.
+            if let Some(block) = self.tree.freeze_block(reader, range, Wanted::Other(to)) {
+                let outcome = self.convert_block(reader, op, block, to, options.content);
+                return match outcome {
+                    Ok(()) => Ok(Conversion { changed_pages: range.nr_pages() }),
+                    Err(error) => Err(error.on(range)),
+                };
+            }
+        }
+        self.convert_parts(reader, op, ranges, to, options)
+    }
+
+    fn convert_parts(
+        &self,
+        reader: &Reader,
+        op: Op,
+        ranges: &[PgoffRange],
+        to: Visibility,
+        options: &ConvertOptions,
+    ) -> Result<Conversion, Error> {
         let freeze = || self.tree.freeze(reader, ranges, Wanted::Other(to), &options.wait);
         let frozen = match freeze() {
             Err(Stop::At(_, Refusal::Converting)) if options.wait.is_never() => {
@@ -238,6 +261,69 @@ impl Inner {
         error
     }
 
+    /// Does with one frozen block what a conversion does. Whatever fails, it is thawed.
+    #[inline]
+    fn convert_block(
+        &self,
+        reader: &Reader,
+        op: Op,
+        block: FrozenBlock<'_>,
+        to: Visibility,
+        content: ContentPolicy,
+    ) -> Result<(), Error> {
+        let pages = [block.pages()];
+        let layout = match self.locked_for(op, &pages, to) {
+            Ok(layout) => layout,
+            Err(error) => {
+                block.thaw();
+                return Err(error);
+            }
+        };
+        let is_plain = layout.has_views_alone()
+            && content == ContentPolicy::Preserve
+            && matches!(self.private, PlacedPrivate::Anywhere)
+            && !block.could_merge();
+        if !is_plain {
+            return self.convert_locked(reader, op, &layout, block.into_frozen(), to, content);
+        }
+        // What is left of `take_from_host` and `make_shared` where there is nobody but views.
+        let outcome = match to {
+            Visibility::Private => self.take_from_views(reader, op, &layout, &pages),
+            Visibility::Shared => {
+                self.show(&layout, &pages, &pages);
+                Ok(())
+            }
+        };
+        match outcome {
+            Ok(()) => {
+                block.release(to);
+                Ok(())
+            }
+            Err(error) => {
+                block.thaw();
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes frozen pages away from those who are inside of an access, and from views. If it fails they are shown again.
+    #[inline]
+    fn take_from_views(
+        &self,
+        reader: &Reader,
+        op: Op,
+        layout: &Layout,
+        pages: &[PgoffRange],
+    ) -> Result<(), Error> {
+        if fails(FailPoint::Barrier) || !reader.wait_for_others() {
+            return Err(no_barrier(op));
+        }
+        self.hide(layout, pages).map_err(|error| {
+            self.show(layout, pages, &[]);
+            error.of(op)
+        })
+    }
+
     /// Does with the frozen pages what a conversion does. Whatever fails, they are thawed.
     fn convert_frozen(
         &self,
@@ -254,14 +340,27 @@ impl Inner {
                 return Err(error);
             }
         };
-        if let Err(error) = self.check_not_failed(op, &layout, frozen.runs()) {
+        self.convert_locked(reader, op, &layout, frozen, to, content)
+    }
+
+    /// The same with the layout locked.
+    fn convert_locked(
+        &self,
+        reader: &Reader,
+        op: Op,
+        layout: &Layout,
+        frozen: Frozen<'_>,
+        to: Visibility,
+        content: ContentPolicy,
+    ) -> Result<(), Error> {
+        if let Err(error) = self.check_not_failed(op, layout, frozen.runs()) {
             frozen.thaw();
             return Err(error);
         }
-        let _hidden = HidesIfPanicking { object: self, layout: &layout };
+        let _hidden = HidesIfPanicking { object: self, layout };
         match to {
-            Visibility::Private => self.make_private(reader, op, &layout, frozen, content),
-            Visibility::Shared => self.make_shared(reader, op, &layout, frozen, content),
+            Visibility::Private => self.make_private(reader, op, layout, frozen, content),
+            Visibility::Shared => self.make_shared(reader, op, layout, frozen, content),
         }
     }
 
@@ -329,8 +428,7 @@ impl Inner {
         self.check_may_be_private(op, layout, frozen.runs())?;
         let guest = self.guest_runs(op, layout, frozen.runs())?;
         if fails(FailPoint::Barrier) || !frozen.wait_for_sections(reader) {
-            return Err(Error::new(op, ErrorKind::MissingCapability)
-                .because("membarrier(2) is refused since it was registered"));
+            return Err(no_barrier(op));
         }
         self.take_back(op, layout, frozen.runs())?;
         let hidden = self.hide(layout, frozen.runs());
@@ -425,6 +523,12 @@ impl Inner {
         };
         if done.is_ok() { Settled::Yes } else { Settled::No }
     }
+}
+
+#[cold]
+fn no_barrier(op: Op) -> Error {
+    Error::new(op, ErrorKind::MissingCapability)
+        .because("membarrier(2) is refused since it was registered")
 }
 
 /// The layout, locked as a conversion needs it.

@@ -57,6 +57,13 @@ impl Layout {
         self.vm.as_ref()?.upgrade()
     }
 
+    /// Whether nobody but the views has to do with a page that changes sides: no guest, no subscriber, and no
+    /// memory that failed.
+    #[inline]
+    pub(super) fn has_views_alone(&self) -> bool {
+        self.bindings.is_empty() && self.subscribers.is_empty() && self.failed.is_empty()
+    }
+
     /// How many pages at least one view or one other process has mapped.
     pub(super) fn nr_mapped(&self) -> u64 {
         let mut views = self.views.iter().map(|(_, view)| view);
@@ -195,7 +202,8 @@ impl Inner {
         for (slot, _) in &taken {
             told = told.and(self.grant_to_each(layout, &[slot.pages()]));
         }
-        for (holes, _) in self.frames.holes(range) {
+        let holes = self.frames.has_had_holes().then(|| self.frames.holes(range));
+        for (holes, _) in holes.into_iter().flatten() {
             // Before it can be reached: the map first, then the views.
             self.frames.fill(holes);
             self.show_shared(layout, holes);
@@ -262,13 +270,13 @@ impl Inner {
     ) {
         let granule = self.arena.view_granule();
         for (_, view) in &layout.views {
-            match granule {
-                FolioSize::Base => view.show(self, ranges),
-                granule => ranges
-                    .iter()
-                    .flat_map(|&range| granules(range, granule))
-                    .filter(|&pages| self.is_whole(pages, becoming_shared))
-                    .for_each(|pages| view.show(self, &[pages])),
+            if granule == FolioSize::Base {
+                view.show(self, ranges);
+                continue;
+            }
+            for &range in ranges {
+                let whole = |pages: &PgoffRange| self.is_whole(*pages, becoming_shared);
+                granules(range, granule).filter(whole).for_each(|pages| view.show(self, &[pages]));
             }
         }
     }
@@ -298,12 +306,12 @@ impl Inner {
             if ranges.iter().any(|_| fails(FailPoint::View)) {
                 return Err(Error::new(Op::MapView, ErrorKind::Os).because("made to fail"));
             }
-            match granule {
-                FolioSize::Base => view.hide(self, ranges)?,
-                granule => ranges
-                    .iter()
-                    .flat_map(|&range| granules(range, granule))
-                    .try_for_each(|pages| view.hide(self, &[pages]))?,
+            if granule == FolioSize::Base {
+                view.hide(self, ranges)?;
+                continue;
+            }
+            for &range in ranges {
+                granules(range, granule).try_for_each(|pages| view.hide(self, &[pages]))?;
             }
         }
         Ok(())
@@ -312,9 +320,10 @@ impl Inner {
 
 /// What views map at once of a range, or more: whatever holds one of its pages. Where that is more than a page
 /// the object is made of nothing else.
+#[inline]
 pub(super) fn granules(pages: PgoffRange, granule: FolioSize) -> impl Iterator<Item = PgoffRange> {
     let first = pages.start().get() >> granule.order();
-    let behind = pages.end().get().div_ceil(granule.nr_pages());
+    let behind = ((pages.end().get() - 1) >> granule.order()) + 1;
     let pages = move |place: u64| {
         PgoffRange::new(Pgoff::new(place << granule.order()), granule.nr_pages()).ok()
     };

@@ -206,7 +206,7 @@ impl GuestMemfdBuilder {
             ledger: Ledger::new(),
             layout: RwLock::new(Layout::default()),
             guest: Mutex::new(None),
-            identity: memfd::create_identity(&format!("gmem:{}", self.name))?,
+            identity: memfd::create_identity(&["gmem:", &self.name].concat())?,
             name: self.name.into_boxed_str(),
         });
         let mover: Weak<Inner> = Arc::downgrade(&inner);

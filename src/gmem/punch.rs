@@ -254,6 +254,9 @@ impl Inner {
 
     /// Has memory for all holes of the range, which stay holes.
     pub(super) fn commit_holes(&self, op: Op, range: PgoffRange) -> Result<(), Error> {
+        if !self.frames.has_had_holes() {
+            return Ok(());
+        }
         self.arena.commit(op, self.frames.holes(range).map(|(_, frames)| frames))
     }
 

@@ -55,17 +55,30 @@ impl Shown {
         }
     }
 
+    /// What can be touched of the ranges from now on: all or nothing.
     #[inline]
+    pub(super) fn set_each(&mut self, ranges: &[PgoffRange], value: bool) {
+        let mut ranges = ranges.iter();
+        let words = self.pages.as_raw_mut_slice();
+        // One page each most times.
+        let many = ranges.find(|pages| {
+            let start = index(pages.start().get());
+            let word = words.get_mut(start / WORD_BITS).filter(|_| pages.nr_pages() == 1);
+            let Some(word) = word else { return true };
+            let bit = 1 << (start % WORD_BITS);
+            *word = if value { *word | bit } else { *word & !bit };
+            false
+        });
+        for &pages in many.into_iter().chain(ranges) {
+            self.set(pages, value);
+        }
+    }
+
     pub(super) fn set(&mut self, pages: PgoffRange, value: bool) {
         let (start, end) = (index(pages.start().get()), index(pages.end().get()));
         let words = self.pages.as_raw_mut_slice();
-        // One page or whole blocks most times, and what follows is slow for that.
-        if end - start == 1 {
-            if let Some(word) = words.get_mut(start / WORD_BITS) {
-                let bit = 1 << (start % WORD_BITS);
-                *word = if value { *word | bit } else { *word & !bit };
-            }
-        } else if start % WORD_BITS == 0 && end % WORD_BITS == 0 {
+        // Whole blocks most times, and what follows is slow for that.
+        if start % WORD_BITS == 0 && end % WORD_BITS == 0 {
             if let Some(words) = words.get_mut(start / WORD_BITS..end / WORD_BITS) {
                 words.fill(if value { usize::MAX } else { 0 });
             }
@@ -166,7 +179,10 @@ mod tests {
         ];
         for (start, nr_pages, value) in changes {
             let pages = PgoffRange::new(Pgoff::new(start), nr_pages).unwrap();
-            shown.set(pages, value);
+            match start % 2 {
+                0 => shown.set(pages, value),
+                _ => shown.set_each(&[pages, pages], value),
+            }
             model[index(start)..index(start + nr_pages)].fill(value);
             assert!(shown.pages.iter().by_vals().eq(model.iter().copied()), "{pages:?} {value}");
             for (at, &is_shown) in (0..NR_PAGES).zip(&model) {

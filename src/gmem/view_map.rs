@@ -143,12 +143,39 @@ impl ViewMap {
     #[inline]
     pub(super) fn show(&self, object: &Inner, ranges: &[PgoffRange]) {
         let shown = &mut *self.shown();
-        for &range in ranges {
+        let nr_done = match &self.way {
+            Way::Userfault(uffd) if shown.astray.is_empty() => {
+                self.show_each(object, uffd, shown, ranges)
+            }
+            Way::Userfault(_) | Way::Fixed => 0,
+        };
+        for &range in ranges.get(nr_done..).unwrap_or_default() {
             object.frames.each_resident(range, |pages, frames| match shown.astray.is_empty() {
                 true => self.show_all(object, shown, pages, frames),
                 false => self.show_around(object, shown, pages, frames),
             });
         }
+    }
+
+    /// Shows ranges that are one entry each and open nothing, with as little as can be between two system calls; says
+    /// how many, from the first on. The next one is something else, or failed.
+    #[inline]
+    fn show_each(
+        &self,
+        object: &Inner,
+        uffd: &Userfault,
+        shown: &mut Shown,
+        ranges: &[PgoffRange],
+    ) -> usize {
+        let is_one = |range: &&PgoffRange| {
+            let is_granule = self.is_granule(**range) && !shown.has(range.start());
+            is_granule && object.frames.in_one_folio(**range).is_some()
+        };
+        let nr_simple = ranges.iter().take_while(is_one).count();
+        let simple = ranges.get(..nr_simple).unwrap_or_default();
+        let nr_done = uffd.map_each(&self.map, simple.iter().map(|&range| bytes(range)));
+        shown.set_each(simple.get(..nr_done).unwrap_or_default(), true);
+        nr_done
     }
 
     /// The same of what is not astray.
@@ -169,15 +196,7 @@ impl ViewMap {
         }
     }
 
-    #[inline]
     fn show_all(&self, object: &Inner, shown: &mut Shown, pages: PgoffRange, frames: PfnRange) {
-        if let (Way::Userfault(uffd), true) = (&self.way, self.is_granule(pages)) {
-            // As below, of what is shown as a whole or not at all, and opens nothing.
-            if !shown.has(pages.start()) && self.map_pages(uffd, shown, pages, frames) {
-                shown.set(pages, true);
-            }
-            return;
-        }
         let mut from = pages.start();
         while let Some(run) = next_run(&shown.pages, from, pages.end(), false) {
             from = run.end();
@@ -196,7 +215,7 @@ impl ViewMap {
     #[inline]
     fn is_granule(&self, pages: PgoffRange) -> bool {
         let nr_pages = self.granule.nr_pages();
-        pages.nr_pages() == nr_pages && pages.start().get() % nr_pages == 0
+        pages.nr_pages() == nr_pages && pages.start().get() & (nr_pages - 1) == 0
     }
 
     /// Shows pages by mapping them; says whether they can be touched then.
@@ -217,7 +236,6 @@ impl ViewMap {
 
     /// Shows pages none of which is shown. What is to be opened is. Either all can be touched then, or `shown` has been told
     /// of those that can.
-    #[inline]
     fn show_registered(
         &self,
         uffd: &Userfault,
@@ -244,7 +262,6 @@ impl ViewMap {
     }
 
     /// The blocks of the run that are to be opened, now that they turn shared as a whole.
-    #[inline]
     fn opens(&self, run: PgoffRange, frames: PfnRange) -> Option<PgoffRange> {
         let blocks = whole_blocks(run)?;
         let is_wanted = match (self.granule, self.mapping) {
@@ -303,7 +320,6 @@ impl ViewMap {
     }
 
     /// Gives the pages entries. Either all have theirs then, or `shown` has been told of those that have.
-    #[inline]
     fn map_pages(
         &self,
         uffd: &Userfault,
@@ -320,7 +336,6 @@ impl ViewMap {
         }
     }
 
-    #[inline]
     pub(super) fn map_run(&self, uffd: &Userfault, pages: PgoffRange) -> Result<(), Stopped> {
         let (at, len) = bytes(pages);
         uffd.map_pages(&self.map, at, len, index(self.granule.bytes().get()))
@@ -337,7 +352,7 @@ impl ViewMap {
                     ranges.iter().try_for_each(|&range| self.close_for(uffd, shown, range))?;
                 }
                 // If it fails half way, what still has entries is found to have them when it is shown again.
-                ranges.iter().for_each(|&range| shown.set(range, false));
+                shown.set_each(ranges, false);
                 self.map.discard_each(ranges.iter().map(|&range| bytes(range)))
             }
         }

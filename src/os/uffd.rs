@@ -88,12 +88,27 @@ impl Userfault {
             .map_err(|e| failed(Op::MapView, "UFFDIO_REGISTER", e))
     }
 
+    /// Maps ranges back in none of which is mapped; says how many, from the first on. What to do about the next one
+    /// [`map_pages`](Self::map_pages) knows.
+    #[inline]
+    pub(crate) fn map_each(
+        &self,
+        map: &Mapping,
+        ranges: impl Iterator<Item = (usize, usize)>,
+    ) -> usize {
+        let is_mapped = |&(at, len): &(usize, usize)| {
+            let Ok(range) = range(map, at, len) else { return false };
+            let mut arg = uffdio_continue { range, mode: DONT_WAKE, mapped: 0 };
+            self.call::<{ UFFDIO_CONTINUE as Opcode }, _>(&mut arg).is_ok()
+        };
+        ranges.take_while(is_mapped).count()
+    }
+
     /// Maps the file's pages at `at..at + len` back in. Pages that are mapped already stay as they
     /// are; `step` is how far to go for one of those.
     ///
     /// # Errors
     /// Where it has stopped. All before that is mapped.
-    #[inline]
     pub(crate) fn map_pages(
         &self,
         map: &Mapping,

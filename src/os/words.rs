@@ -49,6 +49,11 @@ impl Words {
         boxed(len).map(Self)
     }
 
+    /// The same, where there are few.
+    pub(crate) fn few(len: usize) -> Result<Self, Error> {
+        Self::new(len)
+    }
+
     /// The word at this place.
     pub(crate) fn get(&self, place: usize) -> Option<&AtomicU64> {
         self.0.get(place)
@@ -74,7 +79,14 @@ mod tests {
 
     #[test]
     fn words_are_zero_until_written_and_after_they_are_given_back() {
-        let words = Words::new(3 * 512).unwrap();
+        for words in [Words::new(3 * 512).unwrap(), Words::few(3 * 512).unwrap()] {
+            are_zero_until_written_and_after_they_are_given_back(&words);
+        }
+        assert!(Words::new(0).unwrap().get(0).is_none());
+        assert!(Words::few(0).unwrap().get(0).is_none());
+    }
+
+    fn are_zero_until_written_and_after_they_are_given_back(words: &Words) {
         // Relaxed: one thread.
         let load = |at: usize| words.get(at).unwrap().load(Ordering::Relaxed);
         for at in [0, 511, 512, 1535] {
@@ -88,15 +100,15 @@ mod tests {
         words.give_back(500..1500).unwrap();
         assert_eq!([0, 511, 512, 1535].map(load), [7, 0, 0, 7]);
         assert!(words.get(1536).is_none());
-        assert!(Words::new(0).unwrap().get(0).is_none());
     }
 
     #[test]
     #[cfg_attr(miri, ignore = "Miri's words are of the allocator")]
     fn more_than_there_are_addresses_for_is_refused() {
         for len in [usize::MAX, usize::MAX / 8, 1 << 58] {
-            let error = Words::new(len).unwrap_err();
-            assert_eq!(error.kind(), crate::error::ErrorKind::Exhausted);
+            for outcome in [Words::new(len), Words::few(len)] {
+                assert_eq!(outcome.unwrap_err().kind(), crate::error::ErrorKind::Exhausted);
+            }
         }
     }
 }

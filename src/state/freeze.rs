@@ -13,6 +13,7 @@
 use super::epoch::Reader;
 use super::flaw::{Flaw, seeded};
 use super::frozen::{Frozen, Held, Holdings, Role};
+use super::frozen_block::FrozenBlock;
 use super::rules::Refusal;
 use super::tree::{Refused, Spot, Stop, Tree};
 use super::waiting::{Wait, Waited};
@@ -69,9 +70,14 @@ impl<'t> Freezing<'t> {
             Role::Along => &mut self.along,
             Role::Changes | Role::Drains => &mut self.held,
         };
-        if list.push(held) {
-            return Ok(());
+        match list.push(held) {
+            true => Ok(()),
+            false => self.let_go(held),
         }
+    }
+
+    #[cold]
+    fn let_go(&self, held: Held) -> Result<(), Stop> {
         self.tree.end_each(&Holdings::one(held), Word::thaw);
         self.tree.waiters().wake();
         Err(Stop::OutOfMemory)
@@ -113,8 +119,8 @@ impl Tree {
         wait: &Wait,
     ) -> Result<Frozen<'_>, Stop> {
         if let [range] = *ranges {
-            if let Some(frozen) = self.freeze_block(reader, range, wanted) {
-                return Ok(frozen);
+            if let Some(block) = self.freeze_block(reader, range, wanted) {
+                return Ok(block.into_frozen());
             }
         }
         // What can be had at once need not drain.
@@ -162,12 +168,12 @@ impl Tree {
     /// Freezes a range that is one block and can be frozen at once, as most can. `None`: it is something
     /// else, or is refused, and nothing has been done.
     #[inline]
-    fn freeze_block(
+    pub fn freeze_block(
         &self,
         reader: &Reader,
         range: PgoffRange,
         wanted: Wanted,
-    ) -> Option<Frozen<'_>> {
+    ) -> Option<FrozenBlock<'_>> {
         if range.nr_pages() == 1 {
             // Needs no section, for the same reason as a pin of a page.
             if let Some(spot) = self.own_spot(range.start()) {
@@ -185,10 +191,10 @@ impl Tree {
         spot: &Spot<'_>,
         range: PgoffRange,
         wanted: Wanted,
-    ) -> Option<Frozen<'_>> {
+    ) -> Option<FrozenBlock<'_>> {
         let frozen = spot.word.freeze().ok().filter(|_| !wanted.spares(spot.word))?;
         self.write(spot, frozen).ok()?;
-        Some(Frozen::of_block(self, spot.block, range))
+        Some(FrozenBlock::new(self, spot.block, range))
     }
 
     /// Freezes a page by its own word, if that speaks and nobody is in the way. Needs no section, as in
@@ -219,6 +225,7 @@ impl Tree {
         wait: &Wait,
     ) -> Result<Frozen<'_>, Outcome> {
         let mut freezing = Freezing::new(self);
+        freezing.held.make_room(ranges.len());
         for &range in ranges {
             let mut page = range.start();
             while page < range.end() {

@@ -5,7 +5,7 @@ use smallvec::SmallVec;
 use super::epoch::Reader;
 use super::flaw::{Flaw, seeded};
 use super::rules::Refusal;
-use super::shape::Block;
+use super::shape::{Block, Shape};
 use super::tree::{Stop, Tree};
 use super::word::{Phase, Visibility, Word};
 use crate::addr::Pgoff;
@@ -36,45 +36,62 @@ type Runs = SmallVec<[PgoffRange; 1]>;
 
 /// Blocks that somebody holds, in ascending order. One of them takes no memory.
 #[derive(Debug, Default)]
-pub(super) struct Holdings(SmallVec<[Held; 1]>);
+pub(super) struct Holdings {
+    list: SmallVec<[Held; 1]>,
+    /// Where the last one ends.
+    end: Pgoff,
+    /// Whether it is more than blocks to be changed with gaps between them.
+    is_mixed: bool,
+}
 
 impl Holdings {
     pub(super) fn iter(&self) -> impl Iterator<Item = &Held> {
-        self.0.iter()
+        self.list.iter()
     }
 
     /// One block, which takes no memory.
     pub(super) fn one(held: Held) -> Self {
-        Self(SmallVec::from_buf([held]))
+        let (end, is_mixed) = (held.pages.end(), held.role == Role::Along);
+        Self { list: SmallVec::from_buf([held]), end, is_mixed }
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.list.is_empty()
+    }
+
+    /// Room for so many, if there is memory: if not, each of them asks.
+    #[inline]
+    pub(super) fn make_room(&mut self, nr: usize) {
+        let _ = self.list.try_reserve(nr);
     }
 
     /// The pages alone. `None`: there is no memory.
     pub(super) fn copy_of_pages(&self) -> Option<Vec<PgoffRange>> {
         let mut pages = Vec::new();
-        if fails(FailPoint::Memory) || pages.try_reserve_exact(self.0.len()).is_err() {
+        if fails(FailPoint::Memory) || pages.try_reserve_exact(self.list.len()).is_err() {
             return None;
         }
-        pages.extend(self.0.iter().map(|held| held.pages));
+        pages.extend(self.iter().map(|held| held.pages));
         Some(pages)
     }
 
     /// What changes, as runs that do not touch. `None`: there is no memory.
     fn runs(&self) -> Option<Runs> {
         let mut runs = Runs::new();
+        let nr = self.list.len();
+        if nr > 0 && fails(FailPoint::Memory) || runs.try_reserve(nr).is_err() {
+            return None;
+        }
+        if !self.is_mixed {
+            runs.extend(self.iter().map(|held| held.pages));
+            return Some(runs);
+        }
         for held in self.iter().filter(|held| held.role != Role::Along) {
             if let Some(last) = runs.last_mut() {
                 if let Some(longer) = joined(*last, held.pages) {
                     *last = longer;
                     continue;
                 }
-            }
-            let no_room = fails(FailPoint::Memory) || runs.try_reserve(1).is_err();
-            if no_room {
-                return None;
             }
             runs.push(held.pages);
         }
@@ -99,28 +116,62 @@ impl Holdings {
         }
     }
 
+    /// Whether nothing of it can make up a larger block: it is too little, gaps and all, or each run of it is.
+    #[inline]
+    fn is_too_little(&self, shape: &Shape) -> bool {
+        let is_too_short =
+            |one: &Held| shape.is_too_short(one.level, one.pages.start(), one.pages.end());
+        match self.list.as_slice() {
+            [] => true,
+            [one] => is_too_short(one),
+            [first, .., last] => {
+                shape.is_too_short(0, first.pages.start(), last.pages.end())
+                    || !self.is_mixed && self.iter().all(is_too_short)
+            }
+        }
+    }
+
     pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Held> {
-        self.0.iter_mut()
+        self.list.iter_mut()
     }
 
     /// Adds a block that lies behind all others. `false`: there is no memory to write it down.
     #[must_use]
     #[inline]
     pub(super) fn push(&mut self, held: Held) -> bool {
-        if let Some(last) = self.0.last_mut() {
-            let joined = joined(last.pages, held.pages);
-            if let Some(joined) =
-                joined.filter(|_| last.level == held.level && last.role == held.role)
-            {
-                last.pages = joined;
-                return true;
+        if held.pages.start() == self.end || held.role == Role::Along {
+            return self.push_beside(held);
+        }
+        self.append(held)
+    }
+
+    #[inline(never)]
+    fn push_beside(&mut self, held: Held) -> bool {
+        self.is_mixed |= held.role == Role::Along;
+        if let Some(last) = self.list.last_mut() {
+            if let Some(joined) = joined(last.pages, held.pages) {
+                if last.level == held.level && last.role == held.role {
+                    last.pages = joined;
+                    self.end = joined.end();
+                    return true;
+                }
+                self.is_mixed = true;
             }
         }
-        let room = !fails(FailPoint::Memory) && self.0.try_reserve(1).is_ok();
-        if room {
-            self.0.push(held);
+        self.append(held)
+    }
+
+    #[inline]
+    fn append(&mut self, held: Held) -> bool {
+        if fails(FailPoint::Memory) {
+            return false;
         }
-        room
+        if self.list.len() == self.list.capacity() && self.list.try_reserve(1).is_err() {
+            return false;
+        }
+        self.end = held.pages.end();
+        self.list.push(held);
+        true
     }
 }
 
@@ -141,7 +192,7 @@ impl Tree {
         holdings: &Holdings,
         rule: impl Fn(Word) -> Result<Word, Refusal>,
     ) {
-        for held in &holdings.0 {
+        for held in holdings.iter() {
             for block in self.shape().blocks(held.level, held.pages) {
                 self.end_block(block, &rule);
             }
@@ -150,6 +201,7 @@ impl Tree {
 
     /// The same for one block. Nobody else writes a word that is converting or folding, so a store will
     /// do; from one that is draining others drop their pins.
+    #[inline]
     pub(super) fn end_block(&self, block: Block, rule: impl Fn(Word) -> Result<Word, Refusal>) {
         let Some(cell) = self.cell(block) else { return };
         loop {
@@ -190,6 +242,8 @@ pub struct Frozen<'t> {
     held: Holdings,
     /// What changes, as runs that do not touch.
     runs: Runs,
+    /// Whether something of what is held may make up a larger block.
+    may_merge: bool,
     merging: Merging,
 }
 
@@ -205,9 +259,13 @@ impl<'t> Frozen<'t> {
     /// Everything that is held is converting. Without memory for the runs it is all thawed.
     pub(super) fn new(tree: &'t Tree, held: Holdings) -> Result<Self, Stop> {
         match held.runs() {
-            Some(runs) => Ok(Self { tree, held, runs, merging: Merging::No }),
+            Some(runs) => {
+                let may_merge = !held.is_too_little(tree.shape());
+                Ok(Self { tree, held, runs, may_merge, merging: Merging::No })
+            }
             None => {
-                Self { tree, held, runs: Runs::new(), merging: Merging::No }.thaw();
+                let runs = Runs::new();
+                Self { tree, held, runs, may_merge: false, merging: Merging::No }.thaw();
                 Err(Stop::OutOfMemory)
             }
         }
@@ -216,7 +274,8 @@ impl<'t> Frozen<'t> {
     /// One block, which takes no memory.
     pub(super) fn of_block(tree: &'t Tree, block: Block, pages: PgoffRange) -> Self {
         let held = Holdings::one(Held { level: block.level, pages, role: Role::Changes });
-        Self { tree, held, runs: Runs::from_buf([pages]), merging: Merging::No }
+        let may_merge = !held.is_too_little(tree.shape());
+        Self { tree, held, runs: Runs::from_buf([pages]), may_merge, merging: Merging::No }
     }
 
     /// The frozen subpages that change, as runs in ascending order that do not touch.
@@ -227,7 +286,7 @@ impl<'t> Frozen<'t> {
     /// Whether blocks will be merged at the [release](Self::release), if somebody
     /// [waits](Self::wait_for_sections) before. Without that they stay split.
     pub fn could_merge(&self) -> bool {
-        if self.is_too_little() {
+        if !self.may_merge {
             return false;
         }
         let mut could = false;
@@ -289,7 +348,7 @@ impl<'t> Frozen<'t> {
 
     fn end(&mut self, rule_of: impl Fn(Role) -> fn(Word) -> Result<Word, Refusal>) {
         let held = std::mem::take(&mut self.held);
-        if held.0.is_empty() {
+        if held.is_empty() {
             return;
         }
         for held in held.iter() {
@@ -300,31 +359,13 @@ impl<'t> Frozen<'t> {
         self.tree.waiters().wake();
     }
 
-    /// Whether blocks of a level, or larger ones, from `start` to `end` cannot make up a larger one: less than
-    /// a table of them does only where the object ends.
-    #[inline]
-    fn is_too_short(&self, level: u32, start: Pgoff, end: Pgoff) -> bool {
-        let shape = self.tree.shape();
-        let is_short = end.get() - start.get() < shape.fan_out() << shape.order(level);
-        is_short && end.get() != shape.nr_pages() && !seeded(Flaw::MergesTooMuch)
-    }
-
-    /// The same of all that is held, gaps and all.
-    #[inline]
-    fn is_too_little(&self) -> bool {
-        match self.held.0.as_slice() {
-            [] => true,
-            [one] => self.is_too_short(one.level, one.pages.start(), one.pages.end()),
-            [first, .., last] => self.is_too_short(0, first.pages.start(), last.pages.end()),
-        }
-    }
-
     /// Goes through the held blocks, each with the level of the words that it is held by. Of parts that
     /// make up a whole block it is that block, the largest there is.
+    #[inline]
     fn each_block(&self, merging: Merging, mut seen: impl FnMut(Block, u32)) {
         let shape = self.tree.shape();
-        let mut rest = self.held.0.as_slice();
-        if merging == Merging::No || self.is_too_little() {
+        let mut rest = self.held.list.as_slice();
+        if merging == Merging::No || !self.may_merge {
             for held in rest {
                 shape.blocks(held.level, held.pages).for_each(|block| seen(block, held.level));
             }
@@ -333,7 +374,7 @@ impl<'t> Frozen<'t> {
         while let Some((first, others)) = rest.split_first() {
             let is_alone =
                 others.first().is_none_or(|next| first.pages.end() != next.pages.start());
-            if is_alone && self.is_too_short(first.level, first.pages.start(), first.pages.end()) {
+            if is_alone && shape.is_too_short(first.level, first.pages.start(), first.pages.end()) {
                 shape.blocks(first.level, first.pages).for_each(|block| seen(block, first.level));
                 rest = others;
                 continue;
@@ -343,7 +384,7 @@ impl<'t> Frozen<'t> {
             rest = behind;
             let end = run.last().map_or(Pgoff::new(0), |last| last.pages.end());
             let mut page = run.first().map_or(Pgoff::new(0), |first| first.pages.start());
-            let is_too_short = self.is_too_short(0, page, end);
+            let is_too_short = shape.is_too_short(0, page, end);
             for held in run {
                 if is_too_short {
                     shape.blocks(held.level, held.pages).for_each(|block| seen(block, held.level));

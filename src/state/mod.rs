@@ -10,6 +10,7 @@
 //! | `tree` | which word speaks for a page; the compare-and-swap loop; pins |
 //! | `freeze` | how a conversion gets hold of ranges: all or nothing, at once or with time to wait |
 //! | `frozen` | what it holds then, how that is merged and given back |
+//! | `frozen_block` | the same for one block that stays one |
 //! | `trim` | parts that are alike become one again; tables go back to the host |
 //! | `barrier` | a fence that is cheap for whoever needs it often |
 //! | `epoch` | grace periods: who is inside an access right now |
@@ -30,6 +31,7 @@ mod epoch;
 mod flaw;
 mod freeze;
 mod frozen;
+mod frozen_block;
 mod holders;
 mod line;
 mod process;
@@ -44,6 +46,7 @@ pub(crate) use epoch::{Domain, Reader};
 pub(crate) use flaw::{Flaw, seeded};
 pub(crate) use freeze::Wanted;
 pub(crate) use frozen::Frozen;
+pub(crate) use frozen_block::FrozenBlock;
 pub(crate) use holders::{ObjectId, OwnerId, Record};
 pub use line::{Ack, Heard, Standing};
 pub(crate) use line::{Line, Outcome, Question};
@@ -66,6 +69,7 @@ pub mod modelled {
     pub use super::flaw::{Flaw, seed};
     pub use super::freeze::Wanted;
     pub use super::frozen::Frozen;
+    pub use super::frozen_block::FrozenBlock;
     pub use super::holders::{Holders, ObjectId, OwnerId, Record, Records};
     pub use super::line::{Ack, Heard, Line, Outcome, Question, Standing};
     pub use super::rules::Refusal;

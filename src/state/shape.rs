@@ -7,10 +7,12 @@
 //! | 0 | 4 KiB | tables of 512, one page each |
 //!
 //! Fan-out and number of levels are parameters: models have blocks of two parts, on two or three levels.
+//! What is no larger than 2 MiB has no more words than it has blocks.
 //! A block at the end of the object is as long as the object is; nothing else about it is special.
 
 use std::ops::Range;
 
+use super::flaw::{Flaw, seeded};
 use super::word::Word;
 use crate::addr::Pgoff;
 use crate::geometry::index;
@@ -105,13 +107,14 @@ impl Shape {
     }
 
     /// The blocks of a level that make up a range.
+    #[inline]
     pub(super) fn blocks(
         &self,
         level: u32,
         range: PgoffRange,
     ) -> impl Iterator<Item = Block> + use<> {
         let first = range.start().get() >> self.order(level);
-        let behind = range.end().get().div_ceil(1 << self.order(level));
+        let behind = ((range.end().get() - 1) >> self.order(level)) + 1;
         (first..behind).map(move |place| Block { level, place })
     }
 
@@ -123,9 +126,34 @@ impl Shape {
         index(self.nr_blocks(self.top))
     }
 
-    /// The words of a level take whole tables.
+    /// The words of a level take whole tables, but for an object that has one table of a level at most: that is
+    /// no longer than it has to be.
     fn nr_words(&self, level: u32) -> u64 {
-        self.nr_blocks(level).next_multiple_of(self.fan_out())
+        match self.is_one_table() {
+            true => self.nr_blocks(level),
+            false => self.nr_blocks(level).next_multiple_of(self.fan_out()),
+        }
+    }
+
+    /// Whether one table has the words of all pages.
+    pub(super) fn is_one_table(&self) -> bool {
+        self.nr_pages <= self.fan_out()
+    }
+
+    /// Whether blocks of a level, or larger ones, from `start` to `end` cannot make up a larger one: less than
+    /// a table of them does only where the object ends.
+    #[inline]
+    pub(super) fn is_too_short(&self, level: u32, start: Pgoff, end: Pgoff) -> bool {
+        let is_short = end.get() - start.get() < self.fan_out() << self.order(level);
+        is_short && end.get() != self.nr_pages && !seeded(Flaw::MergesTooMuch)
+    }
+
+    /// How many words below the roots take memory when so many tables have been written.
+    pub(super) fn nr_words_taken(&self, nr_tables: u64) -> u64 {
+        match self.is_one_table() {
+            true => self.nr_words_below() as u64,
+            false => nr_tables.saturating_mul(self.fan_out()),
+        }
     }
 
     /// How many words the tables of all levels have, that of the roots left out.
@@ -185,6 +213,21 @@ mod tests {
         assert_eq!(pages(2), range(1 << 18, 515));
         assert_eq!(shape.pages_of(Block { level: 2, place: 2 }), None);
         assert_eq!(shape.pages_of(Block { level: 2, place: u64::MAX }), None);
+    }
+
+    #[test]
+    fn an_object_of_a_table_has_a_word_for_each_block() {
+        for nr_pages in [1, 3, 512] {
+            let shape = Shape::of_pages(nr_pages);
+            let last = Pgoff::new(nr_pages - 1);
+            assert_eq!(shape.nr_words_below() as u64, nr_pages + 1);
+            assert_eq!(shape.place_of(shape.block_of(0, last)) as u64, nr_pages - 1);
+            assert_eq!(shape.place_of(shape.block_of(1, last)) as u64, nr_pages);
+            let under = shape.words_under(shape.block_of(2, last)).collect::<Vec<_>>();
+            let behind = nr_pages as usize;
+            assert_eq!(under, [0..behind, behind..behind + 1]);
+        }
+        assert_eq!(Shape::of_pages(513).nr_words_below(), 1024 + 512);
     }
 
     #[test]

@@ -114,10 +114,12 @@ impl Tree {
         for root in &roots {
             StateCell::new(root).set(Word::new(visibility).with_stamp(1));
         }
+        let nr_words = shape.nr_words_below();
+        let tables = if shape.is_one_table() { Words::few(nr_words) } else { Words::new(nr_words) };
         Ok(Self {
             shape,
             roots,
-            tables: Words::new(shape.nr_words_below())?,
+            tables: tables?,
             nr_tables: Counter::new(),
             waiters: Arc::clone(waiters),
         })
@@ -135,10 +137,11 @@ impl Tree {
         &self.waiters
     }
 
-    /// The memory that the words take: the roots, and the tables that have been written.
+    /// The memory that the words take: the roots, and the tables that have been written. Where there is one table,
+    /// that is there from the start.
     pub fn metadata(&self) -> ByteSize {
         let word = size_of::<u64>() as u64;
-        let in_tables = self.nr_tables.get().saturating_mul(self.shape.fan_out());
+        let in_tables = self.shape.nr_words_taken(self.nr_tables.get());
         ByteSize::from_bytes((self.roots.len() as u64).saturating_add(in_tables) * word)
     }
 

@@ -37,13 +37,11 @@ impl Tree {
     /// # Errors
     /// That of the system call that gives memory back. All words say what they said before.
     pub fn trim(&self, reader: &Reader) -> Result<ByteSize, Error> {
-        let before = self.nr_tables.get();
+        let before = self.metadata().get();
         for place in 0..self.shape().nr_roots() {
             self.trim_block(reader, Block { level: self.shape().top(), place: place as u64 })?;
         }
-        let tables = before.saturating_sub(self.nr_tables.get());
-        let words = tables.saturating_mul(self.shape().fan_out());
-        Ok(ByteSize::from_bytes(words.saturating_mul(size_of::<u64>() as u64)))
+        Ok(ByteSize::from_bytes(before.saturating_sub(self.metadata().get())))
     }
 
     fn trim_block(&self, reader: &Reader, block: Block) -> Result<(), Error> {

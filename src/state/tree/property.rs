@@ -349,7 +349,7 @@ impl<'t> Both<'t> {
                 most += u64::from(!alike || !parts[0].is_idle());
             }
         }
-        let bytes = |tables: u64| (shape.nr_roots() as u64 + tables * shape.fan_out()) * 8;
+        let bytes = |tables: u64| (shape.nr_roots() as u64 + shape.nr_words_taken(tables)) * 8;
         prop_assert!((bytes(least)..=bytes(most)).contains(&after), "{least}..={most}: {after}");
         Ok(())
     }

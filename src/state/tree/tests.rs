@@ -202,6 +202,37 @@ fn without_a_wait_nothing_is_merged() {
 }
 
 #[test]
+fn a_block_that_is_frozen_by_itself_ends_as_it_says() {
+    let world = World::small(8, Visibility::Shared);
+    let freeze =
+        |page, to| world.tree.freeze_block(&world.reader, range(page, 1), Wanted::Other(to));
+    let word = |page| world.tree.load(Pgoff::new(page)).unwrap();
+    assert!(freeze(2, Visibility::Private).is_none(), "a part of a block");
+    for page in [3, 6] {
+        world.convert(range(page, 1), Visibility::Private).unwrap();
+    }
+    let block = freeze(2, Visibility::Private).unwrap();
+    assert_eq!((block.pages(), block.could_merge()), (range(2, 1), false));
+    assert_eq!((word(2).phase(), word(2).visibility()), (Phase::Converting, Visibility::Shared));
+    assert!(freeze(2, Visibility::Private).is_none(), "it is held");
+    block.thaw();
+    assert_eq!(word(2), Word::new(Visibility::Shared));
+    freeze(2, Visibility::Private).unwrap().release(Visibility::Private);
+    assert_eq!(word(2), Word::new(Visibility::Private));
+    assert!(freeze(2, Visibility::Private).is_none(), "it is on that side");
+    drop(freeze(3, Visibility::Shared).unwrap());
+    assert_eq!(word(3).phase(), Phase::Quarantined);
+    // The last one may be all that a larger block has.
+    let last = freeze(7, Visibility::Private).unwrap();
+    assert!(last.could_merge());
+    let last = last.into_frozen();
+    assert_eq!((last.runs(), last.could_merge()), (&[range(7, 1)][..], false));
+    last.release(Visibility::Private);
+    assert_eq!(word(7), Word::new(Visibility::Private));
+    assert_eq!(word(2), Word::new(Visibility::Private), "nobody else was touched");
+}
+
+#[test]
 fn a_freeze_that_is_thawed_or_dropped_ends_as_it_says() {
     let world = World::small(8, Visibility::Shared);
     world.freeze(range(1, 5), Visibility::Private).unwrap().thaw();
@@ -257,7 +288,8 @@ fn objects_of_any_size_work_to_their_last_page() {
         assert_eq!(world.convert(all, Visibility::Private), Ok(nr_pages - 1));
         assert_eq!(world.words().len() as u64, nr_pages.div_ceil(4), "{nr_pages} pages");
         world.tree.trim(&world.reader).unwrap();
-        assert_eq!(world.tree.metadata().get(), nr_pages.div_ceil(4) * 8);
+        let words = nr_pages.div_ceil(4) + world.tree.shape().nr_words_taken(0);
+        assert_eq!(world.tree.metadata().get(), words * 8);
     }
 }
 
