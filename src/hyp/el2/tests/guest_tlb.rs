@@ -31,9 +31,11 @@ impl<'a> Running<'a> {
     /// Eight bytes at once, if the guest has the page.
     fn store(&self, at: Ipa, value: u64) -> bool {
         let machine = self.world.el2.machine();
-        let hit = self
-            .tlb
-            .hit(&self.reader, at, Access::Write, |at| machine.write(at, &value.to_le_bytes()));
+        let hit = self.tlb.hit(&self.reader, at, Access::Write, |at| {
+            // Here is the time for the host to take the page.
+            std::thread::yield_now();
+            machine.write(at, &value.to_le_bytes())
+        });
         let done = hit.or_else(|| {
             self.tlb.walk(at, Access::Write, |at| machine.write(at, &value.to_le_bytes()))
         });
@@ -164,6 +166,7 @@ fn no_store_comes_after_the_page_was_taken() {
             let outcome = world.el2.kernel_alias(1, at, Bytes::Load(&mut buf));
             assert_eq!((outcome, buf), (KernelOutcome::DoneAfterReclaim, [0; 8]), "{nth}");
             for _ in 0..50 {
+                std::thread::yield_now();
                 world.el2.uaccess(1, at, Bytes::Load(&mut buf)).unwrap();
                 assert_eq!(buf, [0; 8], "{nth}: a store after it was taken");
             }
