@@ -222,9 +222,13 @@ impl Host {
         act(&mut Calls { el2: &self.el2, cpu: 0, pages: &mut pages })
     }
 
-    /// The handle is free for another machine.
-    fn forget(&self, handle: u64) {
-        self.vms.lock().remove(&handle);
+    /// A machine is gone. Its handle may be another's already.
+    fn forget(&self, core: &VmCore) {
+        let mut vms = self.vms.lock();
+        let is_it = |weak: &Weak<VmCore>| std::ptr::eq(weak.as_ptr(), core);
+        if vms.get(&core.handle()).is_some_and(is_it) {
+            vms.remove(&core.handle());
+        }
     }
 }
 

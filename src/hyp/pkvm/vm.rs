@@ -40,7 +40,7 @@ pub enum VmKind {
 /// A guest. Clones are handles to the same one, and its vCPUs hold it too; when the last
 /// of them is gone, it is torn down.
 #[derive(Clone, Debug)]
-pub struct Vm(Arc<Lease>);
+pub struct Vm(pub(super) Arc<Lease>);
 
 /// What keeps a guest from being torn down. Not the core itself: an object may hold that for a moment
 /// while it calls, and until the pages are back it must find somebody who answers for them.
@@ -534,7 +534,7 @@ impl VmCore {
         let finished = self.host.with_kernel(|kernel| kernel.finish(self.made, vcpus.into_iter()));
         state.life = Life::Gone;
         drop(state);
-        self.host.forget(self.made.handle);
+        self.host.forget(self);
         finished
     }
 }

@@ -114,3 +114,24 @@ fn the_invariants_notice_what_is_wrong() {
         assert_ne!(world.hyp.check_invariants(), Vec::<String>::new(), "{state:?}");
     }
 }
+
+/// A handle that is free is another's at once, whatever the one before still has to do.
+#[test]
+fn handles_are_used_again_while_machines_come_and_go() {
+    let pool = FolioPool::new(ArenaBacking::Heap, ByteSize::from_mib(1)).unwrap();
+    let hyp = &Hypervisor::new(&pool).unwrap();
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(move || {
+                for _ in 0..60 {
+                    let vm = hyp.create_vm().unwrap();
+                    std::thread::yield_now();
+                    // It is there, and nobody else has taken its entry away.
+                    assert!(hyp.0.vms.lock().contains_key(&vm.0.core.handle()));
+                    drop(vm);
+                }
+            });
+        }
+    });
+    assert_eq!((hyp.stat().nr_vms, hyp.check_invariants()), (0, Vec::new()));
+}
