@@ -5,6 +5,7 @@
 //! figures.
 
 mod access;
+#[expect(dead_code, reason = "other benches use the rest of it")]
 #[path = "../common/mod.rs"]
 mod harness;
 
