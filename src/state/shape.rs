@@ -17,6 +17,7 @@ use super::word::Word;
 use crate::addr::Pgoff;
 use crate::geometry::index;
 use crate::range::PgoffRange;
+use crate::sync::MODELLED;
 
 /// The measures of a tree.
 #[derive(Clone, Copy, Debug)]
@@ -148,9 +149,9 @@ impl Shape {
         is_short && end.get() != self.nr_pages && !seeded(Flaw::MergesTooMuch)
     }
 
-    /// How many words below the roots take memory when so many tables have been written.
+    /// How many words below the roots take memory when so many tables have been written. Models count those, however small.
     pub(super) fn nr_words_taken(&self, nr_tables: u64) -> u64 {
-        match self.is_one_table() {
+        match self.is_one_table() && !MODELLED {
             true => self.nr_words_below() as u64,
             false => nr_tables.saturating_mul(self.fan_out()),
         }
