@@ -284,6 +284,9 @@ impl HostMmu {
     /// `ENOMEM`, and nothing has changed.
     #[inline(always)]
     pub(crate) fn give_page(&mut self, pfn: Pfn, to: GuestPage) -> Result<(), Errno> {
+        if self.keeps_siblings {
+            return self.give(Pages::one(pfn), Owner::Guest(to), Level::PAGE);
+        }
         let new = Pte::annotation(Annotation::HostDonation, Owner::Guest(to).payload())?;
         if let Err(error) = self.set_page(pfn, new) {
             self.set_page_of_devices(pfn, new, error)?;
