@@ -453,5 +453,6 @@ impl Tree {
 }
 
 mod inspect;
+mod split;
 #[cfg(test)]
 mod tests;
