@@ -95,7 +95,8 @@ mod tests {
             let before = tree.get(Gfn::new(0)).unwrap().1;
             tree.trace = Some(Vec::new());
             tree.split(Gfn::new(0x2_3456), breaks, &mut env).unwrap();
-            let of_block = tree.trace.take().unwrap().into_iter().filter(|&(old, _)| !old.is_empty());
+            let of_block =
+                tree.trace.take().unwrap().into_iter().filter(|&(old, _)| !old.is_empty());
             let steps: Vec<_> = of_block.collect();
             assert_eq!(steps[0].0, before);
             assert_eq!(steps.iter().any(|step| step.1 == Pte::LOCKED), breaks);
