@@ -4,9 +4,9 @@ use crate::stage2::TableError;
 
 /// An answer of the hypervisor's that is not OK.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(i64)]
+#[repr(u64)]
 pub(crate) enum HypError {
-    Unimplemented = -1,
+    Unimplemented = u64::MAX,
     ArgumentInvalid = 1,
     ArgumentSize = 2,
     ArgumentAlignment = 3,
@@ -27,7 +27,7 @@ pub(crate) enum HypError {
 impl HypError {
     /// As a register shows it.
     pub(crate) const fn register(self) -> u64 {
-        (self as i64).cast_unsigned()
+        self as u64
     }
 }
 

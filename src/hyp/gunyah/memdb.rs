@@ -179,29 +179,34 @@ impl Memdb {
             }
             // Part of what the entry spans, so it has a node: pages are never in part.
             let child = match entry & CHILD {
-                0 => self.node_of(entry),
-                _ => (entry & !CHILD) as usize,
+                0 => CHILD | self.node_of(entry),
+                _ => entry,
             };
-            self.set(child, height - 1, start, span);
-            let only = self.nodes[child][0];
-            let is_uniform = only & CHILD == 0 && self.nodes[child].iter().all(|&one| one == only);
-            self.nodes[node][at] = CHILD | child as u32;
+            let below = (child & !CHILD) as usize;
+            self.set(below, height - 1, start, span);
+            let only = self.nodes[below][0];
+            let is_uniform = only & CHILD == 0 && self.nodes[below].iter().all(|&one| one == only);
+            self.nodes[node][at] = child;
             if is_uniform {
-                self.free(CHILD | child as u32);
+                self.free(child);
                 self.nodes[node][at] = only;
             }
         }
     }
 
-    fn node_of(&mut self, entry: u32) -> usize {
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "36 bits of frames need fewer nodes than 2^28"
+    )]
+    fn node_of(&mut self, entry: u32) -> u32 {
         match self.idle.pop() {
             Some(node) => {
                 self.nodes[node as usize] = [entry; NODE];
-                node as usize
+                node
             }
             None => {
                 self.nodes.push([entry; NODE]);
-                self.nodes.len() - 1
+                (self.nodes.len() - 1) as u32
             }
         }
     }

@@ -18,8 +18,7 @@ impl Ranges {
     }
 
     fn is_free(&self, start: u64, end: u64) -> bool {
-        end <= self.end
-            && !self.used.range(..end).next_back().is_some_and(|(_, &last)| last > start)
+        end <= self.end && self.used.range(..end).next_back().is_none_or(|(_, &last)| last <= start)
     }
 
     /// Takes pages at an address.

@@ -18,7 +18,7 @@ fn each_error_in_its_order() {
     let handle = full.create(HOST, &lend(&members, &[(RAM, 1), (RAM + 4, 2)])).unwrap();
     let io = Create { mem_type: 1, ..lend(&[(A, 6)], &[(DEVICE, 1)]) };
     let io = full.create(HOST, &io).unwrap();
-    let all = u8::MAX & !DONE;
+    let all = !DONE;
     let wrong = Accept {
         handle: 9999,
         mem_type: 1,
