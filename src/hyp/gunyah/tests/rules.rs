@@ -90,7 +90,8 @@ fn the_specification_notices_what_it_was_not_told() {
         |world| {
             let host = world.rm.vms[&HOST].home.unwrap();
             let space = world.hyp.aspaces.get_mut(&host.aspace).unwrap();
-            space.tree.adjust(Gfn::new(RAM + 0x280), |pte| pte.without_w()).unwrap();
+            let rx = Access::RX.prot();
+            space.tree.adjust(Gfn::new(RAM + 0x280), |pte| pte.with_prot(rx)).unwrap();
         },
     ];
     for spoil in spoil {
@@ -102,16 +103,6 @@ fn the_specification_notices_what_it_was_not_told() {
             });
         }));
         assert!(settles.is_err());
-    }
-}
-
-trait WithoutWrite {
-    fn without_w(self) -> Self;
-}
-
-impl WithoutWrite for crate::stage2::Pte {
-    fn without_w(self) -> Self {
-        self.with_prot(Access::RX.prot())
     }
 }
 
