@@ -42,6 +42,8 @@
 
 pub(crate) mod el2;
 mod exit;
+#[cfg_attr(not(test), expect(dead_code, reason = "until a front is built on it"))]
+pub(crate) mod gunyah;
 mod hypercall;
 pub mod iommu;
 mod kernel;

@@ -305,6 +305,17 @@ impl Pte {
         Self(self.0 & !Prot::MASK | prot.0)
     }
 
+    /// What this leaf says of its memory, at a lower level and for another frame.
+    pub(super) const fn part(self, level: Level, pfn: Pfn) -> Self {
+        let kind = if level.0 == Level::PAGE.0 { NOT_BLOCK } else { 0 };
+        Self(self.0 & !(ADDRESS | NOT_BLOCK) | kind | pfn.get() << ADDRESS_SHIFT & ADDRESS)
+    }
+
+    /// Whether two leaves of any level say the same of their memory.
+    pub(crate) const fn is_like(self, other: Self) -> bool {
+        (self.0 ^ other.0) & !(ADDRESS | NOT_BLOCK) == 0
+    }
+
     /// Whether `new` differs from this valid leaf in more than permissions.
     pub(super) const fn needs_update(self, new: Self) -> bool {
         (self.0 ^ new.0) & !Prot::MASK != 0

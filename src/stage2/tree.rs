@@ -536,5 +536,6 @@ impl Tree {
 }
 
 mod inspect;
+mod split;
 #[cfg(test)]
 mod tests;

@@ -99,7 +99,6 @@ impl Machine {
         Ok(Self { regions, bytes, structs: Mutex::new(HashMap::new()) })
     }
 
-    #[cfg(any(test, feature = "oracle"))]
     pub(crate) fn regions(&self) -> &[Region] {
         &self.regions
     }

@@ -1,0 +1,88 @@
+//! A simulated Gunyah: ownership moves between extents, mappings follow ownership, and a resource manager brokers.
+//!
+//! | file | one idea |
+//! |---|---|
+//! | `machine` | what is memory, and the bytes behind frames |
+//! | `memdb` | who owns each frame |
+//! | `aspace` | address spaces: stage 2, blocks, and taking changes back |
+//! | `extent` | extents: what is mapped where, and how memory changes hands |
+//! | `attrs` | rights, and kinds of memory |
+//! | `cspace` | capabilities |
+//! | `hypercall` | the hypervisor's calls, by number and raw registers |
+//! | `hyp` | its objects in one place |
+//! | `rm` | the resource manager: parcels and VMs |
+//! | `touch` | who touches bytes, and what becomes of that |
+//! | `spec` | owners and mappings again, in the plainest way |
+//! | `invariants` | what must hold, by name |
+//! | `hostile` | for tests: VMs that do anything |
+//! | `error` | both parts' answers |
+//!
+//! There is one lock. Who translates holds it for reading until the last byte is copied, so nobody uses a
+//! translation that is gone; who changes something holds it alone.
+
+mod aspace;
+mod attrs;
+mod cspace;
+mod error;
+mod extent;
+#[cfg(test)]
+mod hostile;
+mod hyp;
+mod hypercall;
+mod invariants;
+mod machine;
+mod memdb;
+mod rm;
+mod spec;
+#[cfg(test)]
+mod tests;
+mod touch;
+
+use crate::sync::{Arc, RwLock};
+
+use aspace::BbmLevel;
+use error::HypError;
+use hyp::Hyp;
+use machine::Machine;
+use rm::message::Notification;
+use rm::{Fate, Reply, Rm, Vmid};
+
+/// Both parts.
+#[derive(Debug)]
+pub(crate) struct World {
+    pub(crate) hyp: Hyp,
+    pub(crate) rm: Rm,
+}
+
+/// The hypervisor, its resource manager, and the host in the VM that was there first.
+#[derive(Debug)]
+pub(crate) struct Gunyah {
+    world: RwLock<World>,
+}
+
+impl Gunyah {
+    /// Boots on a machine: the host has all of its memory, and its device.
+    ///
+    /// # Errors
+    /// `NoMem` for a heap that is too small for the host's tables.
+    pub(crate) fn boot(machine: Machine, bbm: BbmLevel, fate: Fate) -> Result<Self, HypError> {
+        let mut hyp = Hyp::boot(Arc::new(machine), bbm)?;
+        let rm = Rm::boot(&mut hyp, fate)?;
+        Ok(Self { world: RwLock::new(World { hyp, rm }) })
+    }
+
+    /// A message from a VM to the resource manager, and what it answers.
+    pub(crate) fn message(&self, from: Vmid, id: u32, body: &[u8]) -> Reply {
+        self.with(|world| world.rm.request(&mut world.hyp, from, id, body))
+    }
+
+    /// What the resource manager told a VM, the oldest first.
+    pub(crate) fn hear(&self, vmid: Vmid) -> Option<Notification> {
+        self.with(|world| world.rm.vms.get_mut(&vmid)?.hear())
+    }
+
+    /// Changes something, alone.
+    pub(crate) fn with<T>(&self, change: impl FnOnce(&mut World) -> T) -> T {
+        change(&mut self.world.write())
+    }
+}
