@@ -56,13 +56,15 @@ pub fn check(pool: &FolioPool, objects: &[&GuestMemfd]) -> Report {
 
 /// [`check`], and what guests hold of the pool according to their hypervisor.
 ///
-/// Of the hypervisor: its own tables agree with each other. Of each frame that it has given to a
-/// guest: it is in one of the objects, private there if it is the guest's alone, and shared if not.
+/// Of the hypervisor: its own tables agree with each other, and what an object shares is the host's to see; no page was left
+/// with a guest that is gone. Of each frame that it has given to a guest: it is in one of the objects, private there if
+/// it is the guest's alone, and shared if not.
 pub fn check_under(pool: &FolioPool, objects: &[&GuestMemfd], host: &Hypervisor) -> Report {
     let mut findings = Vec::new();
     check_pool(pool, &mut findings);
     let frames = check_objects(pool, objects, &mut findings);
-    findings.extend(host.check_invariants());
+    let shared = frames.iter().filter(|(_, (_, visibility))| *visibility == Visibility::Shared);
+    findings.extend(host.check_invariants(shared.map(|(&pfn, _)| pfn).collect()));
     for (pfn, given) in host.frames_of_guests() {
         match frames.get(&pfn) {
             Some((_, visibility)) if *visibility == given => {}

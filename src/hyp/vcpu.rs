@@ -186,10 +186,10 @@ impl Vcpu {
         act: &mut impl FnMut(&Arena, Pa) -> Result<T, Error>,
     ) -> Result<Result<T, Error>, Stop> {
         let arena = self.lease.core.arena();
-        match self.tlb.hit(&self.reader, at, access, |pa| act(arena, pa)) {
-            Some(done) => Ok(done),
-            None => self.attempt_on_cpu(at, access, act),
-        }
+        let hit = self.tlb.hit(&self.reader, at, access, |pa| act(arena, pa));
+        let done = hit.or_else(|| self.tlb.walk(at, access, |pa| act(arena, pa)));
+        // A fault is a CPU's, which EL2 is asked about.
+        done.map_or_else(|| self.attempt_on_cpu(at, access, act), Ok)
     }
 
     fn attempt_on_cpu<T>(

@@ -15,6 +15,10 @@ pub(crate) struct Load {
     to: Pfn,
 }
 
+#[cfg_attr(
+    not(any(test, feature = "oracle")),
+    expect(dead_code, reason = "hosts of pools have no firmware for guests")
+)]
 impl El2 {
     /// Sets memory aside for the firmware that is in it.
     ///

@@ -69,7 +69,6 @@ pub(crate) use guest_call::GuestAnswer;
 pub(crate) use guest_tlb::GuestTlb;
 pub(crate) use host_call::HostCall;
 pub(crate) use incident::IncidentCounts;
-#[cfg(feature = "oracle")]
 pub(crate) use invariants::Books;
 pub(crate) use look::{Look, Mapped};
 #[cfg(feature = "oracle")]

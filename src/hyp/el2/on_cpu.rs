@@ -1,26 +1,36 @@
 //! Who makes a call: a CPU by its number, which is locked for as long as the call needs it; or a thread that is a CPU
 //! for a while, as a real CPU is always, and pays for that once.
 
+use super::El2;
+#[cfg(any(test, feature = "oracle"))]
 use super::guest_call::GuestAnswer;
 use super::vm::{Cpu, Loaded};
-use super::{El2, SpinGuard};
 use crate::error::Errno;
 
 /// A CPU, as a call knows it.
 #[derive(Debug)]
 pub(crate) enum OnCpu<'a> {
     Number(usize),
-    Entered { nr: usize, cpu: &'a mut Cpu },
+    #[cfg_attr(
+        not(any(test, feature = "oracle")),
+        expect(dead_code, reason = "hyp/pkvm calls by number")
+    )]
+    Entered {
+        nr: usize,
+        cpu: &'a mut Cpu,
+    },
 }
 
 /// A CPU that a thread is. Its lock is the first of all, so nothing else may be locked by who enters.
+#[cfg(any(test, feature = "oracle"))]
 #[derive(Debug)]
 pub(crate) struct EnteredCpu<'a> {
     el2: &'a El2,
     nr: usize,
-    cpu: SpinGuard<'a, Cpu>,
+    cpu: crate::sync::SpinGuard<'a, Cpu>,
 }
 
+#[cfg(any(test, feature = "oracle"))]
 impl EnteredCpu<'_> {
     /// As [`El2::host_call`].
     #[inline]
@@ -40,6 +50,7 @@ impl EnteredCpu<'_> {
 
 impl El2 {
     /// The calling thread is this CPU until it drops what it gets. `None` for a CPU that the machine has not.
+    #[cfg(any(test, feature = "oracle"))]
     pub(crate) fn enter(&self, nr: usize) -> Option<EnteredCpu<'_>> {
         Some(EnteredCpu { el2: self, nr, cpu: self.cpu(nr)? })
     }

@@ -21,10 +21,6 @@ pub(crate) enum SpecPage {
     /// The host's, shown to EL2.
     HostAndHyp,
     /// The host's, shown to the secure world.
-    #[cfg_attr(
-        not(any(test, feature = "oracle")),
-        expect(dead_code, reason = "only the oracle and tests have a secure world")
-    )]
     HostAndFfa,
     /// The secure world's.
     Ffa,

@@ -58,7 +58,7 @@ pub(super) use self::memslot::SlotPage;
 pub use self::raw_host::{RawHost, RawOutcome, RawPath};
 pub(super) use self::vm::{Lease, Request, VmCore};
 pub use self::vm::{Vm, VmKind, VmStat};
-use super::el2::{El2, MAX_VMS, State};
+use super::el2::{Books, El2, MAX_VMS, State};
 use super::kernel::Calls;
 use crate::addr::{ByteSize, Pfn};
 use crate::backing::Arena;
@@ -179,9 +179,14 @@ impl Hypervisor {
         frames.into_iter().map(|(pfn, state)| (pfn, visibility(state))).collect()
     }
 
-    /// Everything that is wrong at EL2; empty if all is well. Everybody waits meanwhile.
-    pub(crate) fn check_invariants(&self) -> Vec<String> {
-        self.0.el2.check()
+    /// Everything that is wrong at EL2, of whose frames the host may reach some at any moment; empty if all is well.
+    /// Everybody waits meanwhile.
+    pub(crate) fn check_invariants(&self, borrowed: Vec<Pfn>) -> Vec<String> {
+        let books = Books { borrowed, ..Books::default() };
+        // What guests were given is compared with the objects, and accidents are counted: `incidents`.
+        let mut wrong = self.0.el2.check();
+        wrong.extend(self.0.el2.check_books(&books, &["31", "40"]));
+        wrong
     }
 
     /// What is given away.
