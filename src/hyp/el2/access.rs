@@ -21,9 +21,10 @@ pub(crate) enum Bytes<'a> {
     Store(&'a [u8]),
 }
 
-#[cfg(any(test, feature = "oracle"))]
+#[cfg(any(test, feature = "oracle", all(loom, feature = "loom")))]
 impl Bytes<'_> {
     /// The same once more.
+    #[cfg(any(test, feature = "oracle"))]
     pub(crate) fn again(&mut self) -> Bytes<'_> {
         match self {
             Self::Load(buf) => Bytes::Load(buf),
@@ -68,7 +69,7 @@ pub(crate) enum GuestStop {
     /// No vCPU is loaded, or the bytes are not of one page.
     Invalid,
     /// The memory is broken.
-    #[cfg(any(test, feature = "oracle"))]
+    #[cfg(any(test, feature = "oracle", all(loom, feature = "loom")))]
     Broken,
 }
 
@@ -182,7 +183,7 @@ impl El2 {
     ///
     /// # Errors
     /// Why it stops.
-    #[cfg(any(test, feature = "oracle"))]
+    #[cfg(any(test, feature = "oracle", all(loom, feature = "loom")))]
     pub(crate) fn vcpu(&self, cpu: usize, at: Ipa, mut bytes: Bytes<'_>) -> Result<(), GuestStop> {
         let access = bytes.access();
         let copied = self.vcpu_act(cpu, at, access, |at| self.copy(at, &mut bytes))?;

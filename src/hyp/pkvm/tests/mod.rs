@@ -57,7 +57,7 @@ impl World {
 
     #[track_caller]
     fn sound(&self) {
-        assert_eq!(self.hyp.check_invariants(), Vec::<String>::new());
+        assert_eq!(self.hyp.check_invariants(Vec::new()), Vec::<String>::new());
         for (pfn, visibility) in self.hyp.frames_of_guests() {
             assert!(self.memfd.frames().contains(&(pfn, visibility)), "{pfn:?} {visibility}");
         }
