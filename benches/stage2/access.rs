@@ -4,16 +4,16 @@ use gmem::addr::{ByteSize, Ipa};
 use gmem::error::Error;
 use gmem::guest_only::GuestOnly;
 
-use super::Outcome;
+use crate::Outcome;
 use crate::harness::{Bench, Goal, Random};
 
 const PAGE: u64 = 4096;
 const WORDS: usize = 512;
 /// Pages that have a line each.
-const NR_CACHED: u64 = 64;
+pub(crate) const NR_CACHED: u64 = 64;
 /// Pages of a guest that loads from one after the other, so that the last 64 are never the right ones. No more than that,
 /// so that what is measured is the walk, and not the processor's own caches.
-const NR_SPREAD: u64 = 1 << 10;
+pub(crate) const NR_SPREAD: u64 = 1 << 10;
 
 pub(crate) fn rows(bench: Bench) -> Outcome<()> {
     if !bench.wants_any(&["vcpu_load_hit", "vcpu_load_walk"]) {
