@@ -474,7 +474,8 @@ impl VmCore {
         self.start_teardown().map_err(refused)?;
         let reclaimed = self.reclaim_all();
         let finished = self.finalize_teardown();
-        for Slot { memfd, binding, .. } in self.state.write().slots.take() {
+        let slots = self.state.write().slots.take();
+        for Slot { memfd, binding, .. } in slots {
             if let Some(id) = binding {
                 memfd.unbind(id);
             }
