@@ -56,6 +56,8 @@ pub fn check(pool: &FolioPool, objects: &[&GuestMemfd]) -> Report {
 
 /// [`check`], and what guests hold of the pool according to their hypervisor.
 ///
+/// Guests are to stand still meanwhile: objects and hypervisor are looked at one after the other.
+///
 /// Of the hypervisor: its own tables agree with each other, and what an object shares is the host's to see; no page was left
 /// with a guest that is gone. Of each frame that it has given to a guest: it is in one of the objects, private there if
 /// it is the guest's alone, and shared if not.
