@@ -273,19 +273,31 @@ impl Hyp {
             }),
         };
         let nth = nth.ok_or(HypError::AddrInvalid)?;
-        let mut undo = Vec::new();
-        for piece in self.pieces(id, frames, gfn) {
-            let Some(space) = self.aspaces.get_mut(&aspace) else { continue };
-            if let Err(error) = space.unmap(aspace, &mut self.heap, piece, &mut undo) {
-                self.roll_back(undo);
-                return Err(error);
-            }
-        }
+        self.unmap_pieces(id, [(aspace, frames, gfn)])?;
         if let Some(extent) = self.extents.get_mut(&id) {
             extent.unrecord(nth, frames, gfn);
         }
         self.spec.unclaim(id, aspace, frames, gfn);
         self.settle();
+        Ok(())
+    }
+
+    /// Empties what the tables have of mappings: of all of them, or of none.
+    fn unmap_pieces(
+        &mut self,
+        id: ExtentId,
+        mappings: impl IntoIterator<Item = (AspaceId, PfnRange, Gfn)>,
+    ) -> Result<(), HypError> {
+        let mut undo = Vec::new();
+        for (aspace, frames, gfn) in mappings {
+            for piece in self.pieces(id, frames, gfn) {
+                let Some(space) = self.aspaces.get_mut(&aspace) else { continue };
+                if let Err(error) = space.unmap(aspace, &mut self.heap, piece, &mut undo) {
+                    self.roll_back(undo);
+                    return Err(error);
+                }
+            }
+        }
         Ok(())
     }
 
@@ -299,16 +311,7 @@ impl Hyp {
         for slot in extent.slots() {
             mappings.extend(slot.records.iter().map(|(frames, gfn, _)| (slot.aspace, frames, gfn)));
         }
-        let mut undo = Vec::new();
-        for (aspace, frames, gfn) in mappings {
-            for piece in self.pieces(id, frames, gfn) {
-                let Some(space) = self.aspaces.get_mut(&aspace) else { continue };
-                if let Err(error) = space.unmap(aspace, &mut self.heap, piece, &mut undo) {
-                    self.roll_back(undo);
-                    return Err(error);
-                }
-            }
-        }
+        self.unmap_pieces(id, mappings)?;
         if let Some(extent) = self.extents.get_mut(&id) {
             extent.slots = Default::default();
         }
