@@ -4,7 +4,7 @@
 use super::el2::{El2, HostCall, nr_pgd_pages, nr_vcpu_pages, nr_vm_pages};
 use crate::addr::Pa;
 use crate::error::Errno;
-use crate::geometry::PAGE_BYTES;
+use crate::geometry::{PAGE_BYTES, index};
 
 /// A kernel's own memory.
 pub(super) trait KernelPages {
@@ -80,7 +80,7 @@ impl<P: KernelPages> Calls<'_, P> {
         protected: bool,
     ) -> Result<Made, Errno> {
         {
-            let said = self.el2.machine().host_struct(kvm);
+            let said = self.el2.host_struct(kvm);
             let mut said = said.lock();
             *said = Default::default();
             (said.handle, said.nr_vcpus, said.protected) = (handle, nr_vcpus, protected);
@@ -104,7 +104,7 @@ impl<P: KernelPages> Calls<'_, P> {
     pub(super) fn make_vcpu(&mut self, made: Made, idx: u64) -> Result<u64, Errno> {
         let at = self.shared_page()?;
         {
-            let said = self.el2.machine().host_struct(at);
+            let said = self.el2.host_struct(at);
             let mut said = said.lock();
             *said = Default::default();
             said.vcpu_idx = idx;
@@ -122,13 +122,25 @@ impl<P: KernelPages> Calls<'_, P> {
     /// # Errors
     /// `ENOMEM`.
     pub(super) fn top_up(&mut self, host_at: u64, nr: u64) -> Result<(), Errno> {
-        let said = self.el2.machine().host_struct(host_at);
-        let mut said = said.lock();
-        while said.nr_memcache < nr {
-            said.memcache.push(self.pages.take(1)?);
-            said.nr_memcache += 1;
+        let said = self.el2.host_struct(host_at);
+        // Pages and room for them are found before the structure is locked, which spins.
+        let mut pages = Vec::new();
+        let taken = (said.nr_memcache()..nr).try_for_each(|_| {
+            pages.push(self.pages.take(1)?);
+            Ok(())
+        });
+        if pages.is_empty() {
+            return taken;
         }
-        Ok(())
+        let mut list = Vec::with_capacity(index(nr));
+        let mut said = said.lock();
+        said.nr_memcache += pages.len() as u64;
+        list.append(&mut said.memcache);
+        list.append(&mut pages);
+        std::mem::swap(&mut said.memcache, &mut list);
+        // The old list is let go of after that.
+        drop(said);
+        taken
     }
 
     /// Ends a VM that is being torn down, and has everything back that it was made of. `vcpus` are the kernel's
@@ -142,11 +154,10 @@ impl<P: KernelPages> Calls<'_, P> {
         vcpus: impl Iterator<Item = u64>,
     ) -> Result<(), Errno> {
         self.call(HostCall::FinalizeTeardownVm, [made.handle, 0, 0, 0])?;
-        let returned =
-            std::mem::take(&mut self.el2.machine().host_struct(made.kvm).lock().returned);
+        let returned = std::mem::take(&mut self.el2.host_struct(made.kvm).lock().returned);
         returned.into_iter().for_each(|at| self.pages.give(at));
         for at in vcpus {
-            let unused = std::mem::take(&mut self.el2.machine().host_struct(at).lock().memcache);
+            let unused = std::mem::take(&mut self.el2.host_struct(at).lock().memcache);
             unused.into_iter().for_each(|at| self.pages.give(at));
             self.free_shared_page(at);
         }

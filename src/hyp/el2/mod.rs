@@ -9,6 +9,7 @@
 //! | `hyp_space` | what EL2 maps for itself |
 //! | `guest_mmu` | a guest's stage 2 |
 //! | `vm` | VMs and their life, vCPUs, who is loaded where |
+//! | `teardown` | the end of a VM |
 //! | `memcache` | pages that the host gives for a guest's tables |
 //! | `transition` | the ways between states: all checks, in order, then changes that cannot fail |
 //! | `host_call` | the host's hypercalls, by number and raw arguments |
@@ -22,6 +23,7 @@
 //! | `profile` | which version this is |
 //! | `spec` | the states again, in the plainest way |
 //! | `invariants` | what must hold, by name |
+//! | `by_hand` | what hosts that are written for tests and benches have |
 //! | `el2_only` | for benches: a machine of any size without bytes |
 //! | `hostile` | for tests and fuzzers: a host and guests that do anything |
 //! | `modelled` | a small machine, for the loom models |
@@ -31,6 +33,8 @@
 //! Locks are taken in this order: a CPU's own, the VMs' table, the host's, then EL2's or one guest's.
 
 mod access;
+#[cfg(any(test, feature = "oracle"))]
+mod by_hand;
 #[cfg(feature = "oracle")]
 pub mod el2_only;
 mod firmware;
@@ -58,6 +62,7 @@ pub mod modelled;
 mod on_cpu;
 mod profile;
 mod spec;
+mod teardown;
 #[cfg(test)]
 mod tests;
 mod tlb;
