@@ -266,6 +266,8 @@ impl El2 {
         })
     }
 
+    /// For who plays the host's memory.
+    #[cfg(any(test, feature = "oracle"))]
     pub(crate) fn machine(&self) -> &Machine {
         &self.machine
     }
