@@ -25,27 +25,44 @@ impl El2 {
         }
     }
 
+    /// However long the host says that its list is, locks are held for one page at a time.
     #[cold]
     fn take_from_list(&self, vcpu: &mut Vcpu, wanted: u64) -> Result<(), Errno> {
+        while (vcpu.memcache.len() as u64) < wanted {
+            let page = self.take_first(vcpu)?;
+            // It is EL2's, and nobody else reaches it.
+            if self.machine.zero(page.start()).is_err() {
+                self.put_first(vcpu, page)?;
+                return Err(Errno::ENOMEM);
+            }
+            vcpu.memcache.push(page.start());
+        }
+        Ok(())
+    }
+
+    fn take_first(&self, vcpu: &Vcpu) -> Result<Pages, Errno> {
         let mut host = self.host.lock();
         let mut hyp = self.hyp.lock();
         let mut list = vcpu.host.lock();
-        while (vcpu.memcache.len() as u64) < wanted {
-            let (nr, head) = (list.nr_memcache, list.memcache.last().copied());
-            // A list that is shorter than it says ends in a null pointer, to which EL2 goes.
-            let page = Pages::one(Pa::new(head.unwrap_or(0)).pfn());
-            if nr == 0 || donate_hyp(&mut host, &mut hyp, page).is_err() {
-                return Err(Errno::ENOMEM);
-            }
-            if self.machine.zero(page.start()).is_err() {
-                // Broken memory is no table.
-                donate_host(&mut host, &mut hyp, page)?;
-                return Err(Errno::ENOMEM);
-            }
-            list.nr_memcache -= 1;
-            list.memcache.pop();
-            vcpu.memcache.push(page.start());
+        let (nr, head) = (list.nr_memcache, list.memcache.last().copied());
+        // A list that is shorter than it says ends in a null pointer, to which EL2 goes.
+        let page = Pages::one(Pa::new(head.unwrap_or(0)).pfn());
+        if nr == 0 || donate_hyp(&mut host, &mut hyp, page).is_err() {
+            return Err(Errno::ENOMEM);
         }
+        list.nr_memcache -= 1;
+        list.memcache.pop();
+        Ok(page)
+    }
+
+    /// Broken memory is no table: the host has it again, where it was.
+    fn put_first(&self, vcpu: &Vcpu, page: Pages) -> Result<(), Errno> {
+        let mut host = self.host.lock();
+        let mut hyp = self.hyp.lock();
+        donate_host(&mut host, &mut hyp, page)?;
+        let mut list = vcpu.host.lock();
+        list.memcache.push(page.start().pa().get());
+        list.nr_memcache = list.nr_memcache.saturating_add(1);
         Ok(())
     }
 }

@@ -264,10 +264,6 @@ impl El2 {
         })
     }
 
-    pub(crate) fn machine(&self) -> &Machine {
-        &self.machine
-    }
-
     /// A CPU's own state; `None` for a CPU that the machine has not.
     fn cpu(&self, cpu: usize) -> Option<SpinGuard<'_, Cpu>> {
         Some(self.cpus.get(cpu)?.lock())
