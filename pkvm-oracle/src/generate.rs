@@ -2,7 +2,7 @@
 
 use crate::name::{Ipa, Name, PAGE_SIZE, Place, VcpuName};
 use crate::scenario::{Expectation, Line, Scenario};
-use crate::step::{GuestAct, HostAct, MEM_UNSHARE, Step};
+use crate::step::{GuestAct, HostAct, MEM_SHARE, MEM_UNSHARE, Step};
 
 /// Where all randomness comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +72,9 @@ struct Cast {
     vcpus: Vec<(VcpuName, u64)>,
 }
 
+/// Nobody looks at it.
+const UPPER_HALF: u64 = 0xfeed_beef << 32;
+
 const KINDS: &[(u64, &str)] = &[(4, "protected"), (1, "plain")];
 
 fn steps(random: &mut Random) -> Vec<Step> {
@@ -127,6 +130,7 @@ fn event(random: &mut Random, cast: &Cast) -> Step {
             (1, GuestAct::Share(Ipa(ipa.0 + 8))),
             (1, GuestAct::Share(Ipa(ipa.0 + NR_PAGES * PAGE_SIZE))),
             (2, GuestAct::Hvc([MEM_UNSHARE, ipa.0, 1, 0])),
+            (2, GuestAct::Hvc([UPPER_HALF | MEM_SHARE, ipa.0, 0, 0])),
             (2, GuestAct::Resume),
         ]);
         return act.map_or(Step::Locked, |act| Step::Guest(vcpu.clone(), act));
@@ -142,8 +146,11 @@ fn event(random: &mut Random, cast: &Cast) -> Step {
         (1, HostAct::MemRead),
         (1, HostAct::MemWrite(byte)),
         (1, HostAct::Splice),
+        (1, HostAct::RingLoad),
+        (1, HostAct::RingStore(byte)),
         (1, HostAct::Pin),
         (file, HostAct::FileRead),
+        (file / 2, HostAct::SendFile),
         (file, HostAct::FileWrite(byte)),
         (file, HostAct::Punch),
         (1, HostAct::ForkLoad),
@@ -218,6 +225,10 @@ mod tests {
             "fork-load",
             "mem-write",
             "host pin",
+            "ring-load",
+            "ring-store",
+            "sendfile",
+            "hvc 0xfeedbeefc6000003",
             "guest w.0 store",
             "guest w.0 share",
         ] {

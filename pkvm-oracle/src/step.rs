@@ -114,6 +114,10 @@ pub enum HostAct {
     FileWrite(u8),
     /// sendfile(2) of the memory's file into a pipe, and read(2) from it.
     SendFile,
+    /// io_uring's WRITE_FIXED from a registered buffer into a pipe, and read(2) from it.
+    RingLoad,
+    /// io_uring's READ_FIXED from a pipe to a registered buffer.
+    RingStore(u8),
     /// A device reads the byte, at the physical address that the process has mapped there.
     DmaLoad,
     /// A device writes it.
@@ -305,6 +309,7 @@ const PLAIN: &[(&str, HostAct)] = &[
     ("pin", HostAct::Pin),
     ("file-read", HostAct::FileRead),
     ("sendfile", HostAct::SendFile),
+    ("ring-load", HostAct::RingLoad),
     ("dma-load", HostAct::DmaLoad),
     ("discard", HostAct::Discard),
     ("punch", HostAct::Punch),
@@ -324,6 +329,7 @@ const WITH_BYTE: &[(&str, WithByte)] = &[
     ("vm-write", HostAct::VmWrite),
     ("mem-write", HostAct::MemWrite),
     ("file-write", HostAct::FileWrite),
+    ("ring-store", HostAct::RingStore),
     ("dma-store", HostAct::DmaStore),
 ];
 
@@ -405,6 +411,7 @@ fn write_host(f: &mut fmt::Formatter<'_>, act: HostAct, place: &Place) -> fmt::R
         HostAct::VmWrite(byte) => ("vm-write", byte),
         HostAct::MemWrite(byte) => ("mem-write", byte),
         HostAct::FileWrite(byte) => ("file-write", byte),
+        HostAct::RingStore(byte) => ("ring-store", byte),
         HostAct::DmaStore(byte) => ("dma-store", byte),
         // The words above have found all others.
         _ => return Err(fmt::Error),

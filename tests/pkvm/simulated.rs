@@ -201,6 +201,8 @@ impl Simulated {
             HostAct::FileRead | HostAct::SendFile => {
                 Observation::Byte(linux.alias_load_u8(place, Alias::File)?)
             }
+            HostAct::RingLoad => Observation::Byte(linux.alias_load_u8(place, Alias::Ring)?),
+            HostAct::RingStore(byte) => ok(linux.alias_store_u8(place, Alias::Ring, byte)?),
             HostAct::DmaLoad => Observation::Byte(linux.device_load_u8(place)?),
             HostAct::DmaStore(byte) => ok(linux.device_store_u8(place, byte)?),
             HostAct::Read(byte) => ok(linux.copy_in_u8(place, byte)?),

@@ -11,6 +11,7 @@ mod kvm;
 mod machine;
 mod memory;
 mod program;
+mod ring;
 mod run_page;
 mod sys;
 

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use pkvm_oracle::{Backing, Errno, HostAct, Observation, PAGE_SIZE, Signal, Size};
 
 use crate::sys::{self, Fork};
-use crate::{device, fault, kvm};
+use crate::{device, fault, kvm, ring};
 
 const HUGE: usize = 2 << 20;
 
@@ -102,6 +102,8 @@ impl Memory {
             HostAct::FileRead => seen(read_file(self.file(), in_file)),
             HostAct::FileWrite(byte) => done(write_file(self.file(), in_file, byte)),
             HostAct::SendFile => seen(self.send_file(in_file)),
+            HostAct::RingLoad => seen(through_pipe(|to| ring::write_from(to, at))),
+            HostAct::RingStore(byte) => done(through_ring(at, byte)),
             HostAct::DmaLoad => seen(device::load(at).map(Some)),
             HostAct::DmaStore(byte) => good(device::store(at, byte)),
             HostAct::Discard => good(sys::advise(start, len, libc::MADV_DONTNEED)),
@@ -169,6 +171,14 @@ fn read_from_pipe(at: *mut u8, byte: u8) -> Result<isize, Errno> {
         return Err(Errno(libc::EPIPE));
     }
     sys::read_to(&from, at)
+}
+
+fn through_ring(at: *mut u8, byte: u8) -> Result<isize, Errno> {
+    let (from, to) = sys::pipe()?;
+    if sys::write_from(&to, &raw const byte)? != 1 {
+        return Err(Errno(libc::EPIPE));
+    }
+    ring::read_to(&from, at)
 }
 
 fn own_memory() -> Result<File, Errno> {

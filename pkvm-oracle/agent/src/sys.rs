@@ -12,6 +12,8 @@ use std::sync::atomic::{Ordering, fence};
 
 use pkvm_oracle::Errno;
 
+use crate::ring::Params;
+
 /// The errno of the call that has just failed.
 pub(crate) fn last() -> Errno {
     Errno(io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO))
@@ -174,6 +176,31 @@ pub(crate) fn send_from(to: &OwnedFd, file: &OwnedFd, at: u64) -> Result<isize, 
     let mut at = i64::try_from(at).map_err(|_| Errno(libc::EFBIG))?;
     // SAFETY: reads and writes one number; the page behind it is only lent to the pipe.
     checked(unsafe { libc::sendfile(to.as_raw_fd(), file.as_raw_fd(), &raw mut at, 1) })
+}
+
+/// io_uring_setup of so many entries.
+pub(crate) fn ring(entries: u32, params: &mut Params) -> Result<OwnedFd, Errno> {
+    // SAFETY: reads and writes one structure.
+    let fd = unsafe { libc::syscall(libc::SYS_io_uring_setup, entries, ptr::from_mut(params)) };
+    owned(RawFd::try_from(checked(fd)?).map_err(|_| Errno(libc::EBADF))?)
+}
+
+/// io_uring_register of one buffer.
+pub(crate) fn ring_register(
+    ring: &OwnedFd,
+    what: libc::c_long,
+    buffer: &libc::iovec,
+) -> Result<(), Errno> {
+    let (ring, buffer) = (ring.as_raw_fd(), ptr::from_ref(buffer));
+    // SAFETY: reads one vector; the page behind it is pinned, and nobody has a reference to it.
+    checked(unsafe { libc::syscall(libc::SYS_io_uring_register, ring, what, buffer, 1) }).map(drop)
+}
+
+/// io_uring_enter with one entry; waits for its answer if asked to.
+pub(crate) fn ring_enter(ring: &OwnedFd, flags: libc::c_long) -> Result<(), Errno> {
+    let (call, ring, none) = (libc::SYS_io_uring_enter, ring.as_raw_fd(), ptr::null::<u8>());
+    // SAFETY: takes numbers. What the entry has the kernel read and write nobody has a reference to.
+    checked(unsafe { libc::syscall(call, ring, 1, 1, flags, none, 0) }).map(drop)
 }
 
 /// process_vm_readv of one byte of this process.

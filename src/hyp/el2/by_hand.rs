@@ -4,6 +4,7 @@
 use super::access::Bytes;
 use super::guest_call::GuestAnswer;
 use super::host_mmu::Owner;
+use super::machine::Machine;
 use super::on_cpu::OnCpu;
 use super::vm::{Cpu, Loaded};
 use super::{El2, Pages};
@@ -37,6 +38,10 @@ impl EnteredCpu<'_> {
 }
 
 impl El2 {
+    pub(crate) fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
     /// The calling thread is this CPU until it drops what it gets. `None` for a CPU that the machine has not.
     pub(crate) fn enter(&self, nr: usize) -> Option<EnteredCpu<'_>> {
         Some(EnteredCpu { el2: self, nr, cpu: self.cpu(nr)? })

@@ -5,7 +5,7 @@ use super::host_mmu::HostMmu;
 use super::hyp_space::HypSpace;
 use super::transition::{donate_host, donate_hyp};
 use super::vm::Vcpu;
-use super::{El2, PIECE, Pages, stretch};
+use super::{El2, Pages};
 use crate::addr::{Pa, Pfn};
 use crate::error::Errno;
 
@@ -25,37 +25,45 @@ impl El2 {
         }
     }
 
+    /// However long the host says that its list is, locks are held for one page at a time.
     #[cold]
     fn take_from_list(&self, vcpu: &mut Vcpu, wanted: u64) -> Result<(), Errno> {
         while (vcpu.memcache.len() as u64) < wanted {
             self.host.give_way();
-            self.take_some_from_list(vcpu, wanted.min(vcpu.memcache.len() as u64 + PIECE))?;
+            let page = self.take_first(vcpu)?;
+            // It is EL2's, and nobody else reaches it.
+            if self.machine.zero(page.start()).is_err() {
+                self.put_first(vcpu, page)?;
+                return Err(Errno::ENOMEM);
+            }
+            vcpu.memcache.push(page.start());
         }
         Ok(())
     }
 
-    /// With the host's lock held.
-    fn take_some_from_list(&self, vcpu: &mut Vcpu, wanted: u64) -> Result<(), Errno> {
+    fn take_first(&self, vcpu: &Vcpu) -> Result<Pages, Errno> {
         let mut host = self.host.lock();
         let mut hyp = self.hyp.lock();
         let mut list = vcpu.host.lock();
-        stretch::held_over(wanted - vcpu.memcache.len() as u64);
-        while (vcpu.memcache.len() as u64) < wanted {
-            let (nr, head) = (list.nr_memcache, list.memcache.last().copied());
-            // A list that is shorter than it says ends in a null pointer, to which EL2 goes.
-            let page = Pages::one(Pa::new(head.unwrap_or(0)).pfn());
-            if nr == 0 || donate_hyp(&mut host, &mut hyp, page).is_err() {
-                return Err(Errno::ENOMEM);
-            }
-            if self.machine.zero(page.start()).is_err() {
-                // Broken memory is no table.
-                donate_host(&mut host, &mut hyp, page)?;
-                return Err(Errno::ENOMEM);
-            }
-            list.nr_memcache -= 1;
-            list.memcache.pop();
-            vcpu.memcache.push(page.start());
+        let (nr, head) = (list.nr_memcache, list.memcache.last().copied());
+        // A list that is shorter than it says ends in a null pointer, to which EL2 goes.
+        let page = Pages::one(Pa::new(head.unwrap_or(0)).pfn());
+        if nr == 0 || donate_hyp(&mut host, &mut hyp, page).is_err() {
+            return Err(Errno::ENOMEM);
         }
+        list.nr_memcache -= 1;
+        list.memcache.pop();
+        Ok(page)
+    }
+
+    /// Broken memory is no table: the host has it again, where it was.
+    fn put_first(&self, vcpu: &Vcpu, page: Pages) -> Result<(), Errno> {
+        let mut host = self.host.lock();
+        let mut hyp = self.hyp.lock();
+        donate_host(&mut host, &mut hyp, page)?;
+        let mut list = vcpu.host.lock();
+        list.memcache.push(page.start().pa().get());
+        list.nr_memcache = list.nr_memcache.saturating_add(1);
         Ok(())
     }
 }

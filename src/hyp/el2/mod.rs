@@ -266,12 +266,6 @@ impl El2 {
         })
     }
 
-    /// For who plays the host's memory.
-    #[cfg(any(test, feature = "oracle"))]
-    pub(crate) fn machine(&self) -> &Machine {
-        &self.machine
-    }
-
     /// A CPU's own state; `None` for a CPU that the machine has not.
     fn cpu(&self, cpu: usize) -> Option<SpinGuard<'_, Cpu>> {
         Some(self.cpus.get(cpu)?.lock())

@@ -40,6 +40,8 @@ pub enum Alias {
     ProcMem,
     /// `vmsplice` into a pipe, and a read of that. There is no way to write.
     Splice,
+    /// A buffer that is registered with io_uring, which pins it as if to write.
+    Ring,
     /// The memory's file, by `pread` and `pwrite`; or by `sendfile` into a pipe, and a read of that.
     File,
 }
@@ -116,6 +118,7 @@ impl Linux {
     pub fn alias_load_u8(&mut self, place: Place, alias: Alias) -> Result<u8, Errno> {
         let frame = match alias {
             Alias::File => self.file_frame(place)?,
+            Alias::Ring => self.frame_at(place, Want::Write).map_err(|_| refused(alias))?,
             _ => self.frame_at(place, Want::Read).map_err(|_| refused(alias))?,
         };
         let Some(pfn) = frame else { return Ok(0) };

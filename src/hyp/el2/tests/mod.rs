@@ -62,12 +62,17 @@ pub(super) struct World {
     free: Mutex<Vec<u64>>,
     /// Frames whose memory is broken.
     broken: Arc<Mutex<BTreeSet<u64>>>,
+    /// Called before a page is cleared.
+    on_zero: Arc<Mutex<Option<OnZero>>>,
 }
+
+type OnZero = Box<dyn FnMut() + Send>;
 
 /// Memory that breaks.
 struct Memory {
     arena: std::sync::Arc<Arena>,
     broken: Arc<Mutex<BTreeSet<u64>>>,
+    on_zero: Arc<Mutex<Option<OnZero>>>,
 }
 
 impl Memory {
@@ -91,6 +96,9 @@ impl FrameBytes for Memory {
     }
 
     fn zero(&self, frames: PfnRange) -> Result<(), Errno> {
+        if let Some(on_zero) = &mut *self.on_zero.lock() {
+            on_zero();
+        }
         self.check(frames.start())?;
         FrameBytes::zero(&self.arena, frames)
     }
@@ -136,12 +144,13 @@ impl World {
         let nr_arena = if kernel_has_bytes { NR_GUEST + NR_KERNEL } else { NR_GUEST };
         let arena = Arena::heap(nr_arena).unwrap();
         let broken = Arc::new(Mutex::new(BTreeSet::new()));
-        let memory = Memory { arena, broken: Arc::clone(&broken) };
+        let on_zero = Arc::new(Mutex::new(None));
+        let memory = Memory { arena, broken: Arc::clone(&broken), on_zero: Arc::clone(&on_zero) };
         let machine = Machine::new(regions, Some(Box::new(memory))).unwrap();
         let carveout = Pages::new(Pfn::new(KERNEL + NR_KERNEL - nr), nr);
         let el2 = El2::boot(profile, machine, carveout, NR_CPUS).unwrap();
         let free = Mutex::new((KERNEL..SPARE).rev().collect());
-        Self { el2, free, broken }
+        Self { el2, free, broken, on_zero }
     }
 
     /// From here on nothing is read from that frame or written to it.

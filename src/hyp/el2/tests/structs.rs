@@ -184,3 +184,32 @@ fn no_page_is_taken_while_a_structure_is_locked() {
     let said = said.lock();
     assert_eq!((said.nr_memcache, said.memcache.len()), (3, 3));
 }
+
+#[test]
+fn others_ask_while_a_page_for_tables_is_cleared() {
+    let world = World::with_bytes_everywhere(Profile::Mainline72);
+    let guest = world.vm(true);
+    world.load(0, guest, 0);
+    world.top_up(guest, 0, 3);
+    let page = world.page() >> 12;
+    let (ask, asked) = mpsc::channel::<()>();
+    let (done, answer) = mpsc::channel();
+    let (seen, all_seen) = mpsc::channel();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for () in asked {
+                world.on(1, HostCall::ShareHyp, [page, 0, 0, 0]).unwrap();
+                world.on(1, HostCall::UnshareHyp, [page, 0, 0, 0]).unwrap();
+                done.send(()).ok();
+            }
+        });
+        *world.on_zero.lock() = Some(Box::new(move || {
+            ask.send(()).unwrap();
+            seen.send(answer.recv_timeout(Duration::from_secs(10)).is_ok()).unwrap();
+        }));
+        world.donate(GUEST, 0x10).unwrap();
+        *world.on_zero.lock() = None;
+    });
+    assert_eq!(all_seen.iter().collect::<Vec<_>>(), [true; 3]);
+    world.sound();
+}
