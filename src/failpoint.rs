@@ -28,6 +28,8 @@ pub enum FailPoint {
     ScrubPanic,
     /// What keeps the file of an arena at its size: left out, and nothing fails yet.
     Seal,
+    /// A teardown that lets go of its machine before it tells objects: left out, and somebody may stand still.
+    LetGoOfMachine,
 }
 
 #[cfg(not(any(test, feature = "oracle")))]

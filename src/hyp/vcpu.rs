@@ -8,7 +8,7 @@ use super::hypercall::{
     Asked, FEATURES, HYP_MEMINFO, HvcResult, MEM_RELINQUISH, MEM_SHARE, MEM_UNSHARE,
     PLAIN_FEATURES, Registers, decode, seen,
 };
-use super::pkvm::{LastCpu, Lease, Request, SlotPage, VmKind};
+use super::pkvm::{LastCpu, Lease, Request, SlotPage, VmKind, may_call_objects};
 use crate::addr::{Access, ByteSize, Gfn, Ipa, Pa};
 use crate::backing::Arena;
 use crate::error::{Errno, Error, ErrorKind, Op};
@@ -220,6 +220,7 @@ impl Vcpu {
     fn resolve(&self, gfn: Gfn) -> Result<Resolved, Error> {
         let slot = self.lease.core.read().slot(gfn);
         let Some(SlotPage { memfd, page }) = slot else { return Ok(Resolved::NoSlot) };
+        may_call_objects();
         Ok(match memfd.guest_fault(page)? {
             Faulted::Mapped => Resolved::Mapped,
             Faulted::OtherSide => Resolved::OtherSide,

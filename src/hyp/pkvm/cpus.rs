@@ -3,6 +3,7 @@
 //! A CPU is taken for one call to EL2 or a few, by whoever holds its lock; meanwhile nobody calls an object. What
 //! it has loaded stays loaded until another one needs it.
 
+use super::order::{Kind, hold};
 use crate::hyp::el2::{El2, HostCall};
 use crate::sync::{Mutex, MutexGuard};
 
@@ -48,6 +49,7 @@ impl Cpus {
         who: Resident,
         act: impl FnOnce(usize) -> T,
     ) -> T {
+        let _held = hold(Kind::Cpu);
         let mut cpu = self.0[last.0].lock();
         if *cpu != Some(who) {
             if cpu.is_some() {
@@ -70,6 +72,7 @@ impl Cpus {
     /// Puts every vCPU back of whom that is said.
     pub(super) fn put(&self, el2: &El2, whom: impl Fn(Resident) -> bool) {
         for (nr, cpu) in self.0.iter().enumerate() {
+            let _held = hold(Kind::Cpu);
             let mut cpu = cpu.lock();
             if cpu.is_some_and(&whom) {
                 let _ = el2.call(nr, HostCall::VcpuPut, [0; 4]);

@@ -41,6 +41,7 @@ mod frames;
 mod hooks;
 mod incidents;
 mod memslot;
+mod order;
 mod plan;
 mod raw_host;
 mod vm;
@@ -55,6 +56,7 @@ pub use self::incidents::IncidentStat;
 use self::incidents::PreventedCounts;
 pub use self::memslot::MemslotId;
 pub(super) use self::memslot::SlotPage;
+pub(super) use self::order::may_call_objects;
 pub use self::raw_host::{RawHost, RawOutcome, RawPath};
 pub(super) use self::vm::{Lease, Request, VmCore};
 pub use self::vm::{Vm, VmKind, VmStat};
@@ -78,7 +80,7 @@ pub use super::el2::Profile;
 pub struct Hypervisor(Arc<Host>);
 
 /// Lock order: the VMs, the state of one, a CPU or the kernel's pages, then EL2's own. None of them is held while an
-/// object is called.
+/// object is called. `order` watches over states and CPUs.
 #[derive(Debug)]
 struct Host {
     profile: Profile,

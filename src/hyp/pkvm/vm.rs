@@ -1,16 +1,18 @@
 //! The life of a virtual machine: created, given memslots and vCPUs, torn down, gone.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::{Arc, RwLockReadGuard, Weak};
+use std::sync::{Arc, Weak};
 
 use slab::Slab;
 
 use super::cpus::{LastCpu, Resident};
 use super::memslot::{MemslotId, Memslots, Slot, SlotPage};
+use super::order::{Reading, StateLock, may_call_objects};
 use super::{Host, Hypervisor, Profile, refused};
 use crate::addr::{ByteSize, Gfn, Ipa, Offset};
 use crate::backing::Arena;
 use crate::error::{Errno, Error, ErrorKind, Op};
+use crate::failpoint::{FailPoint, fails};
 use crate::geometry::index;
 use crate::gmem::{GuestMemfd, Unbound};
 use crate::hyp::Vcpu;
@@ -19,7 +21,6 @@ use crate::hyp::kernel::{self, Made};
 use crate::range::{GfnRange, PgoffRange};
 use crate::stage2::GuestRun;
 use crate::state::Visibility;
-use crate::sync::RwLock;
 
 /// How many vCPUs a guest may have: KVM's limit on Arm.
 const MAX_VCPUS: usize = 512;
@@ -64,7 +65,7 @@ pub(in crate::hyp) struct VmCore {
     pub(super) made: Made,
     /// What EL2 has of it, to look at.
     seen: crate::sync::Arc<el2::Vm>,
-    pub(super) state: RwLock<VmState>,
+    pub(super) state: StateLock<VmState>,
 }
 
 /// What changes of a guest, under one lock. Whoever moves a page of the guest's holds it for writing.
@@ -274,7 +275,7 @@ impl VmCore {
             made: vec![loader],
             loader: host.cpus.first_for(made.handle),
         };
-        Ok(Arc::new(Self { host, kind, made, seen, state: RwLock::new(state) }))
+        Ok(Arc::new(Self { host, kind, made, seen, state: StateLock::new(state) }))
     }
 
     pub(super) fn handle(&self) -> u64 {
@@ -282,7 +283,7 @@ impl VmCore {
     }
 
     /// Looks at the guest's memslots.
-    pub(in crate::hyp) fn read(&self) -> RwLockReadGuard<'_, VmState> {
+    pub(in crate::hyp) fn read(&self) -> Reading<'_, VmState> {
         self.state.read()
     }
 
@@ -425,6 +426,7 @@ impl VmCore {
         };
         let weak: Weak<Self> = Arc::downgrade(self);
         // With no lock held: the object has its own, which come before ours.
+        may_call_objects();
         let bound = catch_unwind(AssertUnwindSafe(|| memfd.bind(weak, gfn, pages)));
         let mut state = self.state.write();
         let bound = bound.unwrap_or_else(|panic| {
@@ -439,6 +441,7 @@ impl VmCore {
             (Ok(binding), None) => {
                 // Torn down meanwhile, which could not know this binding.
                 drop(state);
+                may_call_objects();
                 memfd.unbind(binding);
                 Err(torn_down())
             }
@@ -451,6 +454,7 @@ impl VmCore {
 
     fn unbind(&self, id: MemslotId) -> Result<(), Error> {
         let (memfd, binding) = self.state.write().slots.suspend(id)?;
+        may_call_objects();
         let outcome = catch_unwind(AssertUnwindSafe(|| memfd.unbind_live(binding)));
         let mut state = self.state.write();
         let is_left_behind = match (&outcome, state.slots.get_mut(id)) {
@@ -467,6 +471,7 @@ impl VmCore {
         };
         drop(state);
         if is_left_behind {
+            may_call_objects();
             memfd.unbind(binding);
         }
         let outcome = outcome.unwrap_or_else(|panic| resume_unwind(panic)).map(Unbound::settle);
@@ -500,8 +505,12 @@ impl VmCore {
         self.start_teardown().map_err(refused)?;
         let reclaimed = self.reclaim_all();
         let finished = self.finalize_teardown();
-        let slots = self.state.write().slots.take();
+        let mut state = self.state.write();
+        let slots = state.slots.take();
+        // Let go, unless a test asks for the mistake.
+        let _kept = fails(FailPoint::LetGoOfMachine).then_some(state);
         for Slot { memfd, binding, .. } in slots {
+            may_call_objects();
             if let Some(id) = binding {
                 memfd.unbind(id);
             }

@@ -1,4 +1,6 @@
 mod machine;
+#[cfg(debug_assertions)]
+mod order;
 mod pieces;
 mod random;
 
