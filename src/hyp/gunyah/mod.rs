@@ -14,7 +14,8 @@
 //! | `touch` | who touches bytes, and what becomes of that |
 //! | `spec` | owners and mappings again, in the plainest way |
 //! | `invariants` | what must hold, by name |
-//! | `hostile` | for tests: VMs that do anything |
+//! | `hostile` | for tests and fuzzers: VMs that do anything |
+//! | `oracle` | that, as the fuzzer sees it |
 //! | `error` | both parts' answers |
 //!
 //! There is one lock. Who translates holds it for reading until the last byte is copied, so nobody uses a
@@ -25,13 +26,15 @@ mod attrs;
 mod cspace;
 mod error;
 mod extent;
-#[cfg(test)]
+#[cfg(any(test, feature = "oracle"))]
 mod hostile;
 mod hyp;
 mod hypercall;
 mod invariants;
 mod machine;
 mod memdb;
+#[cfg(feature = "oracle")]
+pub(crate) mod oracle;
 mod rm;
 mod spec;
 #[cfg(test)]

@@ -7,6 +7,7 @@ use super::super::invariants::{Mapped, mapped};
 use super::super::memdb::Owner;
 use super::super::rm::{Parcel, Vmid};
 use crate::addr::{Pa, Pfn};
+use crate::range::PfnRange;
 
 /// Everything that counts, at one moment.
 #[derive(Clone, Debug)]
@@ -15,6 +16,7 @@ pub(crate) struct Snapshot {
     mapped: BTreeMap<Pfn, Vec<Mapped>>,
     pub(crate) parcels: BTreeMap<u32, Parcel>,
     vms: Vec<String>,
+    extents: String,
     /// The first bytes of every frame.
     pub(crate) heads: BTreeMap<Pfn, u64>,
 }
@@ -26,8 +28,8 @@ impl Snapshot {
         let frames: Vec<Pfn> = frames.flat_map(|frames| frames.iter()).collect();
         let head = |pfn: Pfn| {
             let mut buf = [0; 8];
-            machine.read(pfn.pa(), &mut buf).unwrap();
-            u64::from_le_bytes(buf)
+            // Memory that is broken reads as what nobody stores.
+            machine.read(pfn.pa(), &mut buf).map_or(u64::MAX, |()| u64::from_le_bytes(buf))
         };
         let mut parcels = world.rm.parcels.clone();
         for parcel in parcels.values_mut() {
@@ -43,6 +45,7 @@ impl Snapshot {
             mapped: mapped(&world.hyp),
             parcels,
             vms: vms.collect(),
+            extents: format!("{:?}", world.hyp.extents),
             heads: frames.iter().map(|&pfn| (pfn, head(pfn))).collect(),
         }
     }
@@ -60,7 +63,29 @@ impl Snapshot {
             return Some("parcels changed".into());
         }
         let vm = self.vms.iter().zip(&after.vms).find(|(was, is)| was != is);
-        (self.vms.len() != after.vms.len() || vm.is_some()).then(|| format!("VMs changed: {vm:?}"))
+        if self.vms.len() != after.vms.len() || vm.is_some() {
+            return Some(format!("VMs changed: {vm:?}"));
+        }
+        (self.extents != after.extents).then(|| "extents changed".into())
+    }
+
+    /// What is not as it was of parcels, of VMs, and of all frames but some.
+    pub(super) fn difference_outside(&self, after: &Self, frames: &PfnRange) -> Option<String> {
+        let owners = self.owners.iter().zip(&after.owners);
+        let moved = { owners }.find(|(was, is)| !frames.contains(was.0) && was != is);
+        if let Some(moved) = moved {
+            return Some(format!("owners elsewhere changed: {moved:?}"));
+        }
+        let outside = |mapped: &BTreeMap<Pfn, Vec<Mapped>>| {
+            let mut mapped = mapped.clone();
+            mapped.retain(|&pfn, _| !frames.contains(pfn));
+            mapped
+        };
+        if outside(&self.mapped) != outside(&after.mapped) {
+            return Some("mappings elsewhere changed".into());
+        }
+        let same = self.parcels == after.parcels && self.vms == after.vms;
+        (!same).then(|| "parcels or VMs changed".into())
     }
 }
 

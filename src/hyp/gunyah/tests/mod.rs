@@ -194,3 +194,15 @@ impl Bare {
         );
     }
 }
+
+/// Bytes for a seed.
+fn bytes(seed: u64, nr: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x2545_f491_4f6c_dd1d) | 1;
+    let next = |_| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()[4]
+    };
+    (0..nr).map(next).collect()
+}

@@ -1,6 +1,6 @@
 //! Every rule can be broken, and says so; and every seeded mistake is found.
 
-use super::super::hostile::{Flaw, bytes, run};
+use super::super::hostile::{Flaw, run};
 use super::super::invariants::RULES;
 use super::super::rm::message::{Create, Transfer};
 use super::full::*;
