@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use super::super::World;
 use super::super::invariants::{Mapped, mapped};
 use super::super::memdb::Owner;
+use super::super::rm::vm::Home;
 use super::super::rm::{Parcel, Vmid};
 use crate::addr::{Pa, Pfn};
 use crate::range::PfnRange;
@@ -12,10 +13,11 @@ use crate::range::PfnRange;
 /// Everything that counts, at one moment.
 #[derive(Clone, Debug)]
 pub(crate) struct Snapshot {
-    owners: Vec<(Pfn, Owner)>,
-    mapped: BTreeMap<Pfn, Vec<Mapped>>,
+    pub(super) owners: Vec<(Pfn, Owner)>,
+    pub(super) mapped: BTreeMap<Pfn, Vec<Mapped>>,
     pub(crate) parcels: BTreeMap<u32, Parcel>,
     vms: Vec<String>,
+    pub(super) homes: BTreeMap<Vmid, Option<Home>>,
     extents: String,
     /// The first bytes of every frame.
     pub(crate) heads: BTreeMap<Pfn, u64>,
@@ -45,6 +47,7 @@ impl Snapshot {
             mapped: mapped(&world.hyp),
             parcels,
             vms: vms.collect(),
+            homes: world.rm.vms.iter().map(|(&vmid, vm)| (vmid, vm.home)).collect(),
             extents: format!("{:?}", world.hyp.extents),
             heads: frames.iter().map(|&pfn| (pfn, head(pfn))).collect(),
         }
@@ -131,29 +134,6 @@ pub(super) fn bytes_are_right(
         }
     }
     None
-}
-
-/// Who wrote what a frame has now, and whose it was alone when that was written.
-#[derive(Debug, Default)]
-pub(super) struct Taint {
-    writers: BTreeMap<Pfn, Vmid>,
-}
-
-impl Taint {
-    pub(super) fn store(&mut self, pfn: Pfn, vmid: Vmid) {
-        self.writers.insert(pfn, vmid);
-    }
-
-    pub(super) fn clear(&mut self, frames: &[Pfn]) {
-        for pfn in frames {
-            self.writers.remove(pfn);
-        }
-    }
-
-    /// Whether a frame has what somebody else wrote.
-    pub(super) fn is_of_other(&self, pfn: Pfn, than: Vmid) -> bool {
-        self.writers.get(&pfn).is_some_and(|&writer| writer != than)
-    }
 }
 
 /// The frame behind a VM's address, if it may store there or load.

@@ -10,6 +10,7 @@
 //! | `touches` | loads and stores |
 //! | `life` | VMs that come and go |
 //! | `judge` | what a step may have changed, bytes included |
+//! | `taint` | who was given what is in a frame |
 //! | `flaw` | mistakes that the code can be made to seem to make |
 
 mod calls;
@@ -17,6 +18,7 @@ mod flaw;
 pub(super) mod judge;
 mod life;
 mod messages;
+pub(super) mod taint;
 mod touches;
 mod vms;
 pub(super) mod wire;
@@ -26,11 +28,11 @@ pub use flaw::Flaw;
 use std::collections::BTreeMap;
 
 use super::rm::Vmid;
-use super::rm::message::Transfer;
 use crate::addr::Pfn;
 use crate::hyp::choices::Choices;
 use crate::range::PfnRange;
-use judge::{Snapshot, Taint, Zeroed, bytes_are_right, frames};
+use judge::{Snapshot, Zeroed, bytes_are_right};
+use taint::Taint;
 use vms::Vms;
 
 /// Numbers that nobody should send, but for the smallest.
@@ -74,7 +76,16 @@ struct Step {
     within: Option<PfnRange>,
     /// The parcel whose tag stays although the message was refused, and the tag.
     tagged: Option<(u32, u32)>,
-    taint: Vec<(Pfn, Vmid)>,
+    touched: Option<Touched>,
+}
+
+/// A load or a store of the first bytes of a frame.
+#[derive(Clone, Copy, Debug)]
+struct Touched {
+    pfn: Pfn,
+    by: Vmid,
+    value: u64,
+    is_load: bool,
 }
 
 impl Step {
@@ -86,7 +97,7 @@ impl Step {
             zeroed: Zeroed::None,
             within: None,
             tagged: None,
-            taint: Vec::new(),
+            touched: None,
         }
     }
 }
@@ -122,7 +133,7 @@ pub(crate) fn run(bytes: &[u8], flaw: Option<Flaw>) -> Result<Coverage, String> 
         }
         let after = vms.snapshot();
         if let Some((handle, tag)) = step.tagged {
-            before.parcels.entry(handle).and_modify(|parcel| drop(parcel.tag.get_or_insert(tag)));
+            before.parcels.entry(handle).and_modify(|parcel| parcel.tag = Some(tag));
         }
         let changed = step.refused.then(|| before.difference(&after)).flatten();
         let wrong = changed
@@ -132,36 +143,31 @@ pub(crate) fn run(bytes: &[u8], flaw: Option<Flaw>) -> Result<Coverage, String> 
         if let Some(wrong) = wrong {
             return Err(format!("step {nth}, {}: {wrong}", step.what));
         }
-        if let Zeroed::Exactly(frames) = &step.zeroed {
-            taint.clear(frames);
-        }
-        for &(pfn, vmid) in &step.taint {
-            taint.store(pfn, vmid);
-        }
-        coverage.nr_leaks += returned(&before, &after, &taint, &step.zeroed)?;
+        let tainted = follow(&mut taint, &step, &before, &after);
+        tainted.map_err(|wrong| format!("step {nth}, {}: {wrong}", step.what))?;
         *coverage.answers.entry(step.what).or_default() += 1;
         before = after;
     }
+    coverage.nr_leaks = taint.nr_returned;
     Ok(coverage)
 }
 
-/// Frames that went back to their owner with what a borrower wrote: never if anybody asked for zeroes.
-fn returned(
+fn follow(
+    taint: &mut Taint,
+    step: &Step,
     before: &Snapshot,
     after: &Snapshot,
-    taint: &Taint,
-    zeroed: &Zeroed,
-) -> Result<u64, String> {
-    let mut nr = 0;
-    for (handle, parcel) in &before.parcels {
-        if after.parcels.contains_key(handle) || parcel.transfer != Transfer::Lend {
-            continue;
-        }
-        let leaked = frames(parcel).filter(|&pfn| taint.is_of_other(pfn, parcel.owner)).count();
-        if leaked > 0 && matches!(zeroed, Zeroed::Exactly(_)) {
-            return Err(format!("parcel {handle} was cleared, and is tainted"));
-        }
-        nr += leaked as u64;
+) -> Result<(), String> {
+    if let Zeroed::Exactly(frames) = &step.zeroed {
+        taint.clear(frames);
     }
-    Ok(nr)
+    if step.zeroed == Zeroed::Some {
+        taint.forget_zeroes(before, after);
+    }
+    match step.touched {
+        Some(Touched { pfn, by, value, is_load: true }) => taint.load(pfn, value, by)?,
+        Some(Touched { pfn, by, value, is_load: false }) => taint.store(pfn, value, by, before),
+        None => {}
+    }
+    taint.moved(before, after)
 }

@@ -3,10 +3,10 @@
 use super::super::World;
 use super::super::rm::Vmid;
 use super::super::touch::Bytes;
-use super::Step;
 use super::judge::{Zeroed, behind};
 use super::messages::ipa_of;
 use super::vms::{GUESTS, NR_RAM, PAGE, RAM, Vms};
+use super::{Step, Touched};
 use crate::addr::{Gfn, Ipa};
 use crate::hyp::choices::Choices;
 
@@ -32,13 +32,13 @@ impl Vms {
 
     pub(super) fn touch(&self, choices: &mut Choices<'_>, nth: u64) -> Step {
         let vmid = choices.of(&[Vmid::HLOS, GUESTS[0], GUESTS[1], GUESTS[2]]);
-        let at = Ipa::new(
-            self.place_of(choices, vmid) & if choices.one_in(8) { u64::MAX } else { !0xfff },
-        );
-        let value = (u64::from(vmid.0) << 32) | (nth + 1);
-        let store = value.to_le_bytes();
+        let place = self.place_of(choices, vmid);
+        // At the head of a page or elsewhere, but not across it.
+        let at = Ipa::new(place & if choices.one_in(8) { !7 } else { !0xfff });
+        let token = (u64::from(vmid.0) << 32) | (nth + 1);
+        let store = token.to_le_bytes();
         let mut load = [0; 8];
-        let is_load = choices.one_in(3);
+        let is_load = choices.one_in(2);
         let bytes = if is_load { Bytes::Load(&mut load) } else { Bytes::Store(&store) };
         let behind = self.gunyah.with(|world| behind(world, vmid, at));
         let done = match (vmid, choices.below(3)) {
@@ -47,12 +47,17 @@ impl Vms {
             _ => self.gunyah.vcpu(vmid, at, bytes).is_ok(),
         };
         let is_head = at.in_page().get() == 0;
-        let stored =
-            behind.filter(|at| done && !is_load && is_head && at.pfn().get() < RAM + NR_RAM);
-        let stored = stored.filter(|at| at.pfn().get() >= RAM);
+        let memory = RAM..RAM + NR_RAM;
+        let touched = behind.filter(|at| done && is_head && memory.contains(&at.pfn().get()));
+        let touched = touched.map(|at| {
+            let value = if is_load { u64::from_le_bytes(load) } else { token };
+            Touched { pfn: at.pfn(), by: vmid, value, is_load }
+        });
         // What is stored elsewhere in the page, heads do not show.
-        let zeroed = stored.map_or(Zeroed::None, |at| Zeroed::Stored(at.pfn(), value));
-        let taint = stored.map(|at| (at.pfn(), vmid)).into_iter().collect();
-        Step { zeroed, taint, ..Step::named(format!("touch {done}")) }
+        let zeroed = match touched {
+            Some(Touched { pfn, value, is_load: false, .. }) => Zeroed::Stored(pfn, value),
+            _ => Zeroed::None,
+        };
+        Step { zeroed, touched, ..Step::named(format!("touch {done}")) }
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use super::accept::{DONE, MAP_CONTIGUOUS, SANITIZE, VALIDATE_ACL_ATTR};
-use super::message::{Accept, AclEntry, Notification, SglEntry, Transfer};
+use super::message::{Accept, AclEntry, Notification, Request, SglEntry, Transfer};
 use super::ranges::Ranges;
 use super::{Fate, MEM_NORMAL, Rm, Vmid};
 use crate::addr::Gfn;
@@ -184,6 +184,7 @@ impl Rm {
         // What is at a device's address is the device.
         vm.ranges.take(Gfn::new(self.device_base.get()), self.nr_device_pages);
         self.vms.insert(vmid, vm);
+        self.spec.began(vmid);
         Ok(vmid)
     }
 
@@ -325,7 +326,7 @@ impl Rm {
             map_vmid: Vmid(0),
             attrs: Vec::new(),
         };
-        self.accept(hyp, vmid, &accept).map(drop)
+        self.perform(hyp, vmid, &Request::Accept(accept)).map(drop)
     }
 
     /// Starts a VM.
@@ -442,6 +443,7 @@ impl Rm {
         match self.owned(client, vmid, RmError::Denied)?.state {
             VmState::Load | VmState::Reset => {
                 self.vms.remove(&vmid);
+                self.spec.ended(vmid);
                 Ok(())
             }
             _ => Err(RmError::VmState),

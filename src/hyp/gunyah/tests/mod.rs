@@ -7,10 +7,12 @@ mod full;
 mod hypercalls;
 mod map;
 mod messages;
+mod order;
 mod random;
 mod release;
 mod rules;
 mod sanitize;
+mod taint;
 mod touch;
 mod vms;
 

@@ -1,30 +1,8 @@
-//! VMs that do anything, and calls with any registers: somebody answers, and the rules hold.
+//! Calls with any registers on blocks, and with a heap that is short: somebody answers, and the rules hold.
 
-use super::super::hostile::{ODD, run};
-use super::super::rm::message::{ACCEPT, APPEND, DONATE, LEND, NOTIFY, RECLAIM, RELEASE, SHARE};
+use super::super::hostile::ODD;
 use super::*;
 use crate::hyp::choices::Choices;
-
-#[test]
-fn vms_that_do_anything_change_nothing_that_they_must_not() {
-    let (mut nr_done, mut nr_all, mut nr_leaks) = (0, 0, 0);
-    let mut all = std::collections::BTreeMap::new();
-    for seed in 1..16 {
-        let coverage = run(&bytes(seed, 6000), None).expect("all is well");
-        nr_leaks += coverage.nr_leaks;
-        for (what, nr) in coverage.answers {
-            nr_all += nr;
-            nr_done += if what.ends_with("None") { nr } else { 0 };
-            *all.entry(what).or_insert(0) += nr;
-        }
-    }
-    println!("{nr_done} of {nr_all} done, {nr_leaks} pages with secrets: {all:#?}");
-    assert!(nr_all > 500 && nr_done > nr_all / 10);
-    for call in [LEND, SHARE, DONATE, ACCEPT, RELEASE, RECLAIM, APPEND, NOTIFY] {
-        assert!(all.contains_key(&format!("{call:#x} None")), "{call:#x} never succeeded");
-    }
-    assert!(nr_leaks > 0, "the weak point was never come upon");
-}
 
 /// One call after the other, mostly with what there is, over a few extents and address spaces. Every one of them
 /// is compared with the specification.
