@@ -12,6 +12,7 @@
 //! | `hyp` | its objects in one place |
 //! | `rm` | the resource manager: parcels and VMs |
 //! | `touch` | who touches bytes, and what becomes of that |
+//! | `vmmio` | addresses that a VM leaves to its VMM, and what stops a vCPU |
 //! | `spec` | owners and mappings again, in the plainest way |
 //! | `invariants` | what must hold, by name |
 //! | `hostile` | for tests and fuzzers: VMs that do anything |
@@ -40,6 +41,7 @@ mod spec;
 #[cfg(test)]
 mod tests;
 mod touch;
+mod vmmio;
 
 use crate::sync::{Arc, RwLock};
 

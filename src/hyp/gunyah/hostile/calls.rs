@@ -69,6 +69,13 @@ fn call_of(choices: &mut Choices<'_>, holder: &Holder) -> (u64, [u64; 7]) {
             (EXTENT_DERIVE, [extent, offset, size, attrs, 0, 0, 0])
         }
         17 => (EXTENT_CONFIGURE, [extent, offset, size, choices.of(&[7, 7 | 1 << 16]), 0, 0, 0]),
+        18 => {
+            let at = at.wrapping_add(choices.of(&[0, 1, 8]));
+            (
+                ASPACE_CONFIGURE_VMMIO,
+                [space, at, choices.of(&[8, 8, size]), choices.below(2), 0, 0, 0],
+            )
+        }
         _ => (ASPACE_LOOKUP, [space, extent, at, size, 0, 0, 0]),
     }
 }

@@ -42,13 +42,14 @@ impl Snapshot {
             let kept = (vm.owner, vm.home, &vm.ranges, vm.nr_parcels, &vm.accepted);
             format!("{vmid:?} {kept:?}")
         });
+        let vmmio: Vec<_> = world.hyp.aspaces.values().map(|space| &space.vmmio).collect();
         Self {
             owners: frames.iter().map(|&pfn| (pfn, world.hyp.memdb.owner(pfn))).collect(),
             mapped: mapped(&world.hyp),
             parcels,
             vms: vms.collect(),
             homes: world.rm.vms.iter().map(|(&vmid, vm)| (vmid, vm.home)).collect(),
-            extents: format!("{:?}", world.hyp.extents),
+            extents: format!("{:?} {vmmio:?}", world.hyp.extents),
             heads: frames.iter().map(|&pfn| (pfn, head(pfn))).collect(),
         }
     }

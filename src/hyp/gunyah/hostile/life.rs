@@ -37,7 +37,7 @@ impl Vms {
         let ipa = choices.below(64) * PAGE;
         let image = Image { handle, ipa, unsanitized: choices.one_in(2) };
         let auth = choices.of(&[0, 1, 2, 3]);
-        let answer = self.gunyah.with(|World { hyp, rm }| match choice {
+        let answer = self.gunyah.with(|World { hyp, rm, .. }| match choice {
             0 => rm.allocate(client, vmid).map(drop),
             1 => rm.config_image(hyp, client, vmid, auth, image),
             2 => rm.auth_image(client, vmid, auth != 0),

@@ -99,7 +99,7 @@ fn begin(gunyah: &Gunyah, vmid: Vmid, page: u64) -> Result<(), String> {
     let handle = reply.body.first_chunk().map(|bytes| u32::from_le_bytes(*bytes));
     let handle = handle.ok_or_else(|| format!("{:?}", reply.error))?;
     let image = Image { handle, ipa: 0x80 * PAGE, unsanitized: true };
-    let started = gunyah.with(|World { hyp, rm }| {
+    let started = gunyah.with(|World { hyp, rm, .. }| {
         rm.allocate(Vmid::HLOS, vmid)?;
         rm.config_image(hyp, Vmid::HLOS, vmid, 0, image)?;
         rm.init_vm(hyp, Vmid::HLOS, vmid)?;
@@ -110,7 +110,7 @@ fn begin(gunyah: &Gunyah, vmid: Vmid, page: u64) -> Result<(), String> {
 
 /// Memory goes from the host back to the partition, and from there to an extent that VMs hold capabilities for.
 fn take_out(world: &mut World) -> Result<[Holder; 2], HypError> {
-    let World { hyp, rm } = world;
+    let World { hyp, rm, .. } = world;
     let host = rm.vms.get(&Vmid::HLOS).and_then(|vm| vm.home).ok_or(HypError::Failure)?;
     let bytes = (BARE * PAGE, NR_BARE * PAGE);
     hyp.unmap_partial(host.memory, host.aspace, bytes.0, bytes)?;

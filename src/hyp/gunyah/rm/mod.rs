@@ -9,6 +9,7 @@
 //! | `notify` | NOTIFY, and what VMs are told |
 //! | `vm` | VMs and their states |
 //! | `spec` | parcels again, in the plainest way, and what each request must be answered |
+//! | `firmware` | what VMs begin with before their image |
 //! | `ranges` | which of a VM's addresses are in use |
 //!
 //! A parcel is an extent beside those that VMs own; what is put into it is donated to it, and so vanishes from where
@@ -17,6 +18,7 @@
 
 pub(super) mod accept;
 pub(super) mod create;
+mod firmware;
 pub(super) mod message;
 pub(super) mod notify;
 mod ranges;
@@ -29,9 +31,12 @@ use std::collections::BTreeMap;
 use super::attrs::{Access, MapAttrs, MapType};
 use super::error::{HypError, RmError};
 use super::hyp::Hyp;
+use super::machine::Machine;
 use super::memdb::ExtentId;
 use crate::addr::{Gfn, Pfn};
 use crate::geometry::PAGE_SHIFT;
+use crate::sync::Arc;
+use firmware::Firmware;
 use message::{AttrEntry, Request, Transfer};
 use spec::Spec;
 use vm::{Home, Vm};
@@ -201,6 +206,8 @@ pub(crate) struct Rm {
     nr_device_pages: u64,
     pub(super) fate: Fate,
     pub(super) spec: Spec,
+    firmware: Firmware,
+    machine: Arc<Machine>,
 }
 
 /// An extent of any memory, with all rights, that memory is donated to; and one of a device's.
@@ -227,6 +234,8 @@ impl Rm {
             nr_device_pages: device.nr_pages(),
             fate,
             spec: Spec::default(),
+            firmware: Firmware::default(),
+            machine: Arc::clone(&hyp.machine),
         };
         rm.spec.began(Vmid::RM);
         rm.spec.began(Vmid::HLOS);

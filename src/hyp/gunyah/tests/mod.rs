@@ -3,6 +3,7 @@
 mod accept;
 mod create;
 mod donate;
+mod firmware;
 mod full;
 mod hypercalls;
 mod map;
@@ -14,6 +15,7 @@ mod rules;
 mod sanitize;
 mod taint;
 mod touch;
+mod vmmio;
 mod vms;
 
 use super::aspace::{AspaceId, BbmLevel};
@@ -167,7 +169,7 @@ impl Bare {
             space.tree.visit(|gfn, level, pte| {
                 for nth in 0..super::aspace::Aspace::SHAPE.pages_at(level) {
                     let (pfn, leaf) = space.tree.translate(Gfn::new(gfn.get() + nth)).unwrap();
-                    pages.push((id, gfn, nth, pfn, leaf.prot));
+                    pages.push((id, gfn, nth, pfn, (leaf.prot, leaf.prot.executes_at())));
                 }
                 let _ = pte;
             });
@@ -179,7 +181,8 @@ impl Bare {
             .collect();
         let frames = (RAM..RAM + NR_RAM).chain(DEVICE..DEVICE + NR_DEVICE);
         let owners: Vec<_> = frames.map(|pfn| self.owner(pfn)).collect();
-        format!("{owners:?} {pages:?} {:?}", self.hyp.extents)
+        let vmmio: Vec<_> = self.hyp.aspaces.values().map(|space| &space.vmmio).collect();
+        format!("{owners:?} {pages:?} {vmmio:?} {:?}", self.hyp.extents)
     }
 
     /// That nothing is wrong with tables and heap.

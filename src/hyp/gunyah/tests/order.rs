@@ -149,7 +149,7 @@ fn of_a_vms_life() {
     let handle = full.create(HOST, &good).unwrap();
     let image = Image { handle, ipa: IMAGE_AT, unsanitized: false };
     let none = Image { handle: 999, ..image };
-    full.gunyah.with(|World { hyp, rm }| {
+    full.gunyah.with(|World { hyp, rm, .. }| {
         // Who asks before whom it is about.
         assert_eq!(rm.allocate(A, Vmid(1)), Err(Denied));
         assert_eq!(rm.config_image(hyp, A, C, 0, image), Err(Denied));
