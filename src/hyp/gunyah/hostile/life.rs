@@ -11,7 +11,10 @@ use crate::hyp::choices::Choices;
 
 impl Vms {
     pub(super) fn life(&mut self, choices: &mut Choices<'_>) -> Step {
-        let vmid = choices.of(&GUESTS);
+        let mut vmid = choices.of(&GUESTS);
+        if !choices.one_in(3) {
+            vmid = self.on_its_way().unwrap_or(vmid);
+        }
         let client = if choices.one_in(12) { GUESTS[0] } else { Vmid::HLOS };
         let state = self.gunyah.with(|world| world.rm.vms.get(&vmid).map(|vm| vm.state));
         let choice = match choices.one_in(8) {
@@ -68,6 +71,15 @@ impl Vms {
         }
         let what = format!("life {choice} {:?}", answer.err());
         Step { refused: answer.is_err(), ..Step::named(what) }
+    }
+
+    /// A guest that is being made, or taken apart.
+    fn on_its_way(&self) -> Option<Vmid> {
+        let stays = [VmState::Running, VmState::Paused];
+        self.gunyah.with(|world| {
+            let mut all = world.rm.vms.iter().filter(|(vmid, _)| GUESTS.contains(vmid));
+            all.find(|(_, vm)| !stays.contains(&vm.state)).map(|(&vmid, _)| vmid)
+        })
     }
 
     /// A parcel that a VM can begin with.
