@@ -5,6 +5,7 @@
 //! | `vcpu` | a virtual CPU: the guest's loads, stores and atomics, and its hypercalls |
 //! | `exit` | why a vCPU stops, and what its VMM can do about it |
 //! | `hypercall` | what a guest's registers ask for |
+//! | `choices` | for tests and fuzzers: bytes as what somebody hostile does |
 //! | `kernel` | what any host kernel does to have VMs at EL2 |
 //! | [`pkvm`] | the hypervisor behind them, after pKVM: who owns which page |
 //! | [`iommu`] | devices, and the domain that maps memory for them |
@@ -40,6 +41,8 @@
 //! A guest here is whatever code the VMM runs against a [`Vcpu`]. Nothing that it passes in is
 //! trusted: any address and any register value gets an answer or an exit.
 
+#[cfg(any(test, feature = "oracle"))]
+pub(crate) mod choices;
 pub(crate) mod el2;
 mod exit;
 #[cfg_attr(not(test), expect(dead_code, reason = "until a front is built on it"))]

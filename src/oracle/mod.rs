@@ -37,6 +37,7 @@ mod run;
 mod shrink;
 mod step;
 
+pub use crate::hyp::gunyah::oracle::{GunyahCoverage, GunyahFlaw, run_gunyah, run_gunyah_flawed};
 pub use action::{Action, ByteClaim, Door, Patience, Question, RangeClaim, SizeClaim, ViewChange};
 pub use host::{
     GuestAct, HostAction, HostCoverage, HostDisagreement, HostInspect, HostMistake, Mood, Silence,

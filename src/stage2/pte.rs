@@ -34,7 +34,9 @@ const FRAME_BITS: u32 = 36;
 const ADDRESS: u64 = ((1 << FRAME_BITS) - 1) << ADDRESS_SHIFT;
 const MEMATTR_DEVICE: u64 = 0b0001 << 2;
 const NEVER_EXECUTE: u64 = 0b10 << 53;
-const XN: u64 = 0b11 << 53;
+/// The kernel may where user space may not, or the other way round.
+const LEVELS_DIFFER: u64 = 0b01 << 53;
+const XN: u64 = NEVER_EXECUTE | LEVELS_DIFFER;
 const STATE_SHIFT: u32 = 55;
 const STATE: u64 = 0b11 << STATE_SHIFT;
 const KIND_SHIFT: u32 = 60;
@@ -105,6 +107,19 @@ impl Prot {
         let read = if read { READ } else { 0 };
         let write = if write { WRITE } else { 0 };
         Self(read | write | if execute { 0 } else { NEVER_EXECUTE })
+    }
+
+    /// The same with the right to execute at each level of privilege, the user's first.
+    pub(crate) const fn at_levels(read: bool, write: bool, [user, kernel]: [bool; 2]) -> Self {
+        let user_never = if user { 0 } else { NEVER_EXECUTE };
+        let differ = if user == kernel { 0 } else { LEVELS_DIFFER };
+        Self(Self::of(read, write, true).0 | user_never | differ)
+    }
+
+    /// Who may execute: user, kernel.
+    pub(crate) const fn executes_at(self) -> [bool; 2] {
+        let user = self.0 & NEVER_EXECUTE == 0;
+        [user, user == (self.0 & LEVELS_DIFFER == 0)]
     }
 
     pub(crate) const fn reads(self) -> bool {
@@ -388,6 +403,21 @@ mod tests {
 
     fn leaf(pfn: u64, state: PageState) -> Leaf {
         Leaf { pfn: Pfn::new(pfn), prot: Prot::RWX, state }
+    }
+
+    #[test]
+    fn each_level_executes_or_not() {
+        for (levels, bits) in [
+            ([true, true], 0b00_u64),
+            ([true, false], 0b01),
+            ([false, false], 0b10),
+            ([false, true], 0b11),
+        ] {
+            let prot = Prot::at_levels(true, false, levels);
+            assert_eq!((prot.0 >> 53, prot.executes_at()), (bits, levels));
+            assert_eq!((prot.executes(), prot.reads(), prot.writes()), (bits == 0, true, false));
+        }
+        assert_eq!([Prot::RWX, Prot::RW].map(Prot::executes_at), [[true; 2], [false; 2]]);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 use super::attrs::MapAttrs;
 use super::error::HypError;
+use super::vmmio::Vmmio;
 use crate::addr::{Gfn, Pfn};
 use crate::stage2::{Entry, Leaf, Level, PageState, Pte, TableEnv, TableError, TableShape, Tree};
 
@@ -85,6 +86,7 @@ pub(crate) struct Aspace {
     pub(super) tree: Tree,
     /// Others keep its tables: nothing may be mapped.
     pub(crate) read_only: bool,
+    pub(super) vmmio: Vmmio,
     breaks: bool,
     pub(super) nr_invalidations: u64,
 }
@@ -104,7 +106,7 @@ pub(super) fn entry(level: Level, pfn: Pfn, attrs: MapAttrs) -> Result<Pte, Tabl
 }
 
 fn leaf(pfn: Pfn, attrs: MapAttrs) -> Leaf {
-    Leaf { pfn, prot: attrs.access().prot(), state: PageState::Owned }
+    Leaf { pfn, prot: attrs.prot(), state: PageState::Owned }
 }
 
 fn maker(attrs: MapAttrs) -> fn(Level, Leaf) -> Result<Pte, TableError> {
@@ -121,7 +123,13 @@ impl Aspace {
     pub(super) fn new(bbm: BbmLevel, heap: &mut Heap) -> Result<Self, HypError> {
         let root = heap.free.pop().ok_or(HypError::NoMem)?;
         let tree = Tree::new(Self::SHAPE, root);
-        Ok(Self { tree, read_only: false, breaks: bbm == BbmLevel::Zero, nr_invalidations: 0 })
+        Ok(Self {
+            tree,
+            read_only: false,
+            vmmio: Vmmio::default(),
+            breaks: bbm == BbmLevel::Zero,
+            nr_invalidations: 0,
+        })
     }
 
     /// Gives all its tables back.
@@ -185,7 +193,7 @@ impl Aspace {
         match self.tree.map(piece.gfn, nr, level, leaf(piece.pfn, attrs), maker(attrs), env) {
             Err(TableError::Unchanged) => {
                 // Only rights change: no break is needed.
-                self.tree.adjust(piece.gfn, |pte| pte.with_prot(attrs.access().prot()))?;
+                self.tree.adjust(piece.gfn, |pte| pte.with_prot(attrs.prot()))?;
                 env.invalidate(piece.gfn, nr);
             }
             answer => answer?,

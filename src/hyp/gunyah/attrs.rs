@@ -44,9 +44,11 @@ impl Access {
     }
 }
 
+/// What somebody may do, be it at one level of privilege only.
 impl From<Prot> for Access {
     fn from(prot: Prot) -> Self {
-        Self(u8::from(prot.reads()) << 2 | u8::from(prot.writes()) << 1 | u8::from(prot.executes()))
+        let executes = prot.executes_at().contains(&true);
+        Self(u8::from(prot.reads()) << 2 | u8::from(prot.writes()) << 1 | u8::from(executes))
     }
 }
 
@@ -116,9 +118,17 @@ impl MapAttrs {
         self.user.0 as u64 | (self.kernel.0 as u64) << 4 | (self.kind.0 as u64) << 16
     }
 
-    /// What somebody may do, be it at one level of privilege only. A descriptor of stage 2 has one field for both.
+    /// What somebody may do, be it at one level of privilege only.
     pub(crate) const fn access(self) -> Access {
         self.user.or(self.kernel)
+    }
+
+    /// As a descriptor says it: who executes for each level, who loads and stores once for both. The original wants these
+    /// to be alike, and stops if they are not.
+    pub(crate) const fn prot(self) -> Prot {
+        let (all, x) = (self.access(), Access::X);
+        let executes = [self.user.covers(x), self.kernel.covers(x)];
+        Prot::at_levels(all.covers(Access::R), all.covers(Access::W), executes)
     }
 
     /// No more than an extent has.

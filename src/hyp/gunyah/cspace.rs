@@ -28,6 +28,7 @@ impl Rights {
     pub(crate) const EXTENT_DONATE: Self = Self(16);
     pub(crate) const ASPACE_MAP: Self = Self(2);
     pub(crate) const ASPACE_LOOKUP: Self = Self(4);
+    pub(crate) const ASPACE_ADD_VMMIO: Self = Self(8);
 
     pub(crate) const fn of(raw: u32) -> Self {
         Self(raw)

@@ -16,6 +16,7 @@ pub(crate) const EXTENT_CONFIGURE: u64 = 0x6031;
 pub(crate) const EXTENT_DERIVE: u64 = 0x6032;
 pub(crate) const EXTENT_DONATE: u64 = 0x6033;
 pub(crate) const ASPACE_LOOKUP: u64 = 0x605a;
+pub(crate) const ASPACE_CONFIGURE_VMMIO: u64 = 0x6060;
 
 /// Bit 31 of flags: the caller does not wait until nobody uses what was there before. Here nobody does.
 pub(crate) const NO_SYNC: u64 = 1 << 31;
@@ -33,6 +34,7 @@ impl Hyp {
             ASPACE_UNMAP => self.call_unmap(caps, x).map(|()| [0; 3]),
             ASPACE_UPDATE_ACCESS => self.call_update_access(caps, x).map(|()| [0; 3]),
             ASPACE_LOOKUP => self.call_lookup(caps, x),
+            ASPACE_CONFIGURE_VMMIO => self.call_configure_vmmio(caps, x).map(|()| [0; 3]),
             EXTENT_MODIFY => self.call_modify(caps, x).map(|()| [0; 3]),
             EXTENT_CONFIGURE => self.call_configure(caps, x),
             EXTENT_DERIVE => self.call_derive(caps, x),
@@ -89,6 +91,17 @@ impl Hyp {
         let extent = caps.extent(x[1], Rights::EXTENT_LOOKUP)?;
         let (offset, size, attrs) = self.lookup(aspace, extent, x[2], x[3])?;
         Ok([offset, size, attrs.encode()])
+    }
+
+    /// Address space, address, size, and whether to add or to remove.
+    fn call_configure_vmmio(&mut self, caps: &Cspace, x: [u64; 7]) -> Result<(), HypError> {
+        let aspace = caps.aspace(x[0], Rights::ASPACE_ADD_VMMIO)?;
+        let space = self.aspaces.get_mut(&aspace).ok_or(HypError::Failure)?;
+        match x[3] {
+            0 => space.vmmio.add(x[1], x[2]),
+            1 => space.vmmio.remove(x[1], x[2]),
+            _ => Err(HypError::Unimplemented),
+        }
     }
 
     /// Extent, flags, offset, size. What touches bytes wants `NO_SYNC`; what only waits must not have it.

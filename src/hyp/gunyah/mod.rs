@@ -12,9 +12,11 @@
 //! | `hyp` | its objects in one place |
 //! | `rm` | the resource manager: parcels and VMs |
 //! | `touch` | who touches bytes, and what becomes of that |
+//! | `vmmio` | addresses that a VM leaves to its VMM, and what stops a vCPU |
 //! | `spec` | owners and mappings again, in the plainest way |
 //! | `invariants` | what must hold, by name |
-//! | `hostile` | for tests: VMs that do anything |
+//! | `hostile` | for tests and fuzzers: VMs that do anything |
+//! | `oracle` | that, as the fuzzer sees it |
 //! | `error` | both parts' answers |
 //!
 //! There is one lock. Who translates holds it for reading until the last byte is copied, so nobody uses a
@@ -25,18 +27,21 @@ mod attrs;
 mod cspace;
 mod error;
 mod extent;
-#[cfg(test)]
+#[cfg(any(test, feature = "oracle"))]
 mod hostile;
 mod hyp;
 mod hypercall;
 mod invariants;
 mod machine;
 mod memdb;
+#[cfg(feature = "oracle")]
+pub(crate) mod oracle;
 mod rm;
 mod spec;
 #[cfg(test)]
 mod tests;
 mod touch;
+mod vmmio;
 
 use crate::sync::{Arc, RwLock};
 

@@ -6,10 +6,10 @@ use super::super::hyp_page::HypPage;
 use super::super::machine::{Machine, Region, RegionKind};
 use super::super::vm::{nr_pgd_pages, nr_vcpu_pages, nr_vm_pages};
 use super::super::{El2, Pages, Profile, State};
-use super::choices::Choices;
 use crate::addr::{Gfn, Pfn};
 use crate::backing::Arena;
 use crate::error::Errno;
+use crate::hyp::choices::Choices;
 use crate::range::PfnRange;
 
 /// The kernel's own memory, without bytes; its end is the carve-out.

@@ -2,11 +2,9 @@
 //!
 //! | file | holds |
 //! |---|---|
-//! | `choices` | bytes as choices |
 //! | `host` | the machine and its kernel, which sends what could work, or anything |
 //! | `flaw` | mistakes that EL2 can be made to seem to make |
 
-mod choices;
 mod flaw;
 mod host;
 
@@ -23,9 +21,31 @@ use super::invariants::trace::{self, Kind, Snapshot};
 use super::{Pages, Profile};
 use crate::addr::{Ipa, Pa};
 use crate::error::Errno;
+use crate::hyp::choices::Choices;
 
-use choices::Choices;
 use host::{Host, NR_CPUS};
+
+/// Numbers that nobody should send, but for the smallest.
+const ODD: [u64; 18] = [
+    0,
+    1,
+    2,
+    511,
+    512,
+    513,
+    0xfff,
+    1 << 12,
+    1 << 16,
+    1 << 28,
+    1 << 36,
+    1 << 40,
+    1 << 52,
+    1 << 63,
+    i64::MAX as u64,
+    u64::MAX >> 12,
+    u64::MAX - 0xfff,
+    u64::MAX,
+];
 
 /// Each is a look at everything.
 const MOST_STEPS: u64 = 400;
@@ -45,7 +65,7 @@ struct Step {
 /// The first step after which something was wrong, and what.
 pub(crate) fn run(profile: Profile, bytes: &[u8], flaw: Option<Flaw>) -> Result<Answers, String> {
     let mut host = Host::boot(profile).map_err(|errno| format!("boot: {errno}"))?;
-    let choices = &mut Choices::new(bytes);
+    let choices = &mut Choices::new(bytes, &ODD);
     let mut answers = Answers::new();
     let mut before = Snapshot::of_heads(&host.el2);
     for nth in 0..MOST_STEPS {

@@ -1,7 +1,7 @@
 //! An extent in address spaces.
 
 use super::super::aspace::{AspaceId, Piece};
-use super::super::attrs::{ExtentKind, MapAttrs};
+use super::super::attrs::{Access, ExtentKind, MapAttrs, MemType};
 use super::super::error::HypError;
 use super::super::hyp::Hyp;
 use super::super::memdb::{ExtentId, Owner};
@@ -433,7 +433,6 @@ impl Hyp {
         bytes: (u64, u64),
         zero: bool,
     ) -> Result<(), HypError> {
-        use super::super::attrs::{Access, MemType};
         let extent = self.extent(id)?;
         if extent.memtype == MemType::Device || !extent.access.covers(Access::W) {
             return Err(HypError::Denied);
@@ -463,9 +462,26 @@ impl Hyp {
 
     /// Whether a frame has an owner that records this mapping of it.
     pub(crate) fn records(&self, aspace: AspaceId, gfn: Gfn, pfn: Pfn) -> Option<MapAttrs> {
-        let Owner::Extent(id) = self.memdb.owner(pfn) else { return None };
-        let extent = self.extents.get(&id)?;
-        extent.slots().filter(|slot| slot.aspace == aspace).find_map(|slot| {
+        self.all_records(aspace, gfn, pfn).next()
+    }
+
+    /// All rights that the owner of a frame records for this mapping of it.
+    pub(crate) fn recorded_access(&self, aspace: AspaceId, gfn: Gfn, pfn: Pfn) -> Option<Access> {
+        self.all_records(aspace, gfn, pfn).map(MapAttrs::access).reduce(Access::or)
+    }
+
+    fn all_records(
+        &self,
+        aspace: AspaceId,
+        gfn: Gfn,
+        pfn: Pfn,
+    ) -> impl Iterator<Item = MapAttrs> + '_ {
+        let extent = match self.memdb.owner(pfn) {
+            Owner::Extent(id) => self.extents.get(&id),
+            _ => None,
+        };
+        let slots = extent.into_iter().flat_map(Extent::slots);
+        slots.filter(move |slot| slot.aspace == aspace).filter_map(move |slot| {
             let (at, attrs) = slot.records.at(pfn, 1).to?;
             (at == gfn).then_some(attrs)
         })

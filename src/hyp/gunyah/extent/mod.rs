@@ -179,14 +179,17 @@ impl Hyp {
             return Err(HypError::ArgumentInvalid);
         }
         let frames = parent.frames_of(Bytes { offset, size })?;
-        let parent_is_basic = parent.kind == ExtentKind::Basic;
+        let takes_all = parent.kind == ExtentKind::Basic || attrs.kind == ExtentKind::Basic;
+        if takes_all && !self.memdb.is_all(frames, Owner::Extent(parent_id)) {
+            return Err(HypError::NotOwner);
+        }
         let inherited = parent.inherited(frames, attrs)?;
         let id = self.new_extent(frames, attrs, Some(parent_id))?;
         if let Some(extent) = self.extents.get_mut(&id) {
             extent.slots = inherited;
         }
         self.spec.derive(id, parent_id, frames, attrs.access);
-        if parent_is_basic || attrs.kind == ExtentKind::Basic {
+        if takes_all {
             if let Err(error) = self.transfer(Owner::Extent(parent_id), Owner::Extent(id), frames) {
                 self.extents.remove(&id);
                 self.spec.forget_extent(id);

@@ -5,16 +5,20 @@ use std::collections::BTreeMap;
 use super::super::World;
 use super::super::invariants::{Mapped, mapped};
 use super::super::memdb::Owner;
+use super::super::rm::vm::Home;
 use super::super::rm::{Parcel, Vmid};
 use crate::addr::{Pa, Pfn};
+use crate::range::PfnRange;
 
 /// Everything that counts, at one moment.
 #[derive(Clone, Debug)]
 pub(crate) struct Snapshot {
-    owners: Vec<(Pfn, Owner)>,
-    mapped: BTreeMap<Pfn, Vec<Mapped>>,
+    pub(super) owners: Vec<(Pfn, Owner)>,
+    pub(super) mapped: BTreeMap<Pfn, Vec<Mapped>>,
     pub(crate) parcels: BTreeMap<u32, Parcel>,
     vms: Vec<String>,
+    pub(super) homes: BTreeMap<Vmid, Option<Home>>,
+    extents: String,
     /// The first bytes of every frame.
     pub(crate) heads: BTreeMap<Pfn, u64>,
 }
@@ -26,8 +30,8 @@ impl Snapshot {
         let frames: Vec<Pfn> = frames.flat_map(|frames| frames.iter()).collect();
         let head = |pfn: Pfn| {
             let mut buf = [0; 8];
-            machine.read(pfn.pa(), &mut buf).unwrap();
-            u64::from_le_bytes(buf)
+            // Memory that is broken reads as what nobody stores.
+            machine.read(pfn.pa(), &mut buf).map_or(u64::MAX, |()| u64::from_le_bytes(buf))
         };
         let mut parcels = world.rm.parcels.clone();
         for parcel in parcels.values_mut() {
@@ -38,11 +42,14 @@ impl Snapshot {
             let kept = (vm.owner, vm.home, &vm.ranges, vm.nr_parcels, &vm.accepted);
             format!("{vmid:?} {kept:?}")
         });
+        let vmmio: Vec<_> = world.hyp.aspaces.values().map(|space| &space.vmmio).collect();
         Self {
             owners: frames.iter().map(|&pfn| (pfn, world.hyp.memdb.owner(pfn))).collect(),
             mapped: mapped(&world.hyp),
             parcels,
             vms: vms.collect(),
+            homes: world.rm.vms.iter().map(|(&vmid, vm)| (vmid, vm.home)).collect(),
+            extents: format!("{:?} {vmmio:?}", world.hyp.extents),
             heads: frames.iter().map(|&pfn| (pfn, head(pfn))).collect(),
         }
     }
@@ -60,7 +67,29 @@ impl Snapshot {
             return Some("parcels changed".into());
         }
         let vm = self.vms.iter().zip(&after.vms).find(|(was, is)| was != is);
-        (self.vms.len() != after.vms.len() || vm.is_some()).then(|| format!("VMs changed: {vm:?}"))
+        if self.vms.len() != after.vms.len() || vm.is_some() {
+            return Some(format!("VMs changed: {vm:?}"));
+        }
+        (self.extents != after.extents).then(|| "extents changed".into())
+    }
+
+    /// What is not as it was of parcels, of VMs, and of all frames but some.
+    pub(super) fn difference_outside(&self, after: &Self, frames: &PfnRange) -> Option<String> {
+        let owners = self.owners.iter().zip(&after.owners);
+        let moved = { owners }.find(|(was, is)| !frames.contains(was.0) && was != is);
+        if let Some(moved) = moved {
+            return Some(format!("owners elsewhere changed: {moved:?}"));
+        }
+        let outside = |mapped: &BTreeMap<Pfn, Vec<Mapped>>| {
+            let mut mapped = mapped.clone();
+            mapped.retain(|&pfn, _| !frames.contains(pfn));
+            mapped
+        };
+        if outside(&self.mapped) != outside(&after.mapped) {
+            return Some("mappings elsewhere changed".into());
+        }
+        let same = self.parcels == after.parcels && self.vms == after.vms;
+        (!same).then(|| "parcels or VMs changed".into())
     }
 }
 
@@ -106,29 +135,6 @@ pub(super) fn bytes_are_right(
         }
     }
     None
-}
-
-/// Who wrote what a frame has now, and whose it was alone when that was written.
-#[derive(Debug, Default)]
-pub(super) struct Taint {
-    writers: BTreeMap<Pfn, Vmid>,
-}
-
-impl Taint {
-    pub(super) fn store(&mut self, pfn: Pfn, vmid: Vmid) {
-        self.writers.insert(pfn, vmid);
-    }
-
-    pub(super) fn clear(&mut self, frames: &[Pfn]) {
-        for pfn in frames {
-            self.writers.remove(pfn);
-        }
-    }
-
-    /// Whether a frame has what somebody else wrote.
-    pub(super) fn is_of_other(&self, pfn: Pfn, than: Vmid) -> bool {
-        self.writers.get(&pfn).is_some_and(|&writer| writer != than)
-    }
 }
 
 /// The frame behind a VM's address, if it may store there or load.

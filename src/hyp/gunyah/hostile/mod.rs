@@ -3,25 +3,40 @@
 //!
 //! | file | holds |
 //! |---|---|
+//! | `vms` | the machine and its VMs |
+//! | `messages` | what they send, which could work, or is anything |
 //! | `wire` | messages as bytes |
-//! | `vms` | the VMs, which send what could work, or anything |
+//! | `calls` | hypercalls with any registers |
+//! | `touches` | loads and stores |
+//! | `life` | VMs that come and go |
 //! | `judge` | what a step may have changed, bytes included |
+//! | `taint` | who was given what is in a frame |
 //! | `flaw` | mistakes that the code can be made to seem to make |
 
+mod calls;
 mod flaw;
 pub(super) mod judge;
+mod life;
+mod messages;
+pub(super) mod taint;
+mod touches;
 mod vms;
 pub(super) mod wire;
 
-pub(super) use flaw::Flaw;
-pub(super) use vms::run;
+pub use flaw::Flaw;
 
-/// Any bytes, as choices. When they are used up, every choice is the first.
-#[derive(Debug)]
-pub(super) struct Choices<'a>(pub(super) &'a [u8]);
+use std::collections::BTreeMap;
+
+use super::rm::Vmid;
+use crate::addr::Pfn;
+use crate::hyp::choices::Choices;
+use crate::range::PfnRange;
+use judge::{Snapshot, Zeroed, bytes_are_right};
+use taint::Taint;
+use vms::Vms;
 
 /// Numbers that nobody should send, but for the smallest.
-const ODD: [u64; 16] = [
+pub(super) const ODD: [u64; 16] = [
     0,
     1,
     0x1000,
@@ -40,47 +55,119 @@ const ODD: [u64; 16] = [
     u64::MAX,
 ];
 
-impl Choices<'_> {
-    pub(super) fn byte(&mut self) -> u8 {
-        match self.0.split_first() {
-            Some((&first, rest)) => {
-                self.0 = rest;
-                first
-            }
-            None => 0,
-        }
-    }
+/// Each is a look at everything.
+const MOST_STEPS: u64 = 400;
 
-    /// One of at most 256.
-    pub(super) fn below(&mut self, bound: u64) -> u64 {
-        u64::from(self.byte()) % bound
-    }
+/// How often each kind of step was answered how, and how often a secret came to light in the one way it can.
+#[derive(Debug, Default)]
+pub(crate) struct Coverage {
+    pub(crate) answers: BTreeMap<String, u64>,
+    pub(crate) nr_leaks: u64,
+}
 
-    pub(super) fn one_in(&mut self, nr: u64) -> bool {
-        self.below(nr) + 1 == nr
-    }
+/// What a step was, as far as it matters to what may have changed.
+#[derive(Debug)]
+struct Step {
+    what: String,
+    /// Nothing may have changed but bytes.
+    refused: bool,
+    zeroed: Zeroed,
+    /// The only frames of which anything may have changed.
+    within: Option<PfnRange>,
+    /// The parcel whose tag stays although the message was refused, and the tag.
+    tagged: Option<(u32, u32)>,
+    touched: Option<Touched>,
+}
 
-    pub(super) fn of<T: Copy>(&mut self, all: &[T]) -> T {
-        all[usize::from(self.byte()) % all.len()]
-    }
+/// A load or a store of the first bytes of a frame.
+#[derive(Clone, Copy, Debug)]
+struct Touched {
+    pfn: Pfn,
+    by: Vmid,
+    value: u64,
+    is_load: bool,
+}
 
-    /// Any number at all.
-    pub(super) fn odd(&mut self) -> u64 {
-        match usize::from(self.byte()) {
-            nth @ ..192 => ODD[nth % ODD.len()],
-            nth => u64::from_be_bytes([0; 8].map(|_: u8| self.byte())) >> (nth % 64),
+impl Step {
+    /// One that changes nothing.
+    fn named(what: String) -> Self {
+        Self {
+            what,
+            refused: true,
+            zeroed: Zeroed::None,
+            within: None,
+            tagged: None,
+            touched: None,
         }
     }
 }
 
-/// Bytes for a seed.
-pub(super) fn bytes(seed: u64, nr: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x2545_f491_4f6c_dd1d) | 1;
-    let next = |_| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()[4]
-    };
-    (0..nr).map(next).collect()
+impl Vms {
+    fn step(&mut self, choices: &mut Choices<'_>, nth: u64) -> Step {
+        match choices.below(20) {
+            0..=8 => self.message(choices),
+            9..=13 => self.touch(choices, nth),
+            14 | 15 => self.life(choices),
+            _ => self.hypercall(choices),
+        }
+    }
+}
+
+/// Does what the bytes say.
+///
+/// # Errors
+/// The first step after which something was wrong, and what.
+pub(crate) fn run(bytes: &[u8], flaw: Option<Flaw>) -> Result<Coverage, String> {
+    let choices = &mut Choices::new(bytes, &ODD);
+    let mut vms = Vms::boot()?;
+    let mut taint = Taint::default();
+    let mut coverage = Coverage::default();
+    let mut before = vms.snapshot();
+    for nth in 0..MOST_STEPS {
+        if choices.is_empty() {
+            break;
+        }
+        let step = vms.step(choices, nth);
+        if let Some(flaw) = flaw {
+            vms.gunyah.with(|world| flaw.spoil(world, &before, &step));
+        }
+        let after = vms.snapshot();
+        if let Some((handle, tag)) = step.tagged {
+            before.parcels.entry(handle).and_modify(|parcel| parcel.tag = Some(tag));
+        }
+        let changed = step.refused.then(|| before.difference(&after)).flatten();
+        let wrong = changed
+            .or_else(|| before.difference_outside(&after, step.within.as_ref()?))
+            .or_else(|| bytes_are_right(&before, &after, &step.zeroed))
+            .or_else(|| vms.gunyah.with(|world| world.check().into_iter().next()));
+        if let Some(wrong) = wrong {
+            return Err(format!("step {nth}, {}: {wrong}", step.what));
+        }
+        let tainted = follow(&mut taint, &step, &before, &after);
+        tainted.map_err(|wrong| format!("step {nth}, {}: {wrong}", step.what))?;
+        *coverage.answers.entry(step.what).or_default() += 1;
+        before = after;
+    }
+    coverage.nr_leaks = taint.nr_returned;
+    Ok(coverage)
+}
+
+fn follow(
+    taint: &mut Taint,
+    step: &Step,
+    before: &Snapshot,
+    after: &Snapshot,
+) -> Result<(), String> {
+    if let Zeroed::Exactly(frames) = &step.zeroed {
+        taint.clear(frames);
+    }
+    if step.zeroed == Zeroed::Some {
+        taint.forget_zeroes(before, after);
+    }
+    match step.touched {
+        Some(Touched { pfn, by, value, is_load: true }) => taint.load(pfn, value, by)?,
+        Some(Touched { pfn, by, value, is_load: false }) => taint.store(pfn, value, by, before),
+        None => {}
+    }
+    taint.moved(before, after)
 }

@@ -6,7 +6,7 @@ use super::super::rm::message::{
 };
 
 fn count(nr: usize, more: u16) -> Vec<u8> {
-    let nr = u16::try_from(nr).unwrap();
+    let nr = u16::try_from(nr).unwrap_or(u16::MAX);
     nr.to_le_bytes().into_iter().chain(more.to_le_bytes()).collect()
 }
 

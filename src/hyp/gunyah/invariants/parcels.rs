@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::super::attrs::Access;
-use super::super::memdb::Owner;
+use super::super::memdb::{ExtentId, Owner};
 use super::super::rm::message::Transfer;
 use super::super::rm::vm::VmState;
 use super::super::rm::{Parcel, ParcelState, Vmid};
@@ -122,10 +122,16 @@ pub(super) fn the_rest_is_one_vms(view: &View<'_>) -> Vec<String> {
         homes.insert(home.device, home.aspace);
     }
     let parcels: BTreeSet<_> = view.rm.parcels.values().map(|parcel| parcel.extent).collect();
+    // Of other extents it knows nothing.
+    let is_known = |id: ExtentId| {
+        let roots = [view.rm.root, view.rm.device_root];
+        let parent = view.hyp.extents.get(&id).and_then(|extent| extent.parent);
+        roots.contains(&id) || parent.is_some_and(|parent| roots.contains(&parent))
+    };
     for pfn in view.frames().iter().flat_map(|frames| frames.iter()) {
         let mapped = view.of(pfn);
         let fits = match view.hyp.memdb.owner(pfn) {
-            Owner::Extent(id) if parcels.contains(&id) => true,
+            Owner::Extent(id) if parcels.contains(&id) || !is_known(id) => true,
             Owner::Extent(id) => match homes.get(&id) {
                 Some(&aspace) => {
                     mapped.len() <= 1 && mapped.iter().all(|page| page.aspace == aspace)

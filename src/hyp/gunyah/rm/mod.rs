@@ -8,6 +8,8 @@
 //! | `release` | RELEASE, RECLAIM, and what a reset gives back by force |
 //! | `notify` | NOTIFY, and what VMs are told |
 //! | `vm` | VMs and their states |
+//! | `spec` | parcels again, in the plainest way, and what each request must be answered |
+//! | `firmware` | what VMs begin with before their image |
 //! | `ranges` | which of a VM's addresses are in use |
 //!
 //! A parcel is an extent beside those that VMs own; what is put into it is donated to it, and so vanishes from where
@@ -16,10 +18,12 @@
 
 pub(super) mod accept;
 pub(super) mod create;
+mod firmware;
 pub(super) mod message;
 pub(super) mod notify;
 mod ranges;
 pub(super) mod release;
+pub(super) mod spec;
 pub(super) mod vm;
 
 use std::collections::BTreeMap;
@@ -27,10 +31,14 @@ use std::collections::BTreeMap;
 use super::attrs::{Access, MapAttrs, MapType};
 use super::error::{HypError, RmError};
 use super::hyp::Hyp;
+use super::machine::Machine;
 use super::memdb::ExtentId;
 use crate::addr::{Gfn, Pfn};
 use crate::geometry::PAGE_SHIFT;
+use crate::sync::Arc;
+use firmware::Firmware;
 use message::{AttrEntry, Request, Transfer};
+use spec::Spec;
 use vm::{Home, Vm};
 
 /// The first frame beyond what it counts in: 44 bits of address.
@@ -197,6 +205,9 @@ pub(crate) struct Rm {
     device_base: Pfn,
     nr_device_pages: u64,
     pub(super) fate: Fate,
+    pub(super) spec: Spec,
+    firmware: Firmware,
+    machine: Arc<Machine>,
 }
 
 /// An extent of any memory, with all rights, that memory is donated to; and one of a device's.
@@ -222,7 +233,12 @@ impl Rm {
             device_base: device.start(),
             nr_device_pages: device.nr_pages(),
             fate,
+            spec: Spec::default(),
+            firmware: Firmware::default(),
+            machine: Arc::clone(&hyp.machine),
         };
+        rm.spec.began(Vmid::RM);
+        rm.spec.began(Vmid::HLOS);
         rm.vms.insert(Vmid::RM, Vm::running(Vmid::RM, rm.new_home(hyp)?));
         let home = rm.new_home(hyp)?;
         rm.vms.insert(Vmid::HLOS, Vm::running(Vmid::RM, home));
@@ -289,34 +305,62 @@ impl Rm {
         if vm.state != vm::VmState::Running || from == Vmid::RM {
             return Err(RmError::VmState);
         }
-        match message::parse(id, body)? {
-            Request::Create(create) => {
-                let handle = self.create(hyp, from, &create)?;
-                Ok(handle.to_le_bytes().to_vec())
-            }
+        let request = message::parse(id, body)?;
+        self.perform(hyp, from, &request)
+    }
+
+    /// Does what a VM that may ask asks for, and compares with what should be so.
+    fn perform(
+        &mut self,
+        hyp: &mut Hyp,
+        from: Vmid,
+        request: &Request,
+    ) -> Result<Vec<u8>, RmError> {
+        let mut handle = None;
+        let answer = match request {
+            Request::Create(create) => self.create(hyp, from, create).map(|new| {
+                handle = Some(new);
+                new.to_le_bytes().to_vec()
+            }),
             Request::Append { handle, flags, sgl } => {
-                self.append(hyp, from, handle, flags, &sgl).map(|()| Vec::new())
+                self.append(hyp, from, *handle, *flags, sgl).map(|()| Vec::new())
             }
             Request::Accept(accept) => {
-                let placed = self.accept(hyp, from, &accept)?;
-                Ok(placed.map_or(Vec::new(), |placed| placed.encode()))
+                let placed = self.accept(hyp, from, accept);
+                placed.map(|placed| placed.map_or(Vec::new(), |placed| placed.encode()))
             }
             Request::Release { handle, flags } => {
-                self.release(hyp, from, handle, flags).map(|()| Vec::new())
+                self.release(hyp, from, *handle, *flags).map(|()| Vec::new())
             }
             Request::Reclaim { handle, flags } => {
-                self.reclaim(hyp, from, handle, flags).map(|()| Vec::new())
+                self.reclaim(hyp, from, *handle, *flags).map(|()| Vec::new())
             }
             Request::Notify { handle, flags, tag, list } => {
-                self.notify(from, handle, flags, tag, &list).map(|()| Vec::new())
+                self.notify(from, *handle, *flags, *tag, list).map(|()| Vec::new())
             }
-        }
+        };
+        let told = answer.as_ref().map(|_| handle).map_err(|&error| error);
+        let wrong = self.spec.answered(from, request, told);
+        assert!(wrong.is_none(), "a request was answered as none should be: {wrong:?}");
+        self.settle();
+        answer
     }
+
+    /// The end of a request: compares with the specification, in builds that have one.
+    #[cfg(debug_assertions)]
+    pub(super) fn settle(&self) {
+        let wrong = self.spec.difference(self);
+        assert!(wrong.is_none(), "parcels are not what was specified: {wrong:?}");
+    }
+
+    #[cfg(not(debug_assertions))]
+    pub(super) fn settle(&self) {}
 
     /// Locks a parcel, so that it is neither released nor reclaimed, or unlocks it. The platform does that.
     pub(crate) fn set_lock(&mut self, handle: u32, locked: bool) {
         if let Some(parcel) = self.parcels.get_mut(&handle) {
             parcel.locked = locked;
+            self.spec.lock(handle, locked);
         }
     }
 }

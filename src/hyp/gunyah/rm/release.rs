@@ -161,6 +161,8 @@ impl Rm {
         let Some(vm) = self.vms.get(&vmid) else { return Ok(true) };
         let Some(&handle) = vm.accepted.last() else { return Ok(true) };
         self.leave(hyp, vmid, handle)?;
+        self.spec.left(handle, vmid);
+        self.settle();
         self.notify_owner(handle, vmid, false)?;
         Ok(self.vms.get(&vmid).is_none_or(|vm| vm.accepted.is_empty()))
     }

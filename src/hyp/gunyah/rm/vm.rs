@@ -3,7 +3,8 @@
 use std::collections::VecDeque;
 
 use super::accept::{DONE, MAP_CONTIGUOUS, SANITIZE, VALIDATE_ACL_ATTR};
-use super::message::{Accept, AclEntry, Notification, SglEntry, Transfer};
+use super::firmware::Region;
+use super::message::{Accept, AclEntry, Notification, Request, SglEntry, Transfer};
 use super::ranges::Ranges;
 use super::{Fate, MEM_NORMAL, Rm, Vmid};
 use crate::addr::Gfn;
@@ -109,6 +110,10 @@ pub(crate) struct Vm {
     /// Parcels that it has accepted, in that order.
     pub(crate) accepted: Vec<u32>,
     image: Option<Image>,
+    /// Who vouches for it.
+    pub(super) auth: Option<Auth>,
+    /// Where it is to have its firmware.
+    pub(super) firmware: Option<Region>,
     inbox: VecDeque<Notification>,
     /// Notifications that found no room.
     pub(crate) nr_lost: u64,
@@ -125,6 +130,8 @@ impl Vm {
             nr_parcels: 0,
             accepted: Vec::new(),
             image: None,
+            auth: None,
+            firmware: None,
             inbox: VecDeque::new(),
             nr_lost: 0,
         }
@@ -184,6 +191,7 @@ impl Rm {
         // What is at a device's address is the device.
         vm.ranges.take(Gfn::new(self.device_base.get()), self.nr_device_pages);
         self.vms.insert(vmid, vm);
+        self.spec.began(vmid);
         Ok(vmid)
     }
 
@@ -265,6 +273,7 @@ impl Rm {
         // An image that nobody vouches for is not worth clearing.
         let unsanitized = image.unsanitized || auth == Auth::Nobody;
         vm.image = Some(Image { unsanitized, ..image });
+        (vm.auth, vm.firmware) = (Some(auth), None);
         Ok(auth)
     }
 
@@ -325,16 +334,21 @@ impl Rm {
             map_vmid: Vmid(0),
             attrs: Vec::new(),
         };
-        self.accept(hyp, vmid, &accept).map(drop)
+        self.perform(hyp, vmid, &Request::Accept(accept))?;
+        self.accept_firmware(hyp, vmid, image.handle)
     }
 
     /// Starts a VM.
     ///
     /// # Errors
-    /// In this order: `VmidInvalid`, `Denied` to others than the owner, `VmState`.
+    /// In this order: `VmidInvalid`, `Denied` to others than the owner, `VmState`; `Denied` or `MemInvalid` for its
+    /// firmware, and the VM is READY still.
     pub(crate) fn start_vm(&mut self, client: Vmid, vmid: Vmid) -> Result<(), RmError> {
         match self.owned(client, vmid, RmError::Denied)?.state {
-            VmState::Ready => self.enter(vmid, VmState::Running),
+            VmState::Ready => {
+                self.start_firmware(vmid)?;
+                self.enter(vmid, VmState::Running)
+            }
             _ => Err(RmError::VmState),
         }
     }
@@ -442,6 +456,7 @@ impl Rm {
         match self.owned(client, vmid, RmError::Denied)?.state {
             VmState::Load | VmState::Reset => {
                 self.vms.remove(&vmid);
+                self.spec.ended(vmid);
                 Ok(())
             }
             _ => Err(RmError::VmState),

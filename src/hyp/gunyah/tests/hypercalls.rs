@@ -26,7 +26,7 @@ const HIGH: u64 = 1 << 63;
 #[test]
 fn numbers_that_are_no_call() {
     let Scene { mut bare, .. } = scene();
-    for number in [0, 1, 0x602a, 0x602e, 0x6034, 0x6060, HIGH, u64::MAX] {
+    for number in [0, 1, 0x602a, 0x602e, 0x6034, 0x605b, 0x6061, HIGH, u64::MAX] {
         bare.refused(number, &[0; 7], Unimplemented);
     }
     assert_eq!(Unimplemented.register(), u64::MAX);

@@ -16,6 +16,39 @@ fn map(bare: &mut Bare, extent: u64, aspace: u64, gfn: u64, offset: u64, nr: u64
     bare.call(ASPACE_MAP, &x).unwrap();
 }
 
+/// Each level of privilege has its own right to execute, in what is recorded, in the descriptor and in the answer.
+#[test]
+fn user_and_kernel_execute_apart() {
+    let (mut bare, extent, aspace) = owning(BbmLevel::Zero);
+    let access = |user, kernel| MapAttrs { user, kernel, kind: MapType::CACHED };
+    let all =
+        [Access::RX, Access::R].map(|user| [Access::RX, Access::R].map(|kernel| (user, kernel)));
+    for (nth, (user, kernel)) in (0..).zip(all.concat()) {
+        let attrs = access(user, kernel);
+        map(&mut bare, extent, aspace, 0x4000 + nth, nth, 1, attrs);
+        let space = &bare.hyp.aspaces[&bare.aspace_id(aspace)];
+        let (_, leaf) = space.tree.translate(Gfn::new(0x4000 + nth)).unwrap();
+        let executes = [user, kernel].map(|level| level == Access::RX);
+        assert_eq!(leaf.prot.executes_at(), executes);
+        let look = [aspace, extent, (0x4000 + nth) * PAGE, PAGE];
+        assert_eq!(bare.call(ASPACE_LOOKUP, &look).unwrap()[2], attrs.encode());
+    }
+    // What differs in that is not one piece.
+    let look = [aspace, extent, 0x4000 * PAGE, 4 * PAGE];
+    assert_eq!(bare.call(ASPACE_LOOKUP, &look).unwrap()[1], PAGE);
+    // No more than the extent has, at either level; and a change of one level alone.
+    let reads = bare.derive(extent, 0x10, 1, 5);
+    bare.refused(ASPACE_MAP, &[aspace, reads, 0, 0xf_0076], HypError::ArgumentInvalid);
+    bare.refused(ASPACE_MAP, &[aspace, reads, 0, 0xf_0067], HypError::ArgumentInvalid);
+    let basic = bare.derive(extent, 0x20, 1, 7);
+    bare.call(ASPACE_MAP, &[aspace, basic, 0x5000 * PAGE, 0xf_0077]).unwrap();
+    bare.call(ASPACE_UPDATE_ACCESS, &[aspace, basic, 0x5000 * PAGE, 0x67]).unwrap();
+    let space = &bare.hyp.aspaces[&bare.aspace_id(aspace)];
+    let (_, leaf) = space.tree.translate(Gfn::new(0x5000)).unwrap();
+    assert_eq!(leaf.prot.executes_at(), [true, false]);
+    bare.sound();
+}
+
 fn level(bare: &Bare, aspace: u64, gfn: u64) -> Option<Level> {
     let space = &bare.hyp.aspaces[&bare.aspace_id(aspace)];
     space.tree.leaf(Gfn::new(gfn)).map(|(level, _)| level)

@@ -1,7 +1,6 @@
 //! Bytes that are no message, and bytes that are.
 
 use super::super::error::RmError::*;
-use super::super::hostile::bytes;
 use super::super::hostile::wire::encode;
 use super::super::rm::Vmid;
 use super::super::rm::message::*;

@@ -3,15 +3,19 @@
 mod accept;
 mod create;
 mod donate;
+mod firmware;
 mod full;
 mod hypercalls;
 mod map;
 mod messages;
+mod order;
 mod random;
 mod release;
 mod rules;
 mod sanitize;
+mod taint;
 mod touch;
+mod vmmio;
 mod vms;
 
 use super::aspace::{AspaceId, BbmLevel};
@@ -165,7 +169,7 @@ impl Bare {
             space.tree.visit(|gfn, level, pte| {
                 for nth in 0..super::aspace::Aspace::SHAPE.pages_at(level) {
                     let (pfn, leaf) = space.tree.translate(Gfn::new(gfn.get() + nth)).unwrap();
-                    pages.push((id, gfn, nth, pfn, leaf.prot));
+                    pages.push((id, gfn, nth, pfn, (leaf.prot, leaf.prot.executes_at())));
                 }
                 let _ = pte;
             });
@@ -177,7 +181,8 @@ impl Bare {
             .collect();
         let frames = (RAM..RAM + NR_RAM).chain(DEVICE..DEVICE + NR_DEVICE);
         let owners: Vec<_> = frames.map(|pfn| self.owner(pfn)).collect();
-        format!("{owners:?} {pages:?} {:?}", self.hyp.extents)
+        let vmmio: Vec<_> = self.hyp.aspaces.values().map(|space| &space.vmmio).collect();
+        format!("{owners:?} {pages:?} {vmmio:?} {:?}", self.hyp.extents)
     }
 
     /// That nothing is wrong with tables and heap.
@@ -193,4 +198,16 @@ impl Bare {
             self.hyp.machine.heap().nr_pages() as usize
         );
     }
+}
+
+/// Bytes for a seed.
+fn bytes(seed: u64, nr: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x2545_f491_4f6c_dd1d) | 1;
+    let next = |_| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()[4]
+    };
+    (0..nr).map(next).collect()
 }

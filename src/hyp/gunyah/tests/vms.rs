@@ -215,6 +215,22 @@ fn what_was_given_to_a_vm_goes_where_it_is_to_go() {
     }
 }
 
+/// As in the original: its answer is the last VM's, and comes when all of the list have been told.
+#[test]
+fn a_refusal_for_one_that_has_it_comes_when_others_were_told() {
+    let full = Full::new();
+    let create = Create { label: 0, ..lend(&[(C, 7)], &[(RAM + 0x60, 2)]) };
+    let handle = full.create(HOST, &create).unwrap();
+    in_state(&full, VmState::Ready, Image { handle, ipa: IMAGE_AT, unsanitized: false });
+    let before = full.picture();
+    let list = vec![1, 0, 0, 0, 0x90, 0, 0, 0];
+    let notify = |tag| Request::Notify { handle, flags: 1, tag, list: list.clone() };
+    assert_eq!(full.send(HOST, &notify(9)), Err(MemInUse));
+    assert!(before.difference(&full.picture()).is_some());
+    assert_eq!(full.parcel(handle).tag, Some(9), "the tag stays");
+    full.refused(HOST, &notify(8), ArgumentInvalid);
+}
+
 #[test]
 fn a_vm_that_is_not_there_yet_has_no_use_for_what_it_is_shown() {
     let full = Full::new();
