@@ -87,7 +87,7 @@ fn it_turns_and_keeps_its_bytes() {
 fn nobody_reaches_what_is_being_prepared() {
     let scene = Scene::new();
     let mut guest = lent(&scene, 0x10, 0x10, 1);
-    let vmid = guest.vmid();
+    let vmid = guest.vmid().unwrap();
     let gunyah = Arc::clone(&scene.gunyah);
     let sees = || {
         let mut byte = [0];
@@ -131,7 +131,7 @@ fn a_turn_that_is_refused_changes_nothing() {
 fn no_store_lands_behind_a_reclaim() {
     let scene = Scene::new();
     let mut guest = scene.guest();
-    let vmid = guest.vmid();
+    let vmid = guest.vmid().unwrap();
     let done = std::sync::atomic::AtomicBool::new(false);
     std::thread::scope(|threads| {
         threads.spawn(|| {
