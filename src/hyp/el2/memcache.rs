@@ -29,6 +29,7 @@ impl El2 {
     #[cold]
     fn take_from_list(&self, vcpu: &mut Vcpu, wanted: u64) -> Result<(), Errno> {
         while (vcpu.memcache.len() as u64) < wanted {
+            self.host.give_way();
             let page = self.take_first(vcpu)?;
             // It is EL2's, and nobody else reaches it.
             if self.machine.zero(page.start()).is_err() {

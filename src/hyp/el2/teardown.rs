@@ -9,7 +9,7 @@ use super::incident::Incident;
 use super::memcache::give_back;
 use super::transition::unpin;
 use super::vm::{Slot, VcpuSlot, Vm, nr_pgd_pages};
-use super::{El2, Pages};
+use super::{El2, Pages, stretch};
 use crate::addr::Pfn;
 use crate::error::Errno;
 use crate::geometry::index;
@@ -17,7 +17,7 @@ use crate::stage2::Entry;
 use crate::sync::Arc;
 
 /// Pages that go back, or are found to be nobody's, while locks are held once.
-const PIECE: usize = 16;
+const AT_ONCE: usize = 16;
 
 impl El2 {
     /// From here on no vCPU is loaded, and pages can be asked back.
@@ -47,6 +47,8 @@ impl El2 {
         vm.mmu.lock().dismantle();
         let mut returned = Vec::new();
         let said = loop {
+            self.vms.give_way();
+            self.host.give_way();
             if let Some(said) = self.give_piece_back(handle, &vm, &mut returned)? {
                 break said;
             }
@@ -115,7 +117,7 @@ impl El2 {
         vm: &Vm,
         returned: &mut Vec<u64>,
     ) -> Result<Option<Arc<SharedStruct>>, Errno> {
-        returned.reserve(PIECE + index(nr_pgd_pages()));
+        returned.reserve(AT_ONCE + index(nr_pgd_pages()));
         let mut vms = self.vms.lock();
         let slot = vms.slot(handle).ok_or(Errno::EINVAL)?;
         let Slot::Ending(entry) = slot else { return Err(Errno::EINVAL) };
@@ -127,7 +129,8 @@ impl El2 {
                 returned.push(pfn.pa().get());
             }
         };
-        for _ in 0..PIECE {
+        stretch::held_over(AT_ONCE as u64);
+        for _ in 0..AT_ONCE {
             if let Some(pfn) = mmu.pool.pop() {
                 give(&mut host, &mut hyp, pfn);
             } else if let Some(mut vcpu) = entry.vcpus.first_entry() {
