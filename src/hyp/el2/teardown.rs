@@ -9,7 +9,7 @@ use super::incident::Incident;
 use super::memcache::give_back;
 use super::transition::unpin;
 use super::vm::{Slot, VcpuSlot, Vm, nr_pgd_pages};
-use super::{El2, Pages};
+use super::{El2, Pages, stretch};
 use crate::addr::Pfn;
 use crate::error::Errno;
 use crate::geometry::index;
@@ -47,6 +47,8 @@ impl El2 {
         vm.mmu.lock().dismantle();
         let mut returned = Vec::new();
         let said = loop {
+            self.vms.give_way();
+            self.host.give_way();
             if let Some(said) = self.give_piece_back(handle, &vm, &mut returned)? {
                 break said;
             }
@@ -127,6 +129,7 @@ impl El2 {
                 returned.push(pfn.pa().get());
             }
         };
+        stretch::held_over(AT_ONCE as u64);
         for _ in 0..AT_ONCE {
             if let Some(pfn) = mmu.pool.pop() {
                 give(&mut host, &mut hyp, pfn);

@@ -149,9 +149,10 @@ impl Host {
 
     fn guest_calls(&self, choices: &mut Choices<'_>, cpu: usize) -> Step {
         let asked = choices.of(&[MEM_SHARE, MEM_UNSHARE, MEM_RELINQUISH, FEATURES, HYP_MEMINFO]);
-        let within = if choices.one_in(8) { 8 } else { 0 };
+        let odd = choices.below(64);
+        let within = if odd % 8 == 7 { 8 } else { 0 };
         // Nobody looks at the upper half.
-        let above = if choices.one_in(8) { choices.odd() << 32 } else { 0 };
+        let above = if odd / 8 == 7 { 0xfeed_beef << 32 } else { 0 };
         let mut x =
             [asked | above, self.gfn_of_guest(choices, cpu).wrapping_shl(12) | within, 0, 0];
         match asked {

@@ -122,6 +122,9 @@ fn a_block_is_shown_whole_or_split_first() {
     // The other one is still shown, and is split as such.
     let wants = GuestAnswer::WantsSplit(Gfn::new(0x601));
     assert_eq!(run(&world, MEM_UNSHARE, 0x601, 1), wants);
+    // That it is a block is seen before that it is shown, and after what the arguments are.
+    assert_eq!(world.hvc(MEM_RELINQUISH, 0x601), wants);
+    assert_eq!(world.el2.guest_call(0, [MEM_RELINQUISH, 0x601 << 12, 0, 2]), Ok(INVALID));
     world.top_up(guest, 0, 8);
     world.call(HostCall::SplitGuest, [0x600, BLOCK, 0, 0]).unwrap();
     world.sound();
