@@ -71,8 +71,6 @@ pub(crate) struct Missing {
 #[derive(Debug)]
 pub(crate) struct Tree {
     shape: TableShape,
-    /// The shape's.
-    limit: Gfn,
     /// Table `k` is at `k * NODE`; the root begins at 0.
     entries: Vec<Pte>,
     nodes: Vec<Node>,
@@ -96,7 +94,6 @@ impl Tree {
         let pages = (0..nr_roots as u64).filter_map(|nth| root.checked_add(nth));
         Self {
             shape,
-            limit: shape.gfn_limit(),
             entries: vec![Pte::EMPTY; nr_roots * NODE],
             nodes: pages.map(|pfn| Node { pfn, nr_refs: 1 }).collect(),
             idle: Vec::new(),
@@ -120,35 +117,34 @@ impl Tree {
     // Inlined, as what leads here from a hypercall: what was found stays in registers then.
     #[inline(always)]
     fn walk(&self, gfn: Gfn, stop: Level) -> Result<Found, TableError> {
-        match self.shape.index_bits() {
-            // All but those of tests; so that shifts are by constants.
-            NODE_BITS => self.walk_by(NODE_BITS, gfn, stop),
-            bits => self.walk_small(bits, gfn, stop),
+        // All but those of tests; so that levels and shifts are constants.
+        match self.shape {
+            TableShape::IPA_48 => self.walk_in(TableShape::IPA_48, gfn, stop),
+            TableShape::IPA_40 => self.walk_in(TableShape::IPA_40, gfn, stop),
+            shape => self.walk_small(shape, gfn, stop),
         }
     }
 
     #[cold]
-    fn walk_small(&self, bits: u32, gfn: Gfn, stop: Level) -> Result<Found, TableError> {
-        self.walk_by(bits, gfn, stop)
+    fn walk_small(&self, shape: TableShape, gfn: Gfn, stop: Level) -> Result<Found, TableError> {
+        self.walk_in(shape, gfn, stop)
     }
 
     #[inline(always)]
-    fn walk_by(&self, bits: u32, gfn: Gfn, stop: Level) -> Result<Found, TableError> {
-        if gfn >= self.limit {
+    fn walk_in(&self, shape: TableShape, gfn: Gfn, stop: Level) -> Result<Found, TableError> {
+        if gfn >= shape.gfn_limit() {
             return Err(TableError::BeyondIpa);
         }
-        let mut level = self.shape.root();
-        let below = bits * level.height();
-        let mut at = index(gfn.get() >> below);
-        // The indices to come, the next one on top.
-        let mut rest = gfn.get().checked_shl(u64::BITS - below).unwrap_or(0);
+        let bits = shape.index_bits();
+        let mut level = shape.root();
+        let mut at = index(gfn.get() >> (bits * level.height()));
         loop {
             let pte = self.entries[at];
             match pte.next_table(level) {
                 Some(next) if level != stop => {
-                    at = (next << NODE_BITS) + index(rest >> (u64::BITS - bits));
-                    rest <<= bits;
                     level = level.below();
+                    let nth = gfn.get() >> (bits * level.height()) & ((1 << bits) - 1);
+                    at = (next << NODE_BITS) + index(nth);
                 }
                 _ => return Ok(Found { at, level, pte }),
             }
@@ -162,6 +158,16 @@ impl Tree {
     #[inline(always)]
     pub(crate) fn find(&self, gfn: Gfn) -> Result<Found, TableError> {
         self.walk(gfn, Level::PAGE)
+    }
+
+    /// The same for who knows the tree's shape.
+    ///
+    /// # Errors
+    /// [`TableError::BeyondIpa`].
+    #[inline(always)]
+    pub(crate) fn find_in(&self, shape: TableShape, gfn: Gfn) -> Result<Found, TableError> {
+        debug_assert_eq!(self.shape, shape);
+        self.walk_in(shape, gfn, Level::PAGE)
     }
 
     /// Puts a leaf or an annotation of `level` where `gfn` was found.

@@ -102,6 +102,7 @@ impl El2 {
         })
     }
 
+    #[inline(always)]
     fn share(&self, loaded: &mut Loaded, ipa: u64) -> GuestAnswer {
         let gfn = Ipa::new(ipa).gfn();
         let (mut host, mut guest) = (self.host.lock(), loaded.vm.mmu.lock());

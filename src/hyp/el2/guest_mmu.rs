@@ -94,7 +94,7 @@ impl GuestMmu {
     /// `ERANGE`; `EPERM` if something is there, be it a destroyed page.
     #[inline(always)]
     pub(crate) fn vacancy(&self, gfn: Gfn, level: Level) -> Result<Found, Errno> {
-        let found = self.tree.find(gfn)?;
+        let found = self.tree.find_in(Self::SHAPE, gfn)?;
         // Below an entry of a higher level that is empty, everything is. A table has something in it.
         match found.pte.is_empty() && found.level <= level {
             true => Ok(found),
@@ -108,7 +108,7 @@ impl GuestMmu {
     /// In this order: `ERANGE`, `EHWPOISON` for a destroyed page, `ENOENT`, `E2BIG` in a block.
     #[inline(always)]
     pub(crate) fn page(&self, gfn: Gfn) -> Result<(Found, Pfn, PageState), Errno> {
-        let found = self.tree.find(gfn)?;
+        let found = self.tree.find_in(Self::SHAPE, gfn)?;
         match found.pte.decode(found.level) {
             Entry::Leaf(leaf) if found.level == Level::PAGE => Ok((found, leaf.pfn, leaf.state)),
             Entry::Annotated(Annotation::GuestPoisoned, _) => Err(Errno::EHWPOISON),

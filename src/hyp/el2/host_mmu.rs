@@ -325,7 +325,7 @@ impl HostMmu {
     #[inline(always)]
     fn set_page(&mut self, pfn: Pfn, new: Pte) -> Result<(), TableError> {
         let Self { tree, pool, tlbs, .. } = self;
-        let found = tree.find(here(pfn))?;
+        let found = tree.find_in(Self::SHAPE, here(pfn))?;
         tree.set(here(pfn), found, Level::PAGE, new, &mut Env { pool, tlbs })
     }
 

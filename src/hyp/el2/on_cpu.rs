@@ -30,10 +30,16 @@ impl El2 {
         on: &mut OnCpu<'_>,
         act: impl FnOnce(&mut Cpu, usize) -> Result<T, Errno>,
     ) -> Result<T, Errno> {
-        match on {
-            OnCpu::Number(nr) => act(&mut *self.cpu(*nr).ok_or(Errno::EINVAL)?, *nr),
-            OnCpu::Entered { nr, cpu } => act(cpu, *nr),
-        }
+        let mut locked;
+        // One place where it acts, which can then be inlined.
+        let (cpu, nr): (&mut Cpu, _) = match on {
+            OnCpu::Number(nr) => {
+                locked = self.cpu(*nr).ok_or(Errno::EINVAL)?;
+                (&mut *locked, *nr)
+            }
+            OnCpu::Entered { nr, cpu } => (&mut **cpu, *nr),
+        };
+        act(cpu, nr)
     }
 
     /// Does something with the vCPU that a CPU has loaded.

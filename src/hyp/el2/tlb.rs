@@ -207,7 +207,15 @@ impl Tlbs {
     }
 
     /// Forgets pages everywhere; returns when nobody uses what was forgotten.
+    #[inline(always)]
     pub(crate) fn invalidate(&mut self, gfn: Gfn, nr_pages: u64) {
+        // Where nobody has ever remembered anything there is nothing to forget, and nobody to wait for.
+        if !self.used.is_empty() {
+            self.forget(gfn, nr_pages);
+        }
+    }
+
+    fn forget(&mut self, gfn: Gfn, nr_pages: u64) {
         let forgotten = self.used.iter().fold(false, |any, tlb| tlb.forget(gfn, nr_pages) | any);
         // A translation of these pages that is in no line was waited for when it went, or it was evicted.
         if forgotten || self.evicted {

@@ -36,6 +36,7 @@ pub(crate) use reclaim::{force_reclaim, force_reclaim_target, is_poison_fault, r
 pub(crate) use run::{Stop, guest_share_run, guest_unshare_run};
 
 use super::host_mmu::HostMmu;
+use super::hyp_page::HypPage;
 use super::profile::Profile;
 use super::{Pages, State};
 use crate::addr::{Gfn, Pfn};
@@ -70,7 +71,19 @@ fn no_dma(host: &HostMmu, pages: Pages) -> Result<(), Errno> {
 /// # Errors
 /// `EINVAL` or `EPERM` for what is no memory (in Android's profile always `EINVAL` for a device's); `EPERM` unless
 /// they are the host's alone; `EINVAL` while a device uses them.
+#[inline(always)]
 fn check_given(profile: Profile, host: &HostMmu, pages: Pages) -> Result<(), Errno> {
+    let can_be_given = |page: HypPage| page.host() == State::Owned && page.nr_pins == 0;
+    let is_allowed = host.machine().check_allowed(pages.start(), pages.nr()).is_ok();
+    match is_allowed && host.pages.all(pages, can_be_given) {
+        true => Ok(()),
+        false => why_not_given(profile, host, pages),
+    }
+}
+
+/// The same one by one: which of them it is, is for the first.
+#[cold]
+fn why_not_given(profile: Profile, host: &HostMmu, pages: Pages) -> Result<(), Errno> {
     if profile.is_android() && !host.machine().is_memory(pages.start()) {
         return Err(Errno::EINVAL);
     }

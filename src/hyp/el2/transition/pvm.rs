@@ -21,6 +21,7 @@ use crate::stage2::{Leaf, Level, PageState, Prot};
 /// memcache with less than a page may need; `EINVAL` for a firmware that begins within a page; `ENOMEM` or
 /// `ENOMEMHOSTS2` without tables for the host; `EIO` if memory that its firmware is in or goes to is broken: then all but
 /// what is broken is the host's again.
+#[inline(always)]
 pub(crate) fn donate_guest(
     profile: Profile,
     host: &mut HostMmu,
@@ -29,7 +30,8 @@ pub(crate) fn donate_guest(
     (pfn, gfn): (Pfn, Gfn),
     nr_pages: u64,
 ) -> Result<(), Errno> {
-    if !profile.donates(nr_pages) || (pfn.get() | gfn.get()) % nr_pages != 0 {
+    // The numbers that are given at once are powers of two.
+    if !profile.donates(nr_pages) || (pfn.get() | gfn.get()) & (nr_pages - 1) != 0 {
         return Err(Errno::EINVAL);
     }
     let pages = Pages::new(pfn, nr_pages);
@@ -64,6 +66,7 @@ pub(crate) fn donate_guest(
 /// # Errors
 /// In this order: `ERANGE`; `EHWPOISON` for a destroyed page; `ENOENT` if nothing is there; `E2BIG` in a
 /// block; `EPERM` unless it is the guest's alone.
+#[inline(always)]
 pub(crate) fn guest_share_host(
     host: &mut HostMmu,
     guest: &mut GuestMmu,
@@ -87,6 +90,7 @@ pub(crate) fn guest_share_host(
 ///
 /// # Errors
 /// As for [`guest_share_host`]; `EPERM` unless it is shown to the host.
+#[inline(always)]
 pub(crate) fn guest_unshare_host(
     host: &mut HostMmu,
     guest: &mut GuestMmu,

@@ -26,7 +26,7 @@ pub(crate) fn reclaim_dying(
     let (found, pfn, state, nr_pages) = match guest.page(gfn) {
         Err(Errno::EHWPOISON) => return Ok(()),
         Err(Errno::E2BIG) if profile.splits() && gfn.get() % HUGE_PAGES == 0 => {
-            let found = guest.tree.find(gfn)?;
+            let found = guest.tree.find_in(GuestMmu::SHAPE, gfn)?;
             let (_, leaf) = guest.tree.leaf(gfn).ok_or(Errno::E2BIG)?;
             (found, leaf.pfn, leaf.state, HUGE_PAGES)
         }
