@@ -24,7 +24,7 @@ fn of_what_a_parcel_is_made_of() {
     // A number that is none before too few rights for a gift; and execution of a device before them.
     refused(&full, &Create { acl: acl(&[(Vmid(0), 4)]), ..donate(A, &page) }, ArgumentInvalid);
     let io = Create { mem_type: 1, ..donate(A, &[(DEVICE, 1)]) };
-    refused(&full, &Create { acl: acl(&[(A, 5)]), ..io.clone() }, ArgumentInvalid);
+    refused(&full, &Create { acl: acl(&[(A, 5)]), ..io }, ArgumentInvalid);
     // Rights of a gift before who is in the list.
     refused(&full, &Create { acl: acl(&[(HOST, 4)]), ..donate(A, &page) }, Denied);
     // An entry's number before the next one's rights: entry by entry.
