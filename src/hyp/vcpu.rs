@@ -206,7 +206,7 @@ impl Vcpu {
                 GuestStop::Fault(_) => match el2.call(cpu, HostCall::VcpuInPoisonFault, [0; 4]) {
                     Ok(1) => Stop::Poisoned,
                     // Android's has no answer about a block that was destroyed.
-                    Err(_) if core.look().guest(at.gfn()) == Err(Errno::EHWPOISON) => {
+                    Err(_) if core.look_at_guest().guest(at.gfn()) == Err(Errno::EHWPOISON) => {
                         Stop::Poisoned
                     }
                     _ => Stop::Fault,
@@ -285,7 +285,7 @@ impl Vcpu {
     fn share(&mut self, ipa: Ipa, most: u64) -> Result<HvcResult, Exit> {
         let gfn = ipa.gfn();
         for _ in 0..MAX_FAULTS {
-            let has = self.lease.core.look().guest(gfn);
+            let has = self.lease.core.look_at_guest().guest(gfn);
             match has {
                 Err(Errno::ENOENT) => {}
                 _ => return self.ask(gfn, most, Visibility::Shared),
@@ -328,7 +328,7 @@ impl Vcpu {
 
     /// How many pages from there on the guest has in this state, up to so many.
     fn nr_in_state(&self, gfn: Gfn, most: u64, state: State) -> u64 {
-        let look = self.lease.core.look();
+        let look = self.lease.core.look_at_guest();
         let is_so = |nth: &u64| {
             let has = gfn.checked_add(*nth).map(|gfn| look.guest(gfn));
             matches!(has, Some(Ok(has)) if has.state == state)

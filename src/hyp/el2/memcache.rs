@@ -3,11 +3,10 @@
 
 use super::host_mmu::HostMmu;
 use super::hyp_space::HypSpace;
-use super::machine::Machine;
 use super::transition::{donate_host, donate_hyp};
 use super::vm::Vcpu;
-use super::{El2, Pages};
-use crate::addr::Pa;
+use super::{El2, PIECE, Pages, stretch};
+use crate::addr::{Pa, Pfn};
 use crate::error::Errno;
 
 impl El2 {
@@ -28,9 +27,19 @@ impl El2 {
 
     #[cold]
     fn take_from_list(&self, vcpu: &mut Vcpu, wanted: u64) -> Result<(), Errno> {
+        while (vcpu.memcache.len() as u64) < wanted {
+            self.host.give_way();
+            self.take_some_from_list(vcpu, wanted.min(vcpu.memcache.len() as u64 + PIECE))?;
+        }
+        Ok(())
+    }
+
+    /// With the host's lock held.
+    fn take_some_from_list(&self, vcpu: &mut Vcpu, wanted: u64) -> Result<(), Errno> {
         let mut host = self.host.lock();
         let mut hyp = self.hyp.lock();
         let mut list = vcpu.host.lock();
+        stretch::held_over(wanted - vcpu.memcache.len() as u64);
         while (vcpu.memcache.len() as u64) < wanted {
             let (nr, head) = (list.nr_memcache, list.memcache.last().copied());
             // A list that is shorter than it says ends in a null pointer, to which EL2 goes.
@@ -51,16 +60,12 @@ impl El2 {
     }
 }
 
-/// Gives EL2's pages back, cleared.
-///
-/// # Errors
-/// `EPERM` if they are not EL2's.
-pub(crate) fn give_back(
-    machine: &Machine,
-    host: &mut HostMmu,
-    hyp: &mut HypSpace,
-    pages: Pages,
-) -> Result<(), Errno> {
-    pages.iter().try_for_each(|pfn| machine.zero(pfn))?;
-    donate_host(host, hyp, pages)
+/// Gives a page of EL2's back, cleared. One whose memory is broken stays EL2's for good, and then this is false.
+pub(crate) fn give_back(host: &mut HostMmu, hyp: &mut HypSpace, pfn: Pfn) -> bool {
+    let page = Pages::one(pfn);
+    let is_back = host.machine().zero(pfn).is_ok() && donate_host(host, hyp, page).is_ok();
+    if !is_back {
+        host.pages.orphan(page);
+    }
+    is_back
 }

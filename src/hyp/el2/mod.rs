@@ -9,6 +9,7 @@
 //! | `hyp_space` | what EL2 maps for itself |
 //! | `guest_mmu` | a guest's stage 2 |
 //! | `vm` | VMs and their life, vCPUs, who is loaded where |
+//! | `teardown` | the end of a VM |
 //! | `memcache` | pages that the host gives for a guest's tables |
 //! | `transition` | the ways between states: all checks, in order, then changes that cannot fail |
 //! | `host_call` | the host's hypercalls, by number and raw arguments |
@@ -16,12 +17,14 @@
 //! | `on_cpu` | which CPU calls |
 //! | `access` | who touches bytes, and what becomes of that |
 //! | `look` | what the host's kernel sees of all that without changing it |
+//! | `stretch` | for tests: over how many pages a lock was held |
 //! | `tlb` | translations that are remembered |
 //! | `guest_tlb` | a vCPU's accesses by what it remembers, without its CPU |
 //! | `firmware` | what a guest may find in its memory when it starts |
 //! | `profile` | which version this is |
 //! | `spec` | the states again, in the plainest way |
 //! | `invariants` | what must hold, by name |
+//! | `by_hand` | what hosts that are written for tests and benches have |
 //! | `el2_only` | for benches: a machine of any size without bytes |
 //! | `hostile` | for tests and fuzzers: a host and guests that do anything |
 //! | `modelled` | a small machine, for the loom models |
@@ -31,6 +34,8 @@
 //! Locks are taken in this order: a CPU's own, the VMs' table, the host's, then EL2's or one guest's.
 
 mod access;
+#[cfg(any(test, feature = "oracle"))]
+mod by_hand;
 #[cfg(feature = "oracle")]
 pub mod el2_only;
 mod firmware;
@@ -58,6 +63,8 @@ pub mod modelled;
 mod on_cpu;
 mod profile;
 mod spec;
+pub(crate) mod stretch;
+mod teardown;
 #[cfg(test)]
 mod tests;
 mod tlb;
@@ -70,7 +77,7 @@ pub(crate) use guest_tlb::GuestTlb;
 pub(crate) use host_call::HostCall;
 pub(crate) use incident::IncidentCounts;
 pub(crate) use invariants::Books;
-pub(crate) use look::{Look, Mapped};
+pub(crate) use look::{GuestLook, Look, Mapped, PIECE};
 #[cfg(feature = "oracle")]
 pub(crate) use machine::FrameBytes;
 pub(crate) use machine::{Machine, Region, RegionKind};
@@ -259,6 +266,8 @@ impl El2 {
         })
     }
 
+    /// For who plays the host's memory.
+    #[cfg(any(test, feature = "oracle"))]
     pub(crate) fn machine(&self) -> &Machine {
         &self.machine
     }

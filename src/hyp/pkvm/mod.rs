@@ -58,12 +58,13 @@ pub(super) use self::memslot::SlotPage;
 pub use self::raw_host::{RawHost, RawOutcome, RawPath};
 pub(super) use self::vm::{Lease, Request, VmCore};
 pub use self::vm::{Vm, VmKind, VmStat};
-use super::el2::{Books, El2, MAX_VMS, State};
+use super::el2::{Books, El2, MAX_VMS, PIECE, State};
 use super::kernel::Calls;
 use crate::addr::{ByteSize, Pfn};
 use crate::backing::Arena;
 use crate::error::{Errno, Error, ErrorKind, Op};
 use crate::folio::{Claim, FolioPool};
+use crate::geometry::index;
 use crate::state::Visibility;
 use crate::sync::Mutex;
 
@@ -170,13 +171,11 @@ impl Hypervisor {
 
     /// The frames that guests see, ascending: private to one, or seen by the host as well. What an audit compares
     /// with the objects.
-    pub(crate) fn frames_of_guests(&self) -> Vec<(Pfn, Visibility)> {
-        let visibility = |state| match state {
-            State::NoPage => Visibility::Private,
-            _ => Visibility::Shared,
-        };
-        let frames = self.0.frames_of_guests();
-        frames.into_iter().map(|(pfn, state)| (pfn, visibility(state))).collect()
+    pub(crate) fn each_frame_of_guests(&self, mut see: impl FnMut(Pfn, Visibility)) {
+        self.0.each_frame_of_guests(|pfn, state| match state {
+            State::NoPage => see(pfn, Visibility::Private),
+            _ => see(pfn, Visibility::Shared),
+        });
     }
 
     /// Everything that is wrong at EL2, of whose frames the host may reach some at any moment; empty if all is well.
@@ -189,17 +188,15 @@ impl Hypervisor {
         wrong
     }
 
-    /// What is given away.
+    /// What is given away. Counted a piece at a time: what changes hands meanwhile may count as before or after.
     pub fn stat(&self) -> HostStat {
         let nr_vms = self.0.vms.lock().len();
         let (mut donated, mut borrowed, mut shown) = (0, 0, 0);
-        for (_, state) in self.0.frames_of_guests() {
-            match state {
-                State::SharedBorrowed => borrowed += 1,
-                State::SharedOwned => shown += 1,
-                _ => donated += 1,
-            }
-        }
+        self.0.each_frame_of_guests(|_, state| match state {
+            State::SharedBorrowed => borrowed += 1,
+            State::SharedOwned => shown += 1,
+            _ => donated += 1,
+        });
         let [donated, borrowed, shown] = [donated, borrowed, shown].map(ByteSize::from_pages);
         HostStat { donated, borrowed, shown, nr_vms }
     }
@@ -216,8 +213,15 @@ impl Hypervisor {
 }
 
 impl Host {
-    fn frames_of_guests(&self) -> Vec<(Pfn, State)> {
-        self.el2.frames_of_guests(Pfn::new(self.arena.nr_pages()))
+    /// What guests have or see of the pool: some frames are looked at, then told of with no lock held.
+    fn each_frame_of_guests(&self, mut see: impl FnMut(Pfn, State)) {
+        let end = Pfn::new(self.arena.nr_pages());
+        let mut found = Vec::with_capacity(index(PIECE));
+        let mut next = Some(Pfn::new(0));
+        while let Some(from) = next {
+            next = self.el2.frames_of_guests(from, end, &mut found);
+            found.drain(..).for_each(|(pfn, state)| see(pfn, state));
+        }
     }
 
     /// Does what a kernel does, with its own pages.

@@ -11,18 +11,18 @@ use super::{Host, Hypervisor, Profile, refused};
 use crate::addr::{ByteSize, Gfn, Ipa, Offset};
 use crate::backing::Arena;
 use crate::error::{Errno, Error, ErrorKind, Op};
+use crate::geometry::index;
 use crate::gmem::{GuestMemfd, Unbound};
 use crate::hyp::Vcpu;
-use crate::hyp::el2::{self, El2, HostCall, Look, Mapped, State};
-use crate::hyp::kernel::Made;
+use crate::hyp::el2::{self, El2, GuestLook, HostCall, Look, Mapped, PIECE, State};
+use crate::hyp::kernel::{self, Made};
 use crate::range::{GfnRange, PgoffRange};
+use crate::stage2::GuestRun;
 use crate::state::Visibility;
 use crate::sync::RwLock;
 
 /// How many vCPUs a guest may have: KVM's limit on Arm.
 const MAX_VCPUS: usize = 512;
-/// How many pages teardown takes back without letting go of the locks.
-const RECLAIM_BATCH: usize = 64;
 /// The vCPU that is nobody's: what the host does for a guest it does with this one loaded.
 const LOADER: u64 = 0;
 /// Guest frame numbers that a guest has.
@@ -209,19 +209,24 @@ impl Vm {
         Some((memfd, offset))
     }
 
-    /// What it has.
+    /// What it has. Counted a piece at a time: what changes hands meanwhile may count as before or after.
     pub fn stat(&self) -> VmStat {
-        let look = self.0.core.look();
+        let core = &self.0.core;
         let (mut owned, mut shared, mut borrowed) = (0, 0, 0);
-        for Mapped { state, nr_pages, .. } in look.leaves() {
-            match state {
-                State::Owned => owned += nr_pages,
-                State::SharedBorrowed => borrowed += nr_pages,
-                _ => shared += nr_pages,
+        let count = |leaves: &[Mapped]| {
+            for Mapped { state, nr_pages, .. } in leaves {
+                match state {
+                    State::Owned => owned += nr_pages,
+                    State::SharedBorrowed => borrowed += nr_pages,
+                    _ => shared += nr_pages,
+                }
             }
-        }
+            Ok(())
+        };
+        let counted = core.each_leaf(Gfn::new(0), GFN_LIMIT.get(), count);
+        debug_assert_eq!(counted, Ok(()));
         let [owned, shared, borrowed] = [owned, shared, borrowed].map(ByteSize::from_pages);
-        VmStat { owned, shared, borrowed, nr_tables: look.nr_tables() }
+        VmStat { owned, shared, borrowed, nr_tables: core.look_at_guest().nr_tables() }
     }
 }
 
@@ -298,12 +303,26 @@ impl VmCore {
         self.host.el2.look(&self.seen)
     }
 
-    pub(super) fn with_guest_stopped(
-        &self,
-        ranges: impl Iterator<Item = (Gfn, u64)>,
-        act: impl FnOnce(),
-    ) {
-        self.host.el2.with_guest_stopped(&self.seen, ranges, act);
+    /// The same without the host, which does not wait.
+    pub(in crate::hyp) fn look_at_guest(&self) -> GuestLook<'_> {
+        self.host.el2.look_at_guest(&self.seen)
+    }
+
+    /// Between two pieces of what is about much memory.
+    pub(super) fn give_way(&self) {
+        self.host.el2.give_way(&self.seen);
+    }
+
+    /// Whether frames are memory that may change hands.
+    ///
+    /// # Errors
+    /// `EINVAL`, `EPERM`.
+    pub(super) fn check_memory(&self, run: GuestRun) -> Result<(), Errno> {
+        self.host.el2.check_memory(run.pfn, run.nr_pages)
+    }
+
+    pub(super) fn with_guest_stopped(&self, gfn: Gfn, nr_pages: u64, act: impl FnOnce()) {
+        self.host.el2.with_guest_stopped(&self.seen, gfn, nr_pages, act);
     }
 
     /// Does something on a CPU that has a vCPU loaded. No object may be called.
@@ -335,7 +354,14 @@ impl VmCore {
     /// Has pages at hand for so many tables, with those that EL2 wants to see however few it needs.
     pub(super) fn top_up(&self, state: &VmState, nr_tables: u64) -> Result<(), Errno> {
         let loader = state.made.first().copied().ok_or(Errno::EINVAL)?;
-        self.host.with_kernel(|kernel| kernel.top_up(loader, nr_tables + el2::MIN_MEMCACHE))
+        let wanted = nr_tables.saturating_add(el2::MIN_MEMCACHE);
+        let list = self.host.el2.host_struct(loader);
+        let mut nr = 0;
+        while nr < wanted {
+            nr = wanted.min(list.nr_memcache().max(nr).saturating_add(PIECE));
+            self.host.with_kernel(|kernel| kernel.top_up(loader, nr))?;
+        }
+        Ok(())
     }
 
     fn create_vcpu(&self) -> Result<(usize, LastCpu), Error> {
@@ -463,7 +489,7 @@ impl VmCore {
         x: [u64; 4],
     ) -> Result<el2::GuestAnswer, Errno> {
         let mut state = self.state.write();
-        let has = self.look().guest(gfn);
+        let has = self.look_at_guest().guest(gfn);
         if has.is_ok_and(|has| has.nr_pages > 1) && self.host.profile.splits() {
             self.split(&mut state, gfn)?;
         }
@@ -499,15 +525,15 @@ impl VmCore {
     /// Takes every page back, a few at a time. A page that cannot be taken back is nobody's; the first such failure is
     /// reported.
     fn reclaim_all(&self) -> Result<(), Errno> {
-        let leaves = self.look().leaves();
         let mut outcome = Ok(());
-        for batch in leaves.chunks(RECLAIM_BATCH) {
+        let looked = self.each_leaf(Gfn::new(0), GFN_LIMIT.get(), |leaves| {
             let _state = self.state.write();
-            for leaf in batch {
+            for leaf in leaves {
                 outcome = outcome.and(self.take_back(leaf));
             }
-        }
-        outcome
+            Ok(())
+        });
+        outcome.and(looked)
     }
 
     /// Takes a leaf of a dying guest back, or hides it from one that is shown it. It may have gone meanwhile.
@@ -532,10 +558,24 @@ impl VmCore {
     fn finalize_teardown(&self) -> Result<(), Errno> {
         let mut state = self.state.write();
         let vcpus = std::mem::take(&mut state.made);
-        let finished = self.host.with_kernel(|kernel| kernel.finish(self.made, vcpus.into_iter()));
+        let finished = self.finish(&vcpus);
         state.life = Life::Gone;
         drop(state);
         self.host.forget(self);
         finished
+    }
+
+    /// Ends it at EL2, and has everything back that it was made of: with the kernel's pages locked for a piece at a time.
+    fn finish(&self, vcpus: &[u64]) -> Result<(), Errno> {
+        let Host { el2, .. } = &*self.host;
+        el2.call(0, HostCall::FinalizeTeardownVm, [self.made.handle, 0, 0, 0])?;
+        for &at in [self.made.kvm()].iter().chain(vcpus) {
+            let back = kernel::come_back(el2, at);
+            for piece in back.chunks(index(PIECE)) {
+                self.host.with_kernel(|kernel| kernel.give_all(piece));
+            }
+            self.host.with_kernel(|kernel| kernel.free_shared_page(at));
+        }
+        Ok(())
     }
 }

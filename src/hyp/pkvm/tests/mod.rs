@@ -1,4 +1,5 @@
 mod machine;
+mod pieces;
 mod random;
 
 use super::*;
@@ -58,9 +59,10 @@ impl World {
     #[track_caller]
     fn sound(&self) {
         assert_eq!(self.hyp.check_invariants(Vec::new()), Vec::<String>::new());
-        for (pfn, visibility) in self.hyp.frames_of_guests() {
-            assert!(self.memfd.frames().contains(&(pfn, visibility)), "{pfn:?} {visibility}");
-        }
+        let frames = self.memfd.frames();
+        self.hyp.each_frame_of_guests(|pfn, visibility| {
+            assert!(frames.contains(&(pfn, visibility)), "{pfn:?} {visibility}");
+        });
     }
 
     fn donated(&self) -> u64 {
@@ -314,7 +316,7 @@ fn a_page_is_prepared_before_its_guest_can_store() {
     let mut nr_prepared = 0;
     std::thread::scope(|scope| {
         let stored = &stored;
-        core.make_private(&runs, &mut || {
+        core.make_private(&runs, &mut |_| {
             nr_prepared += 1;
             let mut vcpu = vcpu.take().unwrap();
             scope.spawn(move || {
@@ -327,7 +329,7 @@ fn a_page_is_prepared_before_its_guest_can_store() {
         .unwrap();
     });
     assert_eq!(stored.get(), Some(&()));
-    core.make_shared(&runs, &mut || nr_prepared += 10).unwrap_err();
+    core.make_shared(&runs, &mut |_| nr_prepared += 10).unwrap_err();
     assert_eq!(nr_prepared, 1, "once if it goes well, never if not");
 }
 
