@@ -55,6 +55,10 @@ pub mod linux;
 pub mod pkvm;
 mod vcpu;
 
+#[cfg(feature = "oracle")]
+#[doc(hidden)]
+pub use gunyah::host::extents_only;
+
 pub use exit::{ConversionRequest, Exit, MmioAccess};
 pub use hypercall::{HvcResult, Hypercall, Registers};
 pub use vcpu::Vcpu;
