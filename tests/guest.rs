@@ -7,8 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use common::Capability;
 use gmem::addr::{Access, ByteSize, Gfn, Ipa, Offset};
 use gmem::error::ErrorKind;
-use gmem::hyp::pkvm::{HostStat, Hypervisor, Vm};
-use gmem::hyp::{Exit, HvcResult, Hypercall, Vcpu};
+use gmem::hyp::{Exit, HostStat, HvcResult, Hypercall, Hypervisor, Vcpu, Vm};
 use gmem::{ArenaBacking, FolioPool, GuestMemfd, HostView, SigbusHandler, Touch};
 
 const BASE: u64 = 0x8000_0000;

@@ -12,7 +12,7 @@ use std::time::Duration;
 use gmem::addr::{ByteSize, Gfn, Pfn, Pgoff};
 use gmem::audit;
 use gmem::error::{Errno, ErrorKind};
-use gmem::hyp::pkvm::Hypervisor;
+use gmem::hyp::Hypervisor;
 use gmem::range::PgoffRange;
 use gmem::{
     Ack, ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, HandOutRun, Heard, PartSpec, PinMode,

@@ -16,7 +16,7 @@ use common::Capability;
 use gmem::addr::{Access, ByteSize, Ipa, Offset, Pgoff};
 use gmem::audit;
 use gmem::error::ErrorKind;
-use gmem::hyp::pkvm::Hypervisor;
+use gmem::hyp::Hypervisor;
 use gmem::range::PgoffRange;
 use gmem::{
     ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, HostView, PinMode, Residency,

@@ -15,8 +15,7 @@ use common::Capability;
 use gmem::addr::{ByteSize, Gfn, Ipa, Offset, Pgoff};
 use gmem::audit;
 use gmem::error::{Errno, ErrorKind};
-use gmem::hyp::pkvm::{Hypervisor, MemslotId, Profile, Vm};
-use gmem::hyp::{Exit, HvcResult, Hypercall, Vcpu};
+use gmem::hyp::{Exit, HvcResult, Hypercall, Hypervisor, MemslotId, Profile, Vcpu, Vm};
 use gmem::range::PgoffRange;
 use gmem::{ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, Visibility};
 use kvm::KernelVm;
@@ -218,7 +217,7 @@ fn page(at: u64, nr_pages: u64) -> PgoffRange {
 
 fn world(profile: Profile) -> (FolioPool, Hypervisor, GuestMemfd, Vm) {
     let pool = FolioPool::new(ArenaBacking::Heap, ByteSize::from_mib(4)).unwrap();
-    let hyp = Hypervisor::with_profile(&pool, profile).unwrap();
+    let hyp = Hypervisor::with(&pool, profile).unwrap();
     let memfd = GuestMemfd::builder(ByteSize::from_mib(2)).create(&pool).unwrap();
     let vm = hyp.create_vm().unwrap();
     (pool, hyp, memfd, vm)

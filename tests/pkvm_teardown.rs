@@ -6,7 +6,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use gmem::addr::{ByteSize, Gfn, Pgoff};
-use gmem::hyp::pkvm::Hypervisor;
+use gmem::hyp::Hypervisor;
 use gmem::range::PgoffRange;
 use gmem::{ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, Visibility, audit};
 

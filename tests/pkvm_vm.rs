@@ -6,10 +6,10 @@ use gmem::addr::{ByteSize, Gfn, Ipa, Offset, Pgoff};
 use gmem::audit;
 use gmem::error::{Errno, ErrorKind};
 use gmem::geometry::FolioSize;
-use gmem::hyp::pkvm::{
-    HostStat, Hypervisor, IncidentStat, Profile, RawHost, RawOutcome, RawPath, Vm, VmKind,
+use gmem::hyp::{
+    Exit, HostStat, HvcResult, Hypercall, Hypervisor, IncidentStat, Profile, RawHost, RawOutcome,
+    RawPath, Vcpu, Vm, VmKind,
 };
-use gmem::hyp::{Exit, HvcResult, Hypercall, Vcpu};
 use gmem::range::PgoffRange;
 use gmem::{
     ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, PartSpec, PinMode, Visibility, Zone,
@@ -36,7 +36,7 @@ impl World {
             .part(part(8), Zone::Movable)
             .create()
             .unwrap();
-        let hyp = Hypervisor::with_profile(&pool, profile).unwrap();
+        let hyp = Hypervisor::with(&pool, profile).unwrap();
         let memfd = GuestMemfd::builder(ByteSize::from_mib(4))
             .folio_size(folio)
             .initial(initial)
@@ -47,7 +47,7 @@ impl World {
             VmKind::Protected => hyp.create_vm().unwrap(),
             VmKind::NonProtected => hyp.create_non_protected_vm().unwrap(),
         };
-        assert_eq!((vm.kind(), hyp.profile()), (kind, profile));
+        assert_eq!((vm.kind(), hyp.model()), (kind, profile.into()));
         vm.bind(Ipa::new(BASE).gfn(), &memfd, memfd.pages()).unwrap();
         Self { pool, hyp, memfd, vm }
     }
@@ -134,7 +134,7 @@ fn each_version_answers_what_it_has() {
         let expected = if is_android { HvcResult::SUCCESS } else { HvcResult::NOT_SUPPORTED };
         assert_eq!(gone, expected);
         assert_eq!(world.vm.stat().owned, pages(if is_android { 0 } else { 1 }));
-        let refused = world.vm.unbind(gmem::hyp::pkvm::MemslotId::from_u16(0).unwrap());
+        let refused = world.vm.unbind(gmem::hyp::MemslotId::from_u16(0).unwrap());
         assert_eq!(refused.is_ok(), is_android, "{profile:?}");
         world.sound();
         drop(vcpu);
@@ -267,7 +267,7 @@ fn a_guest_that_is_not_protected_sees_what_the_host_sees() {
     vcpu.load(ipa(2), &mut seen).unwrap();
     assert_eq!(seen, [0; 13]);
     world.sound();
-    let slot = gmem::hyp::pkvm::MemslotId::from_u16(0).unwrap();
+    let slot = gmem::hyp::MemslotId::from_u16(0).unwrap();
     world.vm.unbind(slot).unwrap();
     assert_eq!(world.hyp.stat().shown, pages(0));
     assert!(matches!(vcpu.load(ipa(2), &mut seen), Err(Exit::Mmio { .. })));

@@ -1,7 +1,7 @@
 //! What is left when all is over: nothing, if all went well.
 
 use gmem::addr::ByteSize;
-use gmem::hyp::pkvm::{HostStat, Hypervisor, IncidentStat, Vm, VmKind};
+use gmem::hyp::{HostStat, Hypervisor, IncidentStat, Vm, VmKind};
 use gmem::{FolioPool, GuestMemfd, ObjectStat, audit};
 
 use crate::Fallible;

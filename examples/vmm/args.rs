@@ -4,7 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use gmem::ArenaBacking;
-use gmem::hyp::pkvm::VmKind;
+use gmem::hyp::VmKind;
 
 /// What `--help` prints.
 pub(crate) const USAGE: &str = "\

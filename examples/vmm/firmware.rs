@@ -1,7 +1,7 @@
 //! What the guest finds in its memory when it boots.
 
 use gmem::addr::ByteSize;
-use gmem::hyp::pkvm::VmKind;
+use gmem::hyp::VmKind;
 use gmem::range::PgoffRange;
 use gmem::{ContentPolicy, GuestMemfd, Visibility};
 use sha2::{Digest, Sha256};

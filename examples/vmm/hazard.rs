@@ -7,8 +7,7 @@ use std::sync::Arc;
 
 use gmem::addr::{ByteSize, Ipa};
 use gmem::error::{Error, ErrorKind, Found};
-use gmem::hyp::pkvm::{Hypervisor, RawHost, RawOutcome, RawPath};
-use gmem::hyp::{Exit, HvcResult, Hypercall, Vcpu};
+use gmem::hyp::{Exit, HvcResult, Hypercall, Hypervisor, RawHost, RawOutcome, RawPath, Vcpu};
 use gmem::range::PgoffRange;
 use gmem::{FolioPool, GuestMemfd, PinMode};
 

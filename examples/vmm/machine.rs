@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use gmem::addr::ByteSize;
 use gmem::geometry::FolioSize;
-use gmem::hyp::pkvm::{Hypervisor, VmKind};
+use gmem::hyp::{Hypervisor, VmKind};
 use gmem::vm_memory::{AddressSpace, Slot};
 use gmem::{ArenaBacking, FolioPool, GuestMemfd, HostView, SigbusHandler, Visibility};
 

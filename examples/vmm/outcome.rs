@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use gmem::hyp::pkvm::{IncidentStat, VmKind};
+use gmem::hyp::{IncidentStat, VmKind};
 
 use crate::aftermath::Aftermath;
 use crate::device::DeviceStat;

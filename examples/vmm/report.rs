@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use gmem::hyp::pkvm::VmKind;
+use gmem::hyp::VmKind;
 
 use crate::args::name_of;
 use crate::outcome::Outcome;

@@ -2,12 +2,13 @@
 //! memory it may need, and then acts, all with the guest's lock held for writing: nothing changes in between.
 
 use super::plan::{Plan, Step, Terms};
-use super::vm::{Life, VmCore, VmKind, VmState};
+use super::vm::VmCore;
 use crate::addr::Gfn;
 use crate::error::Errno;
 use crate::geometry::HUGE_PAGES;
 use crate::hyp::el2::{El2, GuestAnswer, HostCall, Mapped};
 use crate::hyp::hypercall::{MEM_SHARE, MEM_UNSHARE};
+use crate::hyp::vm::{Life, VmKind, VmState};
 use crate::stage2::{Faulted, GuestMove, GuestRun, Prevented, Stage2};
 use crate::state::Visibility;
 
@@ -17,7 +18,7 @@ const PROT_RWX: u64 = 0b111;
 impl VmCore {
     fn convert(
         &self,
-        state: &mut VmState,
+        state: &VmState,
         runs: &[GuestRun],
         to: Visibility,
         prepare: &mut dyn FnMut(),
@@ -29,7 +30,7 @@ impl VmCore {
         };
         let plan = Plan::new(self, runs, &terms)?;
         if !plan.parts.is_empty() {
-            self.top_up(state, plan.nr_tables)?;
+            self.top_up(plan.nr_tables)?;
         }
         match plan.is_reached {
             true => {
@@ -45,9 +46,9 @@ impl VmCore {
                 let nr_pages = (HUGE_PAGES - gfn % HUGE_PAGES).min(run.nr_pages - at);
                 let by_block = nr_pages == HUGE_PAGES
                     && pfn % HUGE_PAGES == 0
-                    && self.profile().donates(HUGE_PAGES)
+                    && self.host.profile.donates(HUGE_PAGES)
                     && state.is_huge(run.gfn);
-                let made = self.on_loader(state, |el2, cpu| match step {
+                let made = self.on_loader(|el2, cpu| match step {
                     Step::Donate if by_block => {
                         el2.call(cpu, HostCall::DonateGuest, [pfn, gfn, HUGE_PAGES, 0]).map(drop)
                     }
@@ -64,9 +65,9 @@ impl VmCore {
     }
 
     /// Splits the block around a page of a guest's.
-    pub(super) fn split(&self, state: &mut VmState, gfn: Gfn) -> Result<(), Errno> {
-        self.top_up(state, 1)?;
-        self.on_loader(state, |el2, cpu| split(el2, cpu, gfn))
+    pub(super) fn split(&self, gfn: Gfn) -> Result<(), Errno> {
+        self.top_up(1)?;
+        self.on_loader(|el2, cpu| split(el2, cpu, gfn))
     }
 
     /// What guests have of some runs: each leaf once.
@@ -98,7 +99,7 @@ impl VmCore {
     /// Shows a guest that is not protected a page of the host's, or the 2 MiB around it.
     fn show(
         &self,
-        state: &mut VmState,
+        state: &VmState,
         page: GuestRun,
         block: Option<GuestRun>,
     ) -> Result<Faulted, Errno> {
@@ -113,9 +114,9 @@ impl VmCore {
             }
             block.filter(|block| look.is_vacant_block(block.gfn)).unwrap_or(page)
         };
-        self.top_up(state, 2)?;
+        self.top_up(2)?;
         let x = [run.pfn.get(), run.gfn.get(), run.nr_pages, PROT_RWX];
-        self.on_loader(state, |el2, cpu| el2.call(cpu, HostCall::ShareGuest, x))?;
+        self.on_loader(|el2, cpu| el2.call(cpu, HostCall::ShareGuest, x))?;
         Ok(Faulted::Mapped)
     }
 }
@@ -152,18 +153,18 @@ fn split(el2: &El2, cpu: usize, gfn: Gfn) -> Result<(), Errno> {
 
 impl Stage2 for VmCore {
     fn make_private(&self, runs: &[GuestRun], prepare: &mut dyn FnMut()) -> Result<(), Errno> {
-        match self.kind {
+        match self.kind() {
             VmKind::Protected => {
-                self.convert(&mut self.state.write(), runs, Visibility::Private, prepare)
+                self.convert(&self.book.state.write(), runs, Visibility::Private, prepare)
             }
             VmKind::NonProtected => Err(Errno::EOPNOTSUPP),
         }
     }
 
     fn make_shared(&self, runs: &[GuestRun], prepare: &mut dyn FnMut()) -> Result<(), Errno> {
-        let mut state = self.state.write();
-        match self.kind {
-            VmKind::Protected => self.convert(&mut state, runs, Visibility::Shared, prepare),
+        let state = self.book.state.write();
+        match self.kind() {
+            VmKind::Protected => self.convert(&state, runs, Visibility::Shared, prepare),
             VmKind::NonProtected => {
                 prepare();
                 Ok(())
@@ -177,19 +178,19 @@ impl Stage2 for VmCore {
         page: GuestRun,
         block: Option<GuestRun>,
     ) -> Result<Faulted, Errno> {
-        let mut state = self.state.write();
-        match (self.kind, side) {
-            (VmKind::NonProtected, Visibility::Shared) => self.show(&mut state, page, block),
+        let state = self.book.state.write();
+        match (self.kind(), side) {
+            (VmKind::NonProtected, Visibility::Shared) => self.show(&state, page, block),
             (VmKind::Protected, Visibility::Private) => {
                 if self.look().guest(page.gfn) == Err(Errno::EHWPOISON) {
                     // Destroyed since the guest touched it. When it looks again it finds that.
                     return Ok(Faulted::Mapped);
                 }
                 let block = block.filter(|block| {
-                    self.profile().donates(HUGE_PAGES) && self.look().is_vacant_block(block.gfn)
+                    self.host.profile.donates(HUGE_PAGES) && self.look().is_vacant_block(block.gfn)
                 });
                 let run = block.unwrap_or(page);
-                self.convert(&mut state, &[run], side, &mut || ())?;
+                self.convert(&state, &[run], side, &mut || ())?;
                 Ok(Faulted::Mapped)
             }
             _ => Ok(Faulted::OtherSide),
@@ -197,28 +198,28 @@ impl Stage2 for VmCore {
     }
 
     fn has_private(&self) -> bool {
-        self.kind == VmKind::Protected
+        self.kind() == VmKind::Protected
     }
 
     fn note_prevented(&self, what: Prevented) {
-        self.host.prevented.note(what);
+        self.book.prevented.note(what);
     }
 
     /// A protected guest maps no page that is not its own, and what it owns nobody takes out of its table while it
     /// lives.
     fn invalidate_range(&self, runs: &[GuestRun]) {
-        if self.kind == VmKind::NonProtected {
-            let _state = self.state.write();
+        if self.kind() == VmKind::NonProtected {
+            let _state = self.book.state.write();
             let hidden = self.hide(runs.iter().copied());
             debug_assert_eq!(hidden, Ok(()), "what is shown can be hidden");
         }
     }
 
     fn reclaim(&self, runs: &[GuestRun]) -> Result<(), Errno> {
-        if self.kind == VmKind::NonProtected {
+        if self.kind() == VmKind::NonProtected {
             return Ok(());
         }
-        let state = self.state.write();
+        let state = self.book.state.write();
         {
             let look = self.look();
             runs.iter().try_for_each(|run| look.check_memory(run.pfn, run.nr_pages))?;
@@ -233,13 +234,13 @@ impl Stage2 for VmCore {
     /// What a protected guest has been given, or shares, stays where it is: pKVM has no hypercall that would move such a
     /// page. What another is shown is hidden, and it faults on the new frames.
     fn migrate(&self, moves: &[GuestMove], copy: &mut dyn FnMut()) -> Result<(), Errno> {
-        let _state = self.state.write();
+        let _state = self.book.state.write();
         {
             let look = self.look();
             moves.iter().try_for_each(|it| look.check_memory(it.from.pfn, it.from.nr_pages))?;
         }
         let from = moves.iter().map(|one| one.from);
-        match self.kind {
+        match self.kind() {
             VmKind::Protected if !self.leaves_in(from.clone()).is_empty() => Err(Errno::EPERM),
             VmKind::Protected => {
                 copy();

@@ -1,0 +1,90 @@
+//! A vCPU as EL2 has it: on which CPU it was last, and what it remembers.
+
+use std::sync::Arc;
+
+use super::cpus::LastCpu;
+use super::vm::VmCore;
+use crate::addr::{Access, Gfn, Ipa, Pa};
+use crate::backing::Arena;
+use crate::error::{Errno, Error};
+use crate::hyp::el2::{GuestAnswer, GuestStop, GuestTlb, HostCall};
+use crate::hyp::hypercall::{Registers, seen};
+use crate::hyp::vcpu::Stop;
+use crate::state::Reader;
+
+/// A vCPU.
+#[derive(Debug)]
+pub(in crate::hyp) struct Vcpu {
+    core: Arc<VmCore>,
+    index: usize,
+    last: LastCpu,
+    /// What EL2 remembers for it, and this thread's place among those who use that.
+    tlb: GuestTlb,
+    reader: Reader,
+}
+
+impl Vcpu {
+    pub(super) fn new(core: Arc<VmCore>, index: usize, last: LastCpu, tlb: GuestTlb) -> Self {
+        let reader = tlb.reader();
+        Self { core, index, last, tlb, reader }
+    }
+
+    /// Translates and acts at once, so that the page cannot change hands in between. No object is called here.
+    #[inline]
+    pub(in crate::hyp) fn attempt<T>(
+        &mut self,
+        at: Ipa,
+        access: Access,
+        act: &mut impl FnMut(&Arena, Pa) -> Result<T, Error>,
+    ) -> Result<Result<T, Error>, Stop> {
+        let arena = &*self.core.host.arena;
+        let hit = self.tlb.hit(&self.reader, at, access, |pa| act(arena, pa));
+        let done = hit.or_else(|| self.tlb.walk(at, access, |pa| act(arena, pa)));
+        // A fault is a CPU's, which EL2 is asked about.
+        done.map_or_else(|| self.attempt_on_cpu(at, access, act), Ok)
+    }
+
+    fn attempt_on_cpu<T>(
+        &mut self,
+        at: Ipa,
+        access: Access,
+        act: &mut impl FnMut(&Arena, Pa) -> Result<T, Error>,
+    ) -> Result<Result<T, Error>, Stop> {
+        let core = &*self.core;
+        core.on_cpu(self.index, &mut self.last, |el2, cpu| {
+            let acted = el2.vcpu_act(cpu, at, access, |pa| act(&core.host.arena, pa));
+            acted.map_err(|stop| match stop {
+                // While the vCPU is still there, for its fault is what EL2 is asked about.
+                GuestStop::Fault(_) => match el2.call(cpu, HostCall::VcpuInPoisonFault, [0; 4]) {
+                    Ok(1) => Stop::Poisoned,
+                    // Android's has no answer about a block that was destroyed.
+                    Err(_) if core.look().guest(at.gfn()) == Err(Errno::EHWPOISON) => {
+                        Stop::Poisoned
+                    }
+                    _ => Stop::Fault,
+                },
+                _ => Stop::Invalid,
+            })
+        })
+    }
+
+    /// A hypercall of the guest's, whatever it is.
+    ///
+    /// # Errors
+    /// EL2 has not got the vCPU.
+    pub(in crate::hyp) fn call(&mut self, regs: Registers) -> Result<GuestAnswer, Errno> {
+        self.core.on_cpu(self.index, &mut self.last, |el2, cpu| el2.guest_call(cpu, seen(regs)))
+    }
+
+    /// The one by which it gives up a page for good.
+    ///
+    /// # Errors
+    /// As for [`Self::call`].
+    pub(in crate::hyp) fn relinquish(
+        &mut self,
+        gfn: Gfn,
+        regs: Registers,
+    ) -> Result<GuestAnswer, Errno> {
+        self.core.relinquish(self.index, &mut self.last, gfn, seen(regs))
+    }
+}
