@@ -4,9 +4,12 @@
 //! What changes part of a block splits it first, without loss. Every change of an entry is noted, so that an
 //! operation that fails half way can be taken back, last change first.
 
+use std::collections::BTreeMap;
+
 use super::attrs::MapAttrs;
 use super::error::HypError;
 use crate::addr::{Gfn, Pfn};
+use crate::geometry::index;
 use crate::stage2::{Entry, Leaf, Level, PageState, Pte, TableEnv, TableError, TableShape, Tree};
 
 /// An address space's number. Never used twice.
@@ -29,6 +32,55 @@ pub(crate) enum BbmLevel {
 #[derive(Debug, Default)]
 pub(crate) struct Heap {
     pub(super) free: Vec<Pfn>,
+    /// What operations keep that let go of everything half way.
+    purses: BTreeMap<u64, Vec<Pfn>>,
+    nr_purses_ever: u64,
+}
+
+/// Frames of the heap that one operation keeps, with what its own changes give back: so it can always be taken back.
+#[derive(Debug)]
+pub(crate) struct Purse(u64);
+
+impl Heap {
+    pub(super) fn new(free: Vec<Pfn>) -> Self {
+        Self { free, ..Self::default() }
+    }
+
+    /// Keeps frames for an operation.
+    ///
+    /// # Errors
+    /// `NoMem`.
+    pub(super) fn fill(&mut self, nr: u64) -> Result<Purse, HypError> {
+        let left = (self.free.len() as u64).checked_sub(nr).ok_or(HypError::NoMem)?;
+        let kept = self.free.split_off(index(left));
+        let purse = Purse(self.nr_purses_ever);
+        self.nr_purses_ever += 1;
+        self.purses.insert(purse.0, kept);
+        Ok(purse)
+    }
+
+    /// Lets a step of the operation have them. Returns how many are not its own.
+    pub(super) fn open(&mut self, purse: &Purse) -> usize {
+        let nr_others = self.free.len();
+        self.free.extend(self.purses.remove(&purse.0).unwrap_or_default());
+        nr_others
+    }
+
+    /// Keeps the rest again, and what the step gave back.
+    pub(super) fn close(&mut self, purse: &Purse, nr_others: usize) {
+        let rest = self.free.split_off(nr_others.min(self.free.len()));
+        self.purses.insert(purse.0, rest);
+    }
+
+    /// The operation is over.
+    pub(super) fn empty(&mut self, purse: Purse) {
+        self.free.extend(self.purses.remove(&purse.0).unwrap_or_default());
+    }
+
+    /// Every frame that is no table.
+    pub(super) fn unused(&self) -> impl Iterator<Item = Pfn> {
+        self.free.iter().chain(self.purses.values().flatten()).copied()
+    }
 }
 
 /// The heap, and who remembers translations.

@@ -32,6 +32,11 @@ impl Rights {
     pub(crate) const fn of(raw: u32) -> Self {
         Self(raw)
     }
+
+    /// Both of them.
+    pub(crate) const fn and(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
 }
 
 /// A capability's number.

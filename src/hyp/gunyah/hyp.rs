@@ -39,7 +39,7 @@ impl Hyp {
             memdb.insert(bank.frames, Owner::Partition)?;
         }
         memdb.insert(machine.heap(), Owner::Allocator)?;
-        let heap = Heap { free: machine.heap().iter().rev().collect() };
+        let heap = Heap::new(machine.heap().iter().rev().collect());
         let spec = Spec::of(&machine);
         Ok(Self {
             machine,

@@ -11,6 +11,7 @@
 //! | `hypercall` | the hypervisor's calls, by number and raw registers |
 //! | `hyp` | its objects in one place |
 //! | `rm` | the resource manager: parcels and VMs |
+//! | `host` | the host's kernel: memory of VMs on demand |
 //! | `touch` | who touches bytes, and what becomes of that |
 //! | `spec` | owners and mappings again, in the plainest way |
 //! | `invariants` | what must hold, by name |
@@ -25,6 +26,7 @@ mod attrs;
 mod cspace;
 mod error;
 mod extent;
+pub(crate) mod host;
 #[cfg(test)]
 mod hostile;
 mod hyp;
@@ -40,18 +42,20 @@ mod touch;
 
 use crate::sync::{Arc, RwLock};
 
-use aspace::BbmLevel;
+use aspace::{BbmLevel, Purse};
 use error::HypError;
+use host::kernel::Kernel;
 use hyp::Hyp;
 use machine::Machine;
 use rm::message::Notification;
 use rm::{Fate, Reply, Rm, Vmid};
 
-/// Both parts.
+/// Both parts, and the host's kernel.
 #[derive(Debug)]
 pub(crate) struct World {
     pub(crate) hyp: Hyp,
     pub(crate) rm: Rm,
+    pub(crate) kernel: Kernel,
 }
 
 /// The hypervisor, its resource manager, and the host in the VM that was there first.
@@ -66,9 +70,19 @@ impl Gunyah {
     /// # Errors
     /// `NoMem` for a heap that is too small for the host's tables.
     pub(crate) fn boot(machine: Machine, bbm: BbmLevel, fate: Fate) -> Result<Self, HypError> {
+        Self::boot_with(machine, bbm, fate, Kernel::default())
+    }
+
+    /// The same, for a host that has VMs of its own.
+    fn boot_with(
+        machine: Machine,
+        bbm: BbmLevel,
+        fate: Fate,
+        kernel: Kernel,
+    ) -> Result<Self, HypError> {
         let mut hyp = Hyp::boot(Arc::new(machine), bbm)?;
         let rm = Rm::boot(&mut hyp, fate)?;
-        Ok(Self { world: RwLock::new(World { hyp, rm }) })
+        Ok(Self { world: RwLock::new(World { hyp, rm, kernel }) })
     }
 
     /// A message from a VM to the resource manager, and what it answers.
@@ -84,5 +98,20 @@ impl Gunyah {
     /// Changes something, alone.
     pub(crate) fn with<T>(&self, change: impl FnOnce(&mut World) -> T) -> T {
         change(&mut self.world.write())
+    }
+
+    /// Makes one step of an operation that has frames for tables to itself.
+    fn step<T>(&self, purse: &Purse, change: impl FnOnce(&mut World) -> T) -> T {
+        self.with(|world| {
+            let nr_others = world.hyp.heap.open(purse);
+            let answer = change(world);
+            world.hyp.heap.close(purse, nr_others);
+            answer
+        })
+    }
+
+    /// Everything that is wrong. Everybody waits meanwhile.
+    pub(crate) fn check(&self) -> Vec<String> {
+        self.world.read().check()
     }
 }

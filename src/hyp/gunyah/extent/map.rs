@@ -267,9 +267,8 @@ impl Hyp {
         let nth = match extent.kind {
             ExtentKind::Basic => extent.basic_slot(aspace, gfn),
             ExtentKind::Sparse => extent.slots.iter().position(|slot| {
-                slot.as_ref().is_some_and(|slot| {
-                    slot.aspace == aspace && slot.records.clone().remove(frames, gfn)
-                })
+                slot.as_ref()
+                    .is_some_and(|slot| slot.aspace == aspace && slot.records.has(frames, gfn))
             }),
         };
         let nth = nth.ok_or(HypError::AddrInvalid)?;

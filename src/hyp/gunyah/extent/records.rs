@@ -68,8 +68,8 @@ impl Records {
         true
     }
 
-    /// Forgets frames that are all recorded, in one piece from an address on; says whether that was so.
-    pub(crate) fn remove(&mut self, frames: PfnRange, gfn: Gfn) -> bool {
+    /// Whether frames are all recorded, in one piece from an address on.
+    pub(crate) fn has(&self, frames: PfnRange, gfn: Gfn) -> bool {
         let mut nr_seen = 0;
         while nr_seen < frames.nr_pages() {
             let at = Pfn::new(frames.start().get() + nr_seen);
@@ -79,8 +79,16 @@ impl Records {
                 _ => return false,
             }
         }
-        self.clear(frames);
         true
+    }
+
+    /// Forgets frames that are all recorded, in one piece from an address on; says whether that was so.
+    pub(crate) fn remove(&mut self, frames: PfnRange, gfn: Gfn) -> bool {
+        let has_all = self.has(frames, gfn);
+        if has_all {
+            self.clear(frames);
+        }
+        has_all
     }
 
     /// Forgets whatever is recorded of frames.

@@ -71,7 +71,7 @@ fn boot() -> Gunyah {
         let reply = gunyah.message(Vmid::HLOS, id, &body).body;
         let handle = u32::from_le_bytes(reply.try_into().unwrap());
         let image = Image { handle, ipa: 0x80 * PAGE, unsanitized: true };
-        gunyah.with(|World { hyp, rm }| {
+        gunyah.with(|World { hyp, rm, .. }| {
             rm.allocate(Vmid::HLOS, vmid).unwrap();
             rm.config_image(hyp, Vmid::HLOS, vmid, 0, image).unwrap();
             rm.init_vm(hyp, Vmid::HLOS, vmid).unwrap();
@@ -447,7 +447,7 @@ impl Vms {
         };
         let image = self.image_for(choices, vmid, choice == 1);
         let auth = choices.below(4) as u32;
-        let answer = self.gunyah.with(|World { hyp, rm }| match choice {
+        let answer = self.gunyah.with(|World { hyp, rm, .. }| match choice {
             0 => rm.allocate(client, vmid).map(drop),
             1 => rm.config_image(hyp, client, vmid, auth, image),
             2 => rm.auth_image(client, vmid, auth != 0),

@@ -105,7 +105,7 @@ pub(super) fn children_are_within(view: &View<'_>) -> Vec<String> {
 
 pub(super) fn tables_are_sound(view: &View<'_>) -> Vec<String> {
     let mut wrong = Vec::new();
-    let mut used: Vec<Pfn> = view.hyp.heap.free.clone();
+    let mut used: Vec<Pfn> = view.hyp.heap.unused().collect();
     for (id, aspace) in &view.hyp.aspaces {
         wrong.extend(aspace.tree.check().into_iter().map(|told| format!("{id:?}: {told}")));
         used.extend(aspace.tree.table_frames());

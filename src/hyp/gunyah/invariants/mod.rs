@@ -3,12 +3,14 @@
 //! | file | rules about |
 //! |---|---|
 //! | `memory` | owners, extents, and what is mapped |
+//! | `paging` | memory that the host provides on demand |
 //! | `parcels` | parcels, those who have them, and VMs |
 //!
 //! The numbers are those of the list that all simulators of this kind share. Rules about single operations are
 //! checked around them, by tests and by `hostile`.
 
 mod memory;
+mod paging;
 mod parcels;
 
 use std::collections::BTreeMap;
@@ -16,6 +18,7 @@ use std::collections::BTreeMap;
 use super::World;
 use super::aspace::{Aspace, AspaceId};
 use super::attrs::Access;
+use super::host::kernel::Kernel;
 use super::hyp::Hyp;
 use super::rm::Rm;
 use crate::addr::{Gfn, Pfn};
@@ -33,6 +36,7 @@ pub(super) struct Mapped {
 pub(super) struct View<'a> {
     hyp: &'a Hyp,
     rm: &'a Rm,
+    kernel: &'a Kernel,
     /// Who maps a frame.
     pub(super) mapped: BTreeMap<Pfn, Vec<Mapped>>,
 }
@@ -52,13 +56,19 @@ pub(super) const RULES: &[(&str, Rule)] = &[
     ("45b those who have accepted are counted", parcels::members_are_counted),
     ("a parcel has its regions", parcels::parcels_have_their_regions),
     ("48 what is in no parcel is one VM's", parcels::the_rest_is_one_vms),
+    ("52 what is lent, nobody of the host's has", paging::the_host_has_nothing_lent),
+    (
+        "52b what is paged, its VM has, and the host what is shared",
+        paging::paged_memory_is_where_it_should_be,
+    ),
     ("49 VMs know what they have accepted", parcels::vms_know_their_parcels),
 ];
 
 impl World {
     /// Everything that is wrong, with the name of the rule.
     pub(super) fn check(&self) -> Vec<String> {
-        let view = View { hyp: &self.hyp, rm: &self.rm, mapped: mapped(&self.hyp) };
+        let view =
+            View { hyp: &self.hyp, rm: &self.rm, kernel: &self.kernel, mapped: mapped(&self.hyp) };
         let told = RULES.iter().flat_map(|(name, rule)| {
             rule(&view).into_iter().map(move |wrong| format!("{name}: {wrong}"))
         });

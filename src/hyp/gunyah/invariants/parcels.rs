@@ -122,10 +122,12 @@ pub(super) fn the_rest_is_one_vms(view: &View<'_>) -> Vec<String> {
         homes.insert(home.device, home.aspace);
     }
     let parcels: BTreeSet<_> = view.rm.parcels.values().map(|parcel| parcel.extent).collect();
+    let paged: BTreeSet<_> =
+        view.pagings().flat_map(|(_, paging)| [paging.private, paging.shared]).collect();
     for pfn in view.frames().iter().flat_map(|frames| frames.iter()) {
         let mapped = view.of(pfn);
         let fits = match view.hyp.memdb.owner(pfn) {
-            Owner::Extent(id) if parcels.contains(&id) => true,
+            Owner::Extent(id) if parcels.contains(&id) || paged.contains(&id) => true,
             Owner::Extent(id) => match homes.get(&id) {
                 Some(&aspace) => {
                     mapped.len() <= 1 && mapped.iter().all(|page| page.aspace == aspace)

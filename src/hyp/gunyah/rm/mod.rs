@@ -8,6 +8,7 @@
 //! | `release` | RELEASE, RECLAIM, and what a reset gives back by force |
 //! | `notify` | NOTIFY, and what VMs are told |
 //! | `vm` | VMs and their states |
+//! | `paging` | a VM whose memory the host provides page by page, without parcels |
 //! | `ranges` | which of a VM's addresses are in use |
 //!
 //! A parcel is an extent beside those that VMs own; what is put into it is donated to it, and so vanishes from where
@@ -18,6 +19,7 @@ pub(super) mod accept;
 pub(super) mod create;
 pub(super) mod message;
 pub(super) mod notify;
+pub(super) mod paging;
 mod ranges;
 pub(super) mod release;
 pub(super) mod vm;
@@ -244,7 +246,12 @@ impl Rm {
     fn new_home(&self, hyp: &mut Hyp) -> Result<Home, HypError> {
         let memory = self.new_extent(hyp, false)?;
         let device = self.new_extent(hyp, true)?;
-        let aspace = hyp.create_aspace()?;
+        let aspace = hyp.create_aspace().inspect_err(|_| {
+            for extent in [memory, device] {
+                let deleted = hyp.delete_extent(extent);
+                hyp.note(deleted);
+            }
+        })?;
         Ok(Home { aspace, memory, device })
     }
 

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 
 use super::accept::{DONE, MAP_CONTIGUOUS, SANITIZE, VALIDATE_ACL_ATTR};
 use super::message::{Accept, AclEntry, Notification, SglEntry, Transfer};
+use super::paging::Paging;
 use super::ranges::Ranges;
 use super::{Fate, MEM_NORMAL, Rm, Vmid};
 use crate::addr::Gfn;
@@ -109,6 +110,8 @@ pub(crate) struct Vm {
     /// Parcels that it has accepted, in that order.
     pub(crate) accepted: Vec<u32>,
     image: Option<Image>,
+    /// If the host pages its memory on demand.
+    pub(crate) paging: Option<Paging>,
     inbox: VecDeque<Notification>,
     /// Notifications that found no room.
     pub(crate) nr_lost: u64,
@@ -125,6 +128,7 @@ impl Vm {
             nr_parcels: 0,
             accepted: Vec::new(),
             image: None,
+            paging: None,
             inbox: VecDeque::new(),
             nr_lost: 0,
         }
@@ -284,7 +288,12 @@ impl Rm {
         is_genuine.then_some(()).ok_or(RmError::ValidateFailed)
     }
 
-    fn check_owned(&mut self, client: Vmid, vmid: Vmid, state: VmState) -> Result<(), RmError> {
+    pub(super) fn check_owned(
+        &mut self,
+        client: Vmid,
+        vmid: Vmid,
+        state: VmState,
+    ) -> Result<(), RmError> {
         if client != Vmid::HLOS {
             return Err(RmError::Denied);
         }
@@ -406,6 +415,7 @@ impl Rm {
 
     /// What was donated to the VM goes where it is to go, and its address space is no more.
     fn destroy_home(&mut self, hyp: &mut Hyp, vmid: Vmid) -> Result<(), RmError> {
+        self.end_paging(hyp, vmid)?;
         let Some(home) = self.home(vmid) else { return Ok(()) };
         if self.fate == Fate::Host {
             let host = self.home(Vmid::HLOS).ok_or(RmError::VmidInvalid)?;

@@ -98,7 +98,7 @@ impl Full {
         let handle =
             self.create(HOST, &Create { label: 0, ..lend(&[(vmid, 7)], &[(page, 1)]) }).unwrap();
         let image = Image { handle, ipa: IMAGE_AT, unsanitized: true };
-        self.gunyah.with(|World { hyp, rm }| {
+        self.gunyah.with(|World { hyp, rm, .. }| {
             assert_eq!(rm.allocate(HOST, vmid), Ok(vmid));
             rm.config_image(hyp, HOST, vmid, 2, image).unwrap();
             rm.init_vm(hyp, HOST, vmid).unwrap();
@@ -176,7 +176,7 @@ impl Full {
 
     /// Takes a VM apart, to the end.
     pub(super) fn reset(&self, vmid: Vmid) {
-        self.gunyah.with(|World { hyp, rm }| {
+        self.gunyah.with(|World { hyp, rm, .. }| {
             rm.stop_vm(HOST, vmid).unwrap();
             rm.reset_vm(HOST, vmid).unwrap();
             while rm.reset_step(hyp, vmid).unwrap() {}

@@ -66,9 +66,14 @@ fn breaks(name: &str, full: &Full, [lent, shared]: [u32; 2]) {
 #[test]
 fn every_rule_says_when_it_is_broken() {
     for (name, _) in RULES {
-        let (full, parcels) = scene();
-        breaks(name, &full, parcels);
-        let told = full.gunyah.with(|world| world.check());
+        let told = match name.starts_with("52") {
+            true => super::super::host::tests::rules::broken(name),
+            false => {
+                let (full, parcels) = scene();
+                breaks(name, &full, parcels);
+                full.gunyah.check()
+            }
+        };
         assert!(told.iter().any(|told| told.starts_with(name)), "{name}: {told:#?}");
     }
 }

@@ -106,7 +106,7 @@ fn a_reset_has_no_wish_of_its_own_but_images_are_cleared() {
         let create = Create { label: 0, ..lend(&[(Vmid(0x85), 7)], &[(page, 1)]) };
         let handle = full.create(HOST, &create).unwrap();
         let image = Image { handle, ipa: IMAGE_AT, unsanitized: !auth_wants };
-        full.gunyah.with(|World { hyp, rm }| {
+        full.gunyah.with(|World { hyp, rm, .. }| {
             rm.allocate(HOST, Vmid(0x85)).unwrap();
             rm.config_image(hyp, HOST, Vmid(0x85), 1, image).unwrap();
             rm.auth_image(HOST, Vmid(0x85), true).unwrap();

@@ -38,7 +38,7 @@ fn state(full: &Full, vmid: Vmid) -> Option<VmState> {
 
 /// A VM on its way through all states, as far as that one.
 fn in_state(full: &Full, wanted: VmState, image: Image) {
-    full.gunyah.with(|World { hyp, rm }| {
+    full.gunyah.with(|World { hyp, rm, .. }| {
         rm.allocate(HOST, C).unwrap();
         let way: &[&str] = match wanted {
             VmState::Load => &[],
@@ -76,7 +76,7 @@ fn each_call_in_its_state_and_no_other() {
             let image = image(&full);
             in_state(&full, wanted, image);
             let before = full.picture();
-            let answer = full.gunyah.with(|World { hyp, rm }| call(rm, hyp, C, image));
+            let answer = full.gunyah.with(|World { hyp, rm, .. }| call(rm, hyp, C, image));
             match states.contains(&(wanted as u8)) {
                 true => assert_eq!(answer, Ok(()), "{name} in {wanted:?}"),
                 false => {
@@ -94,7 +94,7 @@ fn each_call_in_its_state_and_no_other() {
 fn strangers_are_told_nothing_and_nobodys_vm_is_none() {
     let full = Full::new();
     let image = image(&full);
-    full.gunyah.with(|World { hyp, rm }| {
+    full.gunyah.with(|World { hyp, rm, .. }| {
         for (name, call, _) in CALLS {
             assert_eq!(call(rm, hyp, C, image), Err(VmidInvalid), "{name}");
         }
@@ -129,7 +129,7 @@ fn what_a_vm_begins_with_is_for_it_alone() {
     let good = Create { label: 0, ..lend(&[(C, 7)], &[(RAM, 1)]) };
     let configure = |create: &Create, auth| {
         let handle = full.create(HOST, create).unwrap();
-        let answer = full.gunyah.with(|World { hyp, rm }| {
+        let answer = full.gunyah.with(|World { hyp, rm, .. }| {
             rm.allocate(HOST, C).unwrap();
             let image = Image { handle, ipa: IMAGE_AT, unsanitized: false };
             let answer = rm.config_image(hyp, HOST, C, auth, image);
