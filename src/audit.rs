@@ -67,15 +67,12 @@ pub fn check_under(pool: &FolioPool, objects: &[&GuestMemfd], host: &Hypervisor)
     let frames = check_objects(pool, objects, &mut findings);
     let shared = frames.iter().filter(|(_, (_, visibility))| *visibility == Visibility::Shared);
     findings.extend(host.check_invariants(shared.map(|(&pfn, _)| pfn).collect()));
-    for (pfn, given) in host.frames_of_guests() {
-        match frames.get(&pfn) {
-            Some((_, visibility)) if *visibility == given => {}
-            Some((name, visibility)) => findings.push(format!(
-                "frame {pfn} is {visibility} in {name}, and {given} to the hypervisor"
-            )),
-            None => findings.push(format!("frame {pfn} is a guest's, and in no object")),
-        }
-    }
+    host.each_frame_of_guests(|pfn, given| match frames.get(&pfn) {
+        Some((_, visibility)) if *visibility == given => {}
+        Some((name, visibility)) => findings
+            .push(format!("frame {pfn} is {visibility} in {name}, and {given} to the hypervisor")),
+        None => findings.push(format!("frame {pfn} is a guest's, and in no object")),
+    });
     Report { findings }
 }
 

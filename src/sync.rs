@@ -89,6 +89,12 @@ impl<T> Mutex<T> {
     }
 }
 
+#[cfg(all(loom, feature = "loom"))]
+impl<T> Mutex<T> {
+    /// As for spin locks. In a model everybody has a turn.
+    pub(crate) fn give_way(&self) {}
+}
+
 /// A condition variable for [`Mutex`].
 #[derive(Debug)]
 pub(crate) struct Condvar(RawCondvar);

@@ -10,7 +10,7 @@ use super::object::{GuestMemfd, Inner, PlacedPrivate, Sides};
 use crate::error::{Errno, Error, ErrorKind, Op};
 use crate::failpoint::{FailPoint, fails};
 use crate::geometry::FolioSize;
-use crate::range::PgoffRange;
+use crate::range::{PfnRange, PgoffRange};
 use crate::stage2::{GuestRun, Stage2};
 use crate::state::{
     Frozen, FrozenBlock, Phase, Reader, Refusal, Stop, Visibility, Wait, Wanted, with_reader,
@@ -492,7 +492,7 @@ impl Inner {
 
     /// Has the hypervisor move the pages, if there is one and it has to do with them, and the bytes
     /// settled in the moment when it has: not before, for it may refuse, and not after, for a vCPU
-    /// could have written to them.
+    /// could have written to them. Those that no guest sees follow.
     fn move_pages(
         &self,
         op: Op,
@@ -500,26 +500,43 @@ impl Inner {
         guest: &[GuestRun],
         frozen: &Frozen<'_>,
         content: ContentPolicy,
-        ask: impl FnOnce(&dyn Stage2, &mut dyn FnMut()) -> Result<(), Errno>,
+        ask: impl FnOnce(&dyn Stage2, &mut dyn FnMut(GuestRun)) -> Result<(), Errno>,
     ) -> Result<Settled, Error> {
         let refused = |errno| Error::new(op, ErrorKind::HypervisorRefused).errno_is(errno);
-        let mut settled = None;
-        if let Some(hypervisor) = layout.hypervisor().filter(|_| !guest.is_empty()) {
-            if fails(FailPoint::Hypervisor) {
-                return Err(refused(Errno::ENOMEM));
-            }
-            ask(&*hypervisor, &mut || settled = Some(self.settle(content, frozen)))
-                .map_err(refused)?;
+        let Some(hypervisor) = layout.hypervisor().filter(|_| !guest.is_empty()) else {
+            return Ok(self.settle(content, frozen.runs().iter().copied()));
+        };
+        if fails(FailPoint::Hypervisor) {
+            return Err(refused(Errno::ENOMEM));
         }
-        Ok(settled.unwrap_or_else(|| self.settle(content, frozen)))
+        let (mut nr_prepared, mut done) = (0, Ok(()));
+        let mut prepare = |run: GuestRun| {
+            nr_prepared += run.nr_pages;
+            if content == ContentPolicy::Zero && done.is_ok() {
+                let frames = PfnRange::new(run.pfn, run.nr_pages);
+                done = frames.and_then(|frames| self.arena.zero(frames));
+            }
+        };
+        ask(&*hypervisor, &mut prepare).map_err(refused)?;
+        if done.is_err() {
+            return Ok(Settled::No);
+        }
+        if nr_prepared != guest.iter().map(|run| run.nr_pages).sum::<u64>() {
+            // It has left some out, and did not say which.
+            return Ok(self.settle(content, frozen.runs().iter().copied()));
+        }
+        let unbound = frozen.runs().iter().flat_map(|&run| layout.unbound(run));
+        Ok(self.settle(content, unbound))
     }
 
-    fn settle(&self, content: ContentPolicy, frozen: &Frozen<'_>) -> Settled {
+    fn settle(
+        &self,
+        content: ContentPolicy,
+        mut pages: impl Iterator<Item = PgoffRange>,
+    ) -> Settled {
         let done = match content {
             ContentPolicy::Preserve => Ok(()),
-            ContentPolicy::Zero => {
-                frozen.runs().iter().try_for_each(|&run| self.zero_resident(run))
-            }
+            ContentPolicy::Zero => pages.try_for_each(|run| self.zero_resident(run)),
         };
         if done.is_ok() { Settled::Yes } else { Settled::No }
     }

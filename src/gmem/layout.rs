@@ -13,6 +13,7 @@ use slab::Slab;
 use super::object::{Inner, runs};
 use super::pin::OwnerTag;
 use super::poison::Failed;
+use super::punch::between;
 use super::subscriber::HandOut;
 use super::view_map::ViewMap;
 use crate::addr::{Gfn, Pfn, Pgoff};
@@ -62,6 +63,26 @@ impl Layout {
     #[inline]
     pub(super) fn has_views_alone(&self) -> bool {
         self.bindings.is_empty() && self.subscribers.is_empty() && self.failed.is_empty()
+    }
+
+    /// What of a range no guest sees.
+    pub(super) fn unbound(&self, range: PgoffRange) -> impl Iterator<Item = PgoffRange> {
+        let mut at = range.start();
+        std::iter::from_fn(move || {
+            while at < range.end() {
+                let from = at;
+                let bound = |pages: &PgoffRange| pages.contains(from);
+                let mut all = self.bindings.iter().map(|(_, binding)| binding.pages);
+                if let Some(pages) = all.clone().find(bound) {
+                    at = pages.end();
+                    continue;
+                }
+                let next = all.by_ref().map(|pages| pages.start()).filter(|&start| start > from);
+                at = next.min().map_or(range.end(), |next| next.min(range.end()));
+                return between(from, at);
+            }
+            None
+        })
     }
 
     /// How many pages at least one view or one other process has mapped.

@@ -121,10 +121,10 @@ impl Hypervisor {
         Vm::create(&self.0, VmKind::NonProtected)
     }
 
-    /// The frames that guests see, ascending: private to one, or seen by the host as well. What an audit compares
-    /// with the objects.
-    pub(crate) fn frames_of_guests(&self) -> Vec<(Pfn, Visibility)> {
-        self.0.monitor.frames_of_guests()
+    /// Tells of the frames that guests see: private to one, or seen by the host as well. What an audit compares with the
+    /// objects.
+    pub(crate) fn each_frame_of_guests(&self, mut see: impl FnMut(Pfn, Visibility)) {
+        self.0.monitor.each_frame_of_guests(&mut see);
     }
 
     /// Everything that is wrong with the hypervisor, of whose frames the host may reach some at any moment; empty if all is
@@ -133,7 +133,7 @@ impl Hypervisor {
         self.0.monitor.check(borrowed)
     }
 
-    /// What is given away.
+    /// What is given away. Counted a piece at a time: what changes hands meanwhile may count as before or after.
     pub fn stat(&self) -> HostStat {
         let nr_vms = *self.0.nr_vms.lock();
         let Given { donated, borrowed, shown } = self.0.monitor.given();

@@ -1,7 +1,7 @@
 //! What any kernel on a pKVM host does to have VMs: structures that EL2 reads, pages that it is given, and how
 //! they come back. Where the pages come from is the kernel's own affair.
 
-use super::el2::{El2, HostCall, nr_pgd_pages, nr_vcpu_pages, nr_vm_pages};
+use super::el2::{El2, HostCall, nr_pgd_pages, nr_vcpu_pages, nr_vm_pages, stretch};
 use crate::addr::Pa;
 use crate::error::Errno;
 use crate::geometry::PAGE_BYTES;
@@ -26,6 +26,23 @@ pub(super) struct Made {
     kvm: u64,
 }
 
+impl Made {
+    /// Where the kernel's structure is.
+    pub(super) fn kvm(self) -> u64 {
+        self.kvm
+    }
+}
+
+/// The pages that come back with a structure of a VM that is no more: those that EL2 has returned, and those on a list that
+/// it has not taken.
+pub(super) fn come_back(el2: &El2, at: u64) -> Vec<u64> {
+    let said = el2.machine().host_struct(at);
+    let mut said = said.lock();
+    let mut pages = std::mem::take(&mut said.returned);
+    pages.append(&mut said.memcache);
+    pages
+}
+
 /// Calls that a kernel makes on a CPU.
 #[derive(Debug)]
 pub(super) struct Calls<'a, P> {
@@ -46,7 +63,14 @@ impl<P: KernelPages> Calls<'_, P> {
         shared.map(|_| at).inspect_err(|_| self.pages.give(at))
     }
 
-    fn free_shared_page(&mut self, at: u64) {
+    /// Has pages back.
+    pub(super) fn give_all(&mut self, pages: &[u64]) {
+        stretch::held_over(pages.len() as u64);
+        pages.iter().for_each(|&at| self.pages.give(at));
+    }
+
+    /// EL2 has no more to read there.
+    pub(super) fn free_shared_page(&mut self, at: u64) {
         if self.call(HostCall::UnshareHyp, [Pa::new(at).pfn().get(), 0, 0, 0]).is_ok() {
             self.pages.give(at);
         }
@@ -124,7 +148,9 @@ impl<P: KernelPages> Calls<'_, P> {
     pub(super) fn top_up(&mut self, host_at: u64, nr: u64) -> Result<(), Errno> {
         let said = self.el2.machine().host_struct(host_at);
         let mut said = said.lock();
+        stretch::held_over(nr.saturating_sub(said.nr_memcache));
         while said.nr_memcache < nr {
+            said.memcache.try_reserve(1).map_err(|_| Errno::ENOMEM)?;
             said.memcache.push(self.pages.take(1)?);
             said.nr_memcache += 1;
         }
@@ -142,15 +168,10 @@ impl<P: KernelPages> Calls<'_, P> {
         vcpus: impl Iterator<Item = u64>,
     ) -> Result<(), Errno> {
         self.call(HostCall::FinalizeTeardownVm, [made.handle, 0, 0, 0])?;
-        let returned =
-            std::mem::take(&mut self.el2.machine().host_struct(made.kvm).lock().returned);
-        returned.into_iter().for_each(|at| self.pages.give(at));
-        for at in vcpus {
-            let unused = std::mem::take(&mut self.el2.machine().host_struct(at).lock().memcache);
-            unused.into_iter().for_each(|at| self.pages.give(at));
+        for at in vcpus.chain([made.kvm]) {
+            self.give_all(&come_back(self.el2, at));
             self.free_shared_page(at);
         }
-        self.free_shared_page(made.kvm);
         Ok(())
     }
 }

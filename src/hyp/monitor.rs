@@ -33,11 +33,11 @@ pub(super) trait Monitor: Debug + Send + Sync {
     /// The hypervisor's; `ENOMEM`.
     fn create_guest(self: Arc<Self>, book: &Arc<Book>) -> Result<Arc<dyn Guest>, Errno>;
 
-    /// What is given away.
+    /// What is given away. Counted a piece at a time: what changes hands meanwhile may count as before or after.
     fn given(&self) -> Given;
 
-    /// The frames that guests see, ascending: private to one, or seen by the host as well.
-    fn frames_of_guests(&self) -> Vec<(Pfn, Visibility)>;
+    /// Tells of the frames that guests see, each once: private to one, or seen by the host as well.
+    fn each_frame_of_guests(&self, see: &mut dyn FnMut(Pfn, Visibility));
 
     /// Everything that is wrong, while the host may reach some frames of guests at any moment.
     fn check(&self, borrowed: Vec<Pfn>) -> Vec<String>;
@@ -67,6 +67,10 @@ pub(super) enum Has {
 /// The calls about its life come with the state of its book locked for writing, but for `reclaim_all`, which may be about
 /// much memory and locks it now and then.
 pub(super) trait Guest: Stage2 {
+    /// For tests, which know what it is.
+    #[cfg(test)]
+    fn as_any(self: Arc<Self>) -> Arc<dyn std::any::Any + Send + Sync>;
+
     /// What an object holds of it.
     fn stage2(self: Arc<Self>) -> Weak<dyn Stage2>;
 
@@ -85,7 +89,7 @@ pub(super) trait Guest: Stage2 {
     /// Of how many pages at the beginning of a range it has this.
     fn nr_having(&self, gfns: GfnRange, what: Has) -> u64;
 
-    /// What it has in all.
+    /// What it has in all. Counted a piece at a time.
     fn stat(&self) -> VmStat;
 
     /// Nothing is given to it from here on.

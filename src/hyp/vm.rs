@@ -20,7 +20,7 @@ use crate::sync::RwLock;
 /// How many vCPUs a guest may have: KVM's limit on Arm.
 pub(super) const MAX_VCPUS: usize = 512;
 /// Guest frame numbers that a guest has.
-const GFN_LIMIT: Gfn = Gfn::new(1 << (40 - 12));
+pub(super) const GFN_LIMIT: Gfn = Gfn::new(1 << (40 - 12));
 
 /// Whether a guest's memory is its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

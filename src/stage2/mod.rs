@@ -11,7 +11,7 @@ mod walk;
 
 pub(crate) use pte::{Annotation, Entry, Leaf, Level, PageState, Prot, Pte};
 pub(crate) use table::Table;
-pub(crate) use tree::{Found, TableEnv, Tree};
+pub(crate) use tree::{Found, Missing, TableEnv, Tree};
 pub(crate) use walk::{TableError, TableShape};
 
 use crate::addr::{Gfn, Pfn};
@@ -68,24 +68,33 @@ pub trait Stage2: Send + Sync + std::fmt::Debug {
     /// Takes the pages away from the host and gives them to the guest, contents preserved.
     ///
     /// Nothing to do for pages that are the guest's already. When this returns, the host has no
-    /// translation for them. `prepare` is called once, when nothing can fail any more and before the
-    /// guest can reach pages that it could not reach before; it may write to their frames.
+    /// translation for them. `prepare` is called for every page once, piece by piece, when nothing can fail
+    /// any more and before the guest can reach pages of the piece that it could not reach before; it may write
+    /// to their frames.
     ///
     /// # Errors
     /// The hypervisor's own errno: `EPERM` if a page is in no state to be given, or is the guest's
     /// own and the guest has not asked for this; `ENOMEM` without memory for tables; `EINVAL` for
     /// pages the machine does not have or a guest that is being torn down.
-    fn make_private(&self, runs: &[GuestRun], prepare: &mut dyn FnMut()) -> Result<(), Errno>;
+    fn make_private(
+        &self,
+        runs: &[GuestRun],
+        prepare: &mut dyn FnMut(GuestRun),
+    ) -> Result<(), Errno>;
 
     /// Lets the host see pages of the guest, contents preserved.
     ///
     /// Nothing to do for pages that the guest has never been given, or that are shared already.
-    /// `prepare` is called once, when nothing can fail any more and while no vCPU is in the middle of
-    /// an access to them.
+    /// `prepare` is called for every page once, piece by piece, when nothing can fail any more and while
+    /// no vCPU is in the middle of an access to the piece.
     ///
     /// # Errors
     /// `EPERM` unless the guest has asked for exactly those pages and waits for the answer.
-    fn make_shared(&self, runs: &[GuestRun], prepare: &mut dyn FnMut()) -> Result<(), Errno>;
+    fn make_shared(
+        &self,
+        runs: &[GuestRun],
+        prepare: &mut dyn FnMut(GuestRun),
+    ) -> Result<(), Errno>;
 
     /// A guest has touched a page that it has not got, which is on this side in the object. `block` are the
     /// 2 MiB around it if they are one piece in guest frames and in the arena, aligned in both, and all on the
@@ -102,7 +111,9 @@ pub trait Stage2: Send + Sync + std::fmt::Debug {
         let _ = block;
         match side {
             Visibility::Shared => Ok(Faulted::OtherSide),
-            Visibility::Private => self.make_private(&[page], &mut || ()).map(|()| Faulted::Mapped),
+            Visibility::Private => {
+                self.make_private(&[page], &mut |_| ()).map(|()| Faulted::Mapped)
+            }
         }
     }
 

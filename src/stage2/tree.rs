@@ -59,6 +59,14 @@ impl Found {
     }
 }
 
+/// Tables that ranges need and that are not there: each counted once if the ranges ascend, and the tree stays as it is.
+#[derive(Debug, Default)]
+pub(crate) struct Missing {
+    pub(crate) nr: u64,
+    /// The last entry of each level that leads to none of them.
+    counted: [Option<u64>; MAX_LEVELS],
+}
+
 /// A stage-2 tree.
 #[derive(Debug)]
 pub(crate) struct Tree {
@@ -307,14 +315,28 @@ impl Tree {
     /// # Errors
     /// [`TableError::BeyondIpa`].
     pub(crate) fn nr_missing(&self, gfn: Gfn, nr: u64, level: Level) -> Result<u64, TableError> {
+        let mut missing = Missing::default();
+        self.count_missing(gfn, nr, level, &mut missing)?;
+        Ok(missing.nr)
+    }
+
+    /// The same for one range after the other.
+    ///
+    /// # Errors
+    /// [`TableError::BeyondIpa`].
+    pub(crate) fn count_missing(
+        &self,
+        gfn: Gfn,
+        nr: u64,
+        level: Level,
+        missing: &mut Missing,
+    ) -> Result<(), TableError> {
         let limit = self.shape.gfn_limit().get();
         let end = gfn.get().checked_add(nr).filter(|&end| end <= limit);
         let end = end.ok_or(TableError::BeyondIpa)?;
         if level == self.shape.root() || nr == 0 {
-            return Ok(0);
+            return Ok(());
         }
-        let mut nr_missing = 0;
-        let mut counted: [Option<u64>; MAX_LEVELS] = [None; MAX_LEVELS];
         // What one table of `level` spans.
         let span = self.shape.pages_at(level.above());
         for table in gfn.get() / span..=(end - 1) / span {
@@ -322,13 +344,13 @@ impl Tree {
             let mut from = found.level;
             while from < level {
                 let entry = table * span / self.shape.pages_at(from);
-                let seen = &mut counted[from.height() as usize];
-                nr_missing += u64::from(*seen != Some(entry));
+                let seen = &mut missing.counted[from.height() as usize];
+                missing.nr += u64::from(*seen != Some(entry));
                 *seen = Some(entry);
                 from = from.below();
             }
         }
-        Ok(nr_missing)
+        Ok(())
     }
 
     fn can_put(

@@ -1,6 +1,7 @@
 //! A lock for sections of some ten nanoseconds: one locked instruction, where a futex takes two.
 //!
-//! Whoever has to wait spins, then yields, then sleeps, so a holder that lost its core gets it back. It is not fair.
+//! Whoever has to wait spins, then yields, then sleeps, so a holder that lost its core gets it back. It is not fair: who locks
+//! it again and again [gives way](SpinMutex::give_way) in between.
 
 // UNSAFETY: one cell, reached only through the guard that the flag lets exist once.
 #![expect(unsafe_code, reason = "a lock hands out what it guards")]
@@ -9,11 +10,15 @@ use std::cell::UnsafeCell;
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+/// So many turns somebody gives way at most: until who sleeps has looked again a few times.
+const MOST_TURNS: u32 = 128 + 4;
 
 /// A spin lock, without poisoning.
 pub(crate) struct SpinMutex<T> {
     is_locked: AtomicBool,
+    nr_waiting: AtomicU32,
     value: UnsafeCell<T>,
 }
 
@@ -29,7 +34,11 @@ pub(crate) struct SpinGuard<'a, T> {
 
 impl<T> SpinMutex<T> {
     pub(crate) const fn new(value: T) -> Self {
-        Self { is_locked: AtomicBool::new(false), value: UnsafeCell::new(value) }
+        Self {
+            is_locked: AtomicBool::new(false),
+            nr_waiting: AtomicU32::new(0),
+            value: UnsafeCell::new(value),
+        }
     }
 
     #[inline]
@@ -41,8 +50,18 @@ impl<T> SpinMutex<T> {
         SpinGuard { lock: self, exclusive: PhantomData }
     }
 
+    /// Waits for those who wait for the lock, which the caller has not got and is about to take once more; not for ever.
+    #[inline]
+    pub(crate) fn give_way(&self) {
+        // Relaxed: a hint; nothing is read because of it.
+        let is_wanted = || self.nr_waiting.load(Ordering::Relaxed) > 0;
+        (0..MOST_TURNS).take_while(|_| is_wanted()).for_each(super::relax);
+    }
+
     #[cold]
     fn wait(&self) {
+        // Relaxed: the hint for `give_way`.
+        self.nr_waiting.fetch_add(1, Ordering::Relaxed);
         let mut spins = 0;
         loop {
             // Relaxed: a hint; the swap decides.
@@ -52,6 +71,8 @@ impl<T> SpinMutex<T> {
             }
             // Acquire: pairs with the release in `SpinGuard::drop`.
             if !self.is_locked.swap(true, Ordering::Acquire) {
+                // Relaxed: as above.
+                self.nr_waiting.fetch_sub(1, Ordering::Relaxed);
                 return;
             }
         }
@@ -119,6 +140,39 @@ mod tests {
             }
         });
         assert_eq!(*lock.lock(), (3 * NR_TURNS, 3 * NR_TURNS));
+    }
+
+    /// Who waits gets the lock in between, from somebody who has it nearly always.
+    #[test]
+    fn somebody_who_comes_again_and_again_gives_way() {
+        const NR_TURNS: u32 = if cfg!(miri) { 3 } else { 50 };
+        let (lock, turns) = (SpinMutex::new(0_u32), SpinMutex::new(0_u32));
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| {
+                for turn in 1..=NR_TURNS {
+                    while *turns.lock() < turn {
+                        std::thread::yield_now();
+                    }
+                    *lock.lock() += 1;
+                }
+            });
+            for turn in 1..=NR_TURNS {
+                let had = lock.lock();
+                let seen = *had;
+                *turns.lock() = turn;
+                // Until it waits.
+                while lock.nr_waiting.load(Ordering::Relaxed) == 0 {
+                    std::thread::yield_now();
+                }
+                drop(had);
+                while *lock.lock() == seen {
+                    lock.give_way();
+                }
+            }
+            waiter.join().unwrap();
+        });
+        assert_eq!((*lock.lock(), lock.nr_waiting.load(Ordering::Relaxed)), (NR_TURNS, 0));
+        lock.give_way();
     }
 
     #[test]

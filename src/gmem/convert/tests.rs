@@ -22,6 +22,8 @@ enum Mood {
 #[derive(Debug)]
 struct Fake {
     mood: Mutex<Mood>,
+    /// It has this many of its runs prepared, and forgets about the rest.
+    nr_prepared: Mutex<usize>,
     /// A guest that stores a byte as soon as it can get to its pages.
     hasty: Mutex<Option<Arc<Arena>>>,
     asked: Mutex<Vec<(&'static str, Vec<GuestRun>)>>,
@@ -40,17 +42,26 @@ impl Fake {
 }
 
 impl Stage2 for Fake {
-    fn make_private(&self, runs: &[GuestRun], prepare: &mut dyn FnMut()) -> Result<(), Errno> {
+    fn make_private(
+        &self,
+        runs: &[GuestRun],
+        prepare: &mut dyn FnMut(GuestRun),
+    ) -> Result<(), Errno> {
         self.answer("make_private", runs)?;
-        prepare();
+        let nr_prepared = *self.nr_prepared.lock().unwrap();
+        runs.iter().copied().take(nr_prepared).for_each(prepare);
         let hasty = self.hasty.lock().unwrap();
         for (arena, run) in hasty.iter().flat_map(|arena| runs.iter().map(move |r| (arena, r))) {
             arena.write(run.pfn.pa(), &[1]).unwrap();
         }
         Ok(())
     }
-    fn make_shared(&self, runs: &[GuestRun], prepare: &mut dyn FnMut()) -> Result<(), Errno> {
-        self.answer("make_shared", runs).inspect(|()| prepare())
+    fn make_shared(
+        &self,
+        runs: &[GuestRun],
+        prepare: &mut dyn FnMut(GuestRun),
+    ) -> Result<(), Errno> {
+        self.answer("make_shared", runs).inspect(|()| runs.iter().copied().for_each(prepare))
     }
     fn invalidate_range(&self, runs: &[GuestRun]) {
         self.asked.lock().unwrap().push(("invalidate_range", runs.to_vec()));
@@ -69,6 +80,7 @@ fn bound() -> (GuestMemfd, Arc<Fake>) {
         .unwrap();
     let fake = Arc::new(Fake {
         mood: Mutex::new(Mood::Agree),
+        nr_prepared: Mutex::new(usize::MAX),
         hasty: Mutex::default(),
         asked: Mutex::default(),
     });
@@ -120,6 +132,28 @@ fn a_refusal_by_the_hypervisor_undoes_everything() {
             memfd.0.arena.read(pfn.pa(), &mut byte).unwrap();
             assert_eq!(byte, [7], "nothing was zeroed");
         }
+    }
+}
+
+/// What guests see of the object is zeroed as the hypervisor says, what lies between and around that as well.
+#[test]
+fn all_of_it_is_zeroed_whoever_sees_it() {
+    for nr_prepared in [usize::MAX, 2, 1, 0] {
+        let (memfd, fake) = bound();
+        memfd.bind(Arc::downgrade(&fake) as _, Gfn::new(0x200), range(7, 1)).unwrap();
+        *fake.nr_prepared.lock().unwrap() = nr_prepared;
+        memfd.write(Offset::new(0), &[7; 8 << 12]).unwrap();
+        let all = memfd.pages();
+        let _ = memfd.convert(range(3, 1), Visibility::Private, ContentPolicy::Preserve).unwrap();
+        let _ = memfd.convert(all, Visibility::Private, ContentPolicy::Zero).unwrap();
+        let first_bytes = all.iter().map(|page| {
+            let mut byte = [0];
+            let pfn = memfd.0.frames.frame(page).unwrap();
+            memfd.0.arena.read(pfn.pa(), &mut byte).unwrap();
+            byte[0]
+        });
+        // Page 3 was private before.
+        assert_eq!(first_bytes.collect::<Vec<_>>(), [0, 0, 0, 7, 0, 0, 0, 0], "{nr_prepared}");
     }
 }
 
@@ -201,6 +235,7 @@ fn pages_are_bound_once_and_to_one_machine() {
     assert_eq!(bind(&fake, range(7, 2)), Err(ErrorKind::OutOfRange));
     let other = Arc::new(Fake {
         mood: Mutex::new(Mood::Agree),
+        nr_prepared: Mutex::new(usize::MAX),
         hasty: Mutex::default(),
         asked: Mutex::default(),
     });

@@ -15,12 +15,20 @@ use crate::stage2::Stage2;
 struct Without;
 
 impl Stage2 for Without {
-    fn make_private(&self, _: &[GuestRun], prepare: &mut dyn FnMut()) -> Result<(), Errno> {
-        prepare();
+    fn make_private(
+        &self,
+        runs: &[GuestRun],
+        prepare: &mut dyn FnMut(GuestRun),
+    ) -> Result<(), Errno> {
+        runs.iter().copied().for_each(prepare);
         Ok(())
     }
-    fn make_shared(&self, _: &[GuestRun], prepare: &mut dyn FnMut()) -> Result<(), Errno> {
-        prepare();
+    fn make_shared(
+        &self,
+        runs: &[GuestRun],
+        prepare: &mut dyn FnMut(GuestRun),
+    ) -> Result<(), Errno> {
+        runs.iter().copied().for_each(prepare);
         Ok(())
     }
     fn invalidate_range(&self, _: &[GuestRun]) {}
@@ -45,10 +53,18 @@ struct With {
 }
 
 impl Stage2 for With {
-    fn make_private(&self, runs: &[GuestRun], prepare: &mut dyn FnMut()) -> Result<(), Errno> {
+    fn make_private(
+        &self,
+        runs: &[GuestRun],
+        prepare: &mut dyn FnMut(GuestRun),
+    ) -> Result<(), Errno> {
         Without.make_private(runs, prepare)
     }
-    fn make_shared(&self, runs: &[GuestRun], prepare: &mut dyn FnMut()) -> Result<(), Errno> {
+    fn make_shared(
+        &self,
+        runs: &[GuestRun],
+        prepare: &mut dyn FnMut(GuestRun),
+    ) -> Result<(), Errno> {
         Without.make_shared(runs, prepare)
     }
     fn invalidate_range(&self, _: &[GuestRun]) {}

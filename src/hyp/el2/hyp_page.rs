@@ -111,6 +111,17 @@ impl HypPages {
         pages.iter().for_each(|pfn| self.update(pfn, |page| page.set_hyp(state)));
     }
 
+    /// The first frame from `pfn` on whose chunk is made, or that lies behind so many that are not.
+    pub(crate) fn skip_untouched(&self, pfn: Pfn, most_chunks: u64) -> Pfn {
+        let first = pfn.get() >> HUGE_ORDER;
+        let untouched = |nth: &u64| !matches!(self.chunks.get(index(*nth)), Some(Some(_)));
+        let nr = (first..).take_while(untouched).take(index(most_chunks)).count() as u64;
+        match nr {
+            0 => pfn,
+            _ => Pfn::new((first + nr) << HUGE_ORDER),
+        }
+    }
+
     /// Frames whose record is not all zeroes.
     pub(crate) fn touched(&self) -> impl Iterator<Item = (Pfn, HypPage)> {
         let chunks = self.chunks.iter().enumerate();

@@ -6,7 +6,7 @@ use super::hyp_space::HypSpace;
 use super::machine::Machine;
 use super::transition::{donate_host, donate_hyp};
 use super::vm::Vcpu;
-use super::{El2, Pages};
+use super::{El2, PIECE, Pages, stretch};
 use crate::addr::Pa;
 use crate::error::Errno;
 
@@ -28,9 +28,19 @@ impl El2 {
 
     #[cold]
     fn take_from_list(&self, vcpu: &mut Vcpu, wanted: u64) -> Result<(), Errno> {
+        while (vcpu.memcache.len() as u64) < wanted {
+            self.host.give_way();
+            self.take_some_from_list(vcpu, wanted.min(vcpu.memcache.len() as u64 + PIECE))?;
+        }
+        Ok(())
+    }
+
+    /// With the host's lock held.
+    fn take_some_from_list(&self, vcpu: &mut Vcpu, wanted: u64) -> Result<(), Errno> {
         let mut host = self.host.lock();
         let mut hyp = self.hyp.lock();
         let mut list = vcpu.host.lock();
+        stretch::held_over(wanted - vcpu.memcache.len() as u64);
         while (vcpu.memcache.len() as u64) < wanted {
             let (nr, head) = (list.nr_memcache, list.memcache.last().copied());
             // A list that is shorter than it says ends in a null pointer, to which EL2 goes.

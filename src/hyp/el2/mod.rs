@@ -16,6 +16,7 @@
 //! | `on_cpu` | which CPU calls |
 //! | `access` | who touches bytes, and what becomes of that |
 //! | `look` | what the host's kernel sees of all that without changing it |
+//! | `stretch` | for tests: over how many pages a lock was held |
 //! | `tlb` | translations that are remembered |
 //! | `guest_tlb` | a vCPU's accesses by what it remembers, without its CPU |
 //! | `firmware` | what a guest may find in its memory when it starts |
@@ -58,6 +59,7 @@ pub mod modelled;
 mod on_cpu;
 mod profile;
 mod spec;
+pub(crate) mod stretch;
 #[cfg(test)]
 mod tests;
 mod tlb;
@@ -70,7 +72,7 @@ pub(crate) use guest_tlb::GuestTlb;
 pub(crate) use host_call::HostCall;
 pub(crate) use incident::IncidentCounts;
 pub(crate) use invariants::Books;
-pub(crate) use look::{Look, Mapped};
+pub(crate) use look::{GuestLook, Look, Mapped, PIECE};
 #[cfg(feature = "oracle")]
 pub(crate) use machine::FrameBytes;
 pub(crate) use machine::{Machine, Region, RegionKind};

@@ -13,9 +13,10 @@ use super::incident::Incident;
 use super::memcache::give_back;
 use super::on_cpu::OnCpu;
 use super::transition::{donate_hyp, pin, unpin};
-use super::{El2, Pages};
+use super::{El2, PIECE, Pages, stretch};
 use crate::addr::{Gfn, Ipa, Pa, Pfn};
 use crate::error::Errno;
+use crate::geometry::index;
 use crate::stage2::{Entry, Tree};
 use crate::sync::{Arc, SpinMutex as Mutex};
 
@@ -420,6 +421,10 @@ impl El2 {
     /// # Errors
     /// `EINVAL` unless it is dying and nobody uses it.
     pub(crate) fn finalize_teardown(&self, handle: u16) -> Result<(), Errno> {
+        while self.give_some_tables_back(handle)? {
+            self.vms.give_way();
+            self.host.give_way();
+        }
         let mut vms = self.vms.lock();
         let slot = slot_of(handle).and_then(|at| vms.slots.get_mut(at)).ok_or(Errno::EINVAL)?;
         let entry = match std::mem::take(slot) {
@@ -432,6 +437,7 @@ impl El2 {
         let mut host = self.host.lock();
         let mut hyp = self.hyp.lock();
         let mut mmu = entry.vm.mmu.lock();
+        stretch::held_over(mmu.pool.len() as u64);
         let mut orphans = Vec::new();
         mmu.tree.visit(|_, level, pte| {
             if let Entry::Leaf(leaf) = pte.decode(level) {
@@ -459,5 +465,33 @@ impl El2 {
         }
         unpin(&mut host, &mut hyp, pages_of(entry.host_kvm, HOST_KVM_BYTES));
         Ok(())
+    }
+
+    /// Gives back what a dying VM has of frames that were tables, or were to be: a piece of them, if there are more than
+    /// that. Whether it did.
+    ///
+    /// # Errors
+    /// As for [`Self::finalize_teardown`].
+    fn give_some_tables_back(&self, handle: u16) -> Result<bool, Errno> {
+        const MOST: usize = index(PIECE);
+        let mut vms = self.vms.lock();
+        let entry = vms.get_mut(handle).filter(|entry| entry.dying && entry.nr_refs == 0);
+        let entry = entry.ok_or(Errno::EINVAL)?;
+        let mut host = self.host.lock();
+        let mut hyp = self.hyp.lock();
+        let mut mmu = entry.vm.mmu.lock();
+        let lists = entry.vcpus.values_mut().filter_map(|slot| match slot {
+            VcpuSlot::Here(vcpu) => Some(&mut vcpu.memcache),
+            VcpuSlot::Loaded { .. } => None,
+        });
+        let mut lists = std::iter::once(&mut mmu.pool).chain(lists);
+        let Some(list) = lists.find(|list| list.len() > MOST) else { return Ok(false) };
+        stretch::held_over(PIECE);
+        let said = self.machine.host_struct(entry.host_kvm);
+        for pfn in list.drain(list.len() - MOST..) {
+            give_back(&self.machine, &mut host, &mut hyp, Pages::one(pfn))?;
+            said.lock().returned.push(pfn.pa().get());
+        }
+        Ok(true)
     }
 }

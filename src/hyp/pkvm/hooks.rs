@@ -5,8 +5,8 @@ use super::plan::{Plan, Step, Terms};
 use super::vm::VmCore;
 use crate::addr::Gfn;
 use crate::error::Errno;
-use crate::geometry::HUGE_PAGES;
-use crate::hyp::el2::{El2, GuestAnswer, HostCall, Mapped};
+use crate::geometry::{HUGE_PAGES, index};
+use crate::hyp::el2::{El2, GuestAnswer, HostCall, Mapped, PIECE};
 use crate::hyp::hypercall::{MEM_SHARE, MEM_UNSHARE};
 use crate::hyp::vm::{Life, VmKind, VmState};
 use crate::stage2::{Faulted, GuestMove, GuestRun, Prevented, Stage2};
@@ -21,7 +21,7 @@ impl VmCore {
         state: &VmState,
         runs: &[GuestRun],
         to: Visibility,
-        prepare: &mut dyn FnMut(),
+        prepare: &mut dyn FnMut(GuestRun),
     ) -> Result<(), Errno> {
         let terms = Terms {
             is_alive: state.life == Life::Alive,
@@ -32,17 +32,19 @@ impl VmCore {
         if !plan.parts.is_empty() {
             self.top_up(plan.nr_tables)?;
         }
-        match plan.is_reached {
-            true => {
-                self.with_guest_stopped(runs.iter().map(|run| (run.gfn, run.nr_pages)), prepare)
+        for piece in runs.iter().flat_map(|&run| pieces(run)) {
+            self.give_way();
+            match plan.is_reached {
+                true => self.with_guest_stopped(piece.gfn, piece.nr_pages, || prepare(piece)),
+                false => prepare(piece),
             }
-            false => prepare(),
         }
         for &(run, step) in &plan.parts {
             let mut at = 0;
             while at < run.nr_pages {
                 let (gfn, pfn) = (run.gfn.get() + at, run.pfn.get() + at);
                 // To the end of what one block could be: then others may have the CPU.
+                self.give_way();
                 let nr_pages = (HUGE_PAGES - gfn % HUGE_PAGES).min(run.nr_pages - at);
                 let by_block = nr_pages == HUGE_PAGES
                     && pfn % HUGE_PAGES == 0
@@ -70,30 +72,46 @@ impl VmCore {
         self.on_loader(|el2, cpu| split(el2, cpu, gfn))
     }
 
-    /// What guests have of some runs: each leaf once.
-    fn leaves_in(&self, runs: impl Iterator<Item = GuestRun>) -> Vec<Mapped> {
-        let look = self.look();
-        let mut leaves: Vec<Mapped> = Vec::new();
-        for run in runs {
-            let mut nth = 0;
-            while nth < run.nr_pages {
-                let gfn = Gfn::new(run.gfn.get() + nth);
-                nth += 1;
-                let Ok(leaf) = look.guest(gfn) else { continue };
-                let skip = gfn.get() - leaf.start.get();
-                // A block is left behind at once.
-                nth += leaf.nr_pages - 1 - skip;
-                if leaves.last().is_none_or(|last| last.start != leaf.start) {
-                    let pfn = crate::addr::Pfn::new(leaf.pfn.get() - skip);
-                    leaves.push(Mapped { pfn, ..leaf });
-                }
+    /// Does something with what the guest has in a range, leaf by leaf: some are looked at, then it is done with no lock of
+    /// EL2's held.
+    pub(super) fn each_leaf(
+        &self,
+        gfn: Gfn,
+        nr_pages: u64,
+        mut act: impl FnMut(&[Mapped]) -> Result<(), Errno>,
+    ) -> Result<(), Errno> {
+        let end = gfn.checked_add(nr_pages).ok_or(Errno::ERANGE)?;
+        let mut next = Some(gfn).filter(|&gfn| gfn < end);
+        while let Some(from) = next {
+            self.give_way();
+            let leaves;
+            (leaves, next) = self.look_at_guest().leaves(from, end);
+            if !leaves.is_empty() {
+                act(&leaves)?;
             }
         }
-        leaves
+        Ok(())
     }
 
-    fn hide(&self, runs: impl Iterator<Item = GuestRun>) -> Result<(), Errno> {
-        self.leaves_in(runs).iter().try_for_each(|leaf| self.take_back(leaf))
+    /// Takes back or hides what the guest has of some runs.
+    fn take_all_back(&self, runs: impl Iterator<Item = GuestRun>) -> Result<(), Errno> {
+        let take_back = |leaves: &[Mapped]| leaves.iter().try_for_each(|leaf| self.take_back(leaf));
+        for run in runs {
+            self.each_leaf(run.gfn, run.nr_pages, take_back)?;
+        }
+        Ok(())
+    }
+
+    /// Refuses runs of which the guest has something.
+    fn check_has_none(
+        &self,
+        runs: impl Iterator<Item = GuestRun>,
+        errno: Errno,
+    ) -> Result<(), Errno> {
+        for run in runs {
+            self.each_leaf(run.gfn, run.nr_pages, |_| Err(errno))?;
+        }
+        Ok(())
     }
 
     /// Shows a guest that is not protected a page of the host's, or the 2 MiB around it.
@@ -107,7 +125,7 @@ impl VmCore {
             return Err(Errno::EINVAL);
         }
         let run = {
-            let look = self.look();
+            let look = self.look_at_guest();
             if look.guest(page.gfn).is_ok() {
                 // Another vCPU was faster.
                 return Ok(Faulted::Mapped);
@@ -119,6 +137,14 @@ impl VmCore {
         self.on_loader(|el2, cpu| el2.call(cpu, HostCall::ShareGuest, x))?;
         Ok(Faulted::Mapped)
     }
+}
+
+/// A run in pieces: the lock under which one is prepared is not held for more.
+fn pieces(run: GuestRun) -> impl Iterator<Item = GuestRun> {
+    (0..run.nr_pages).step_by(index(PIECE)).map_while(move |at| {
+        let (gfn, pfn) = (run.gfn.checked_add(at)?, run.pfn.checked_add(at)?);
+        Some(GuestRun { gfn, pfn, nr_pages: PIECE.min(run.nr_pages - at) })
+    })
 }
 
 /// Makes a step that was found to be possible.
@@ -152,7 +178,11 @@ fn split(el2: &El2, cpu: usize, gfn: Gfn) -> Result<(), Errno> {
 }
 
 impl Stage2 for VmCore {
-    fn make_private(&self, runs: &[GuestRun], prepare: &mut dyn FnMut()) -> Result<(), Errno> {
+    fn make_private(
+        &self,
+        runs: &[GuestRun],
+        prepare: &mut dyn FnMut(GuestRun),
+    ) -> Result<(), Errno> {
         match self.kind() {
             VmKind::Protected => {
                 self.convert(&self.book.state.write(), runs, Visibility::Private, prepare)
@@ -161,12 +191,16 @@ impl Stage2 for VmCore {
         }
     }
 
-    fn make_shared(&self, runs: &[GuestRun], prepare: &mut dyn FnMut()) -> Result<(), Errno> {
+    fn make_shared(
+        &self,
+        runs: &[GuestRun],
+        prepare: &mut dyn FnMut(GuestRun),
+    ) -> Result<(), Errno> {
         let state = self.book.state.write();
         match self.kind() {
             VmKind::Protected => self.convert(&state, runs, Visibility::Shared, prepare),
             VmKind::NonProtected => {
-                prepare();
+                runs.iter().flat_map(|&run| pieces(run)).for_each(prepare);
                 Ok(())
             }
         }
@@ -182,15 +216,16 @@ impl Stage2 for VmCore {
         match (self.kind(), side) {
             (VmKind::NonProtected, Visibility::Shared) => self.show(&state, page, block),
             (VmKind::Protected, Visibility::Private) => {
-                if self.look().guest(page.gfn) == Err(Errno::EHWPOISON) {
+                if self.look_at_guest().guest(page.gfn) == Err(Errno::EHWPOISON) {
                     // Destroyed since the guest touched it. When it looks again it finds that.
                     return Ok(Faulted::Mapped);
                 }
                 let block = block.filter(|block| {
-                    self.host.profile.donates(HUGE_PAGES) && self.look().is_vacant_block(block.gfn)
+                    let donates = self.host.profile.donates(HUGE_PAGES);
+                    donates && self.look_at_guest().is_vacant_block(block.gfn)
                 });
                 let run = block.unwrap_or(page);
-                self.convert(&state, &[run], side, &mut || ())?;
+                self.convert(&state, &[run], side, &mut |_| ())?;
                 Ok(Faulted::Mapped)
             }
             _ => Ok(Faulted::OtherSide),
@@ -210,7 +245,7 @@ impl Stage2 for VmCore {
     fn invalidate_range(&self, runs: &[GuestRun]) {
         if self.kind() == VmKind::NonProtected {
             let _state = self.book.state.write();
-            let hidden = self.hide(runs.iter().copied());
+            let hidden = self.take_all_back(runs.iter().copied());
             debug_assert_eq!(hidden, Ok(()), "what is shown can be hidden");
         }
     }
@@ -220,14 +255,11 @@ impl Stage2 for VmCore {
             return Ok(());
         }
         let state = self.book.state.write();
-        {
-            let look = self.look();
-            runs.iter().try_for_each(|run| look.check_memory(run.pfn, run.nr_pages))?;
-        }
-        let leaves = self.leaves_in(runs.iter().copied());
+        runs.iter().try_for_each(|run| self.check_memory(*run))?;
+        let runs = runs.iter().copied();
         match state.life {
-            Life::Alive if !leaves.is_empty() => Err(Errno::EBUSY),
-            _ => leaves.iter().try_for_each(|leaf| self.take_back(leaf)),
+            Life::Alive => self.check_has_none(runs, Errno::EBUSY),
+            _ => self.take_all_back(runs),
         }
     }
 
@@ -235,22 +267,13 @@ impl Stage2 for VmCore {
     /// page. What another is shown is hidden, and it faults on the new frames.
     fn migrate(&self, moves: &[GuestMove], copy: &mut dyn FnMut()) -> Result<(), Errno> {
         let _state = self.book.state.write();
-        {
-            let look = self.look();
-            moves.iter().try_for_each(|it| look.check_memory(it.from.pfn, it.from.nr_pages))?;
-        }
+        moves.iter().try_for_each(|it| self.check_memory(it.from))?;
         let from = moves.iter().map(|one| one.from);
         match self.kind() {
-            VmKind::Protected if !self.leaves_in(from.clone()).is_empty() => Err(Errno::EPERM),
-            VmKind::Protected => {
-                copy();
-                Ok(())
-            }
-            VmKind::NonProtected => {
-                self.hide(from)?;
-                copy();
-                Ok(())
-            }
+            VmKind::Protected => self.check_has_none(from, Errno::EPERM)?,
+            VmKind::NonProtected => self.take_all_back(from)?,
         }
+        copy();
+        Ok(())
     }
 }

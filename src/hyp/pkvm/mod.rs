@@ -40,7 +40,7 @@ use self::cpus::Cpus;
 use self::frames::FreePages;
 pub(super) use self::vcpu::Vcpu;
 use self::vm::VmCore;
-use super::el2::{Books, Bytes, El2, IncidentCounts, KernelOutcome, Signal, State};
+use super::el2::{Books, Bytes, El2, IncidentCounts, KernelOutcome, PIECE, Signal, State};
 use super::incidents::IncidentStat;
 use super::kernel::Calls;
 use super::monitor::{Given, Guest, Monitor};
@@ -49,6 +49,7 @@ use super::vm::Book;
 use crate::addr::{ByteSize, Pa, Pfn};
 use crate::backing::Arena;
 use crate::error::Errno;
+use crate::geometry::index;
 use crate::state::Visibility;
 use crate::sync::Mutex;
 
@@ -76,8 +77,15 @@ impl Machine {
         Ok(Arc::new(Self { profile, arena, el2, cpus, kernel: Mutex::new(kernel) }))
     }
 
-    fn states_of_guests(&self) -> Vec<(Pfn, State)> {
-        self.el2.frames_of_guests(Pfn::new(self.arena.nr_pages()))
+    /// What guests have or see of the pool: some frames are looked at, then told of with no lock held.
+    fn each_state_of_guests(&self, mut see: impl FnMut(Pfn, State)) {
+        let end = Pfn::new(self.arena.nr_pages());
+        let mut found = Vec::with_capacity(index(PIECE));
+        let mut next = Some(Pfn::new(0));
+        while let Some(from) = next {
+            next = self.el2.frames_of_guests(from, end, &mut found);
+            found.drain(..).for_each(|(pfn, state)| see(pfn, state));
+        }
     }
 
     /// Does what a kernel does, with its own pages.
@@ -96,24 +104,20 @@ impl Monitor for Machine {
 
     fn given(&self) -> Given {
         let (mut donated, mut borrowed, mut shown) = (0, 0, 0);
-        for (_, state) in self.states_of_guests() {
-            match state {
-                State::SharedBorrowed => borrowed += 1,
-                State::SharedOwned => shown += 1,
-                _ => donated += 1,
-            }
-        }
+        self.each_state_of_guests(|_, state| match state {
+            State::SharedBorrowed => borrowed += 1,
+            State::SharedOwned => shown += 1,
+            _ => donated += 1,
+        });
         let [donated, borrowed, shown] = [donated, borrowed, shown].map(ByteSize::from_pages);
         Given { donated, borrowed, shown }
     }
 
-    fn frames_of_guests(&self) -> Vec<(Pfn, Visibility)> {
-        let visibility = |state| match state {
-            State::NoPage => Visibility::Private,
-            _ => Visibility::Shared,
-        };
-        let frames = self.states_of_guests();
-        frames.into_iter().map(|(pfn, state)| (pfn, visibility(state))).collect()
+    fn each_frame_of_guests(&self, see: &mut dyn FnMut(Pfn, Visibility)) {
+        self.each_state_of_guests(|pfn, state| match state {
+            State::NoPage => see(pfn, Visibility::Private),
+            _ => see(pfn, Visibility::Shared),
+        });
     }
 
     fn check(&self, borrowed: Vec<Pfn>) -> Vec<String> {

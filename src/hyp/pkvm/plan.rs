@@ -3,9 +3,9 @@
 use super::vm::VmCore;
 use crate::addr::{Gfn, Pfn};
 use crate::error::Errno;
-use crate::geometry::HUGE_PAGES;
-use crate::hyp::el2::{Look, State};
-use crate::stage2::GuestRun;
+use crate::geometry::{HUGE_PAGES, index};
+use crate::hyp::el2::{Look, Mapped, PIECE, State};
+use crate::stage2::{GuestRun, Missing};
 use crate::state::Visibility;
 
 /// What is to be done for a page.
@@ -68,63 +68,76 @@ fn check_disjoint(runs: &[GuestRun]) -> Result<(), Errno> {
 }
 
 impl Plan {
-    /// Looks at every page of a protected guest's.
+    /// Looks at every page of a protected guest's, a piece at a time: the guest's lock, held for writing, sees to it that what
+    /// was found stays so.
     ///
     /// # Errors
     /// `EINVAL` for runs that name a page twice; for the first page that has one: EL2's, in its order, and then
     /// `EPERM` for what the guest has to ask for and has not.
     pub(super) fn new(core: &VmCore, runs: &[GuestRun], terms: &Terms<'_>) -> Result<Self, Errno> {
         check_disjoint(runs)?;
-        let look = core.look();
-        for run in runs {
-            look.check_memory(run.pfn, run.nr_pages)?;
-        }
+        runs.iter().try_for_each(|run| core.check_memory(*run))?;
         let mut plan = Self::default();
+        let mut missing = Missing::default();
         let mut last_block = None;
-        for (gfn, pfn) in runs.iter().flat_map(|&run| pages(run)) {
-            let step = match terms.to {
-                Visibility::Private => to_private(&look, gfn, pfn, terms.is_alive)?,
-                Visibility::Shared => to_shared(&look, gfn, pfn)?,
-            };
-            if step.is_the_guests_wish() && !(terms.consents)(gfn) {
-                return Err(Errno::EPERM);
+        let mut pages = runs.iter().flat_map(|&run| pages(run));
+        let mut left = runs.iter().fold(0_u64, |sum, run| sum.saturating_add(run.nr_pages));
+        while left > 0 {
+            let nr_now = left.min(PIECE);
+            left -= nr_now;
+            // With no lock of EL2's held.
+            plan.parts.try_reserve(index(nr_now)).map_err(|_| Errno::ENOMEM)?;
+            core.give_way();
+            let look = core.look();
+            for (gfn, pfn) in pages.by_ref().take(index(nr_now)) {
+                let has = look.guest(gfn);
+                let step = match terms.to {
+                    Visibility::Private => to_private(&look, has, pfn, terms.is_alive)?,
+                    Visibility::Shared => to_shared(&look, has, gfn, pfn)?,
+                };
+                if step.is_the_guests_wish() && !(terms.consents)(gfn) {
+                    return Err(Errno::EPERM);
+                }
+                let block = Some((gfn.get() / HUGE_PAGES, step));
+                if last_block != block {
+                    match step {
+                        Step::Donate => look.count_missing(gfn, &mut missing)?,
+                        // A block is split first, and needs a table.
+                        Step::Share => plan.nr_tables += 1,
+                        Step::Nothing | Step::Unshare => {}
+                    }
+                    last_block = block;
+                }
+                plan.is_reached |= has.is_ok();
+                plan.add(gfn, pfn, step);
             }
-            if step == Step::Share && last_block != Some(gfn.get() / HUGE_PAGES) {
-                // A block is split first, and needs a table.
-                last_block = Some(gfn.get() / HUGE_PAGES);
-                plan.nr_tables += 1;
-            }
-            plan.is_reached |= step != Step::Donate && look.guest(gfn).is_ok();
-            plan.add(gfn, pfn, step)?;
         }
-        for (run, step) in &plan.parts {
-            if *step == Step::Donate {
-                plan.nr_tables += look.nr_missing(run.gfn, run.nr_pages)?;
-            }
-        }
+        plan.nr_tables += missing.nr;
         Ok(plan)
     }
 
-    fn add(&mut self, gfn: Gfn, pfn: Pfn, step: Step) -> Result<(), Errno> {
+    /// There is room.
+    fn add(&mut self, gfn: Gfn, pfn: Pfn, step: Step) {
         if step == Step::Nothing {
-            return Ok(());
+            return;
         }
         if let Some((run, last)) = self.parts.last_mut() {
             let follows = |start: u64, at: u64| start.checked_add(run.nr_pages) == Some(at);
             let is_next = follows(run.gfn.get(), gfn.get()) && follows(run.pfn.get(), pfn.get());
             if *last == step && is_next {
                 run.nr_pages += 1;
-                return Ok(());
+                return;
             }
         }
-        self.parts.try_reserve(1).map_err(|_| Errno::ENOMEM)?;
         self.parts.push((GuestRun { gfn, pfn, nr_pages: 1 }, step));
-        Ok(())
     }
 }
 
-fn to_private(look: &Look<'_>, gfn: Gfn, pfn: Pfn, is_alive: bool) -> Result<Step, Errno> {
-    match look.guest(gfn) {
+/// What the guest has at a page.
+type Has = Result<Mapped, Errno>;
+
+fn to_private(look: &Look<'_>, has: Has, pfn: Pfn, is_alive: bool) -> Result<Step, Errno> {
+    match has {
         Ok(has) if has.pfn != pfn => Err(Errno::EPERM),
         Ok(has) if has.state == State::Owned => Ok(Step::Nothing),
         Ok(has) => match (has.state, look.host(pfn)) {
@@ -140,8 +153,8 @@ fn to_private(look: &Look<'_>, gfn: Gfn, pfn: Pfn, is_alive: bool) -> Result<Ste
     }
 }
 
-fn to_shared(look: &Look<'_>, gfn: Gfn, pfn: Pfn) -> Result<Step, Errno> {
-    match look.guest(gfn) {
+fn to_shared(look: &Look<'_>, has: Has, gfn: Gfn, pfn: Pfn) -> Result<Step, Errno> {
+    match has {
         Ok(has) if has.pfn != pfn => Err(Errno::EPERM),
         Ok(has) if has.state == State::SharedOwned => Ok(Step::Nothing),
         Ok(has) => match has.state == State::Owned && look.is_down_as(pfn, gfn) {

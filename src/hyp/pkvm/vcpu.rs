@@ -58,7 +58,7 @@ impl Vcpu {
                 GuestStop::Fault(_) => match el2.call(cpu, HostCall::VcpuInPoisonFault, [0; 4]) {
                     Ok(1) => Stop::Poisoned,
                     // Android's has no answer about a block that was destroyed.
-                    Err(_) if core.look().guest(at.gfn()) == Err(Errno::EHWPOISON) => {
+                    Err(_) if core.look_at_guest().guest(at.gfn()) == Err(Errno::EHWPOISON) => {
                         Stop::Poisoned
                     }
                     _ => Stop::Fault,

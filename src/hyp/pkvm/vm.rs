@@ -7,17 +7,16 @@ use super::cpus::{LastCpu, Resident};
 use super::vcpu::Vcpu;
 use crate::addr::{ByteSize, Gfn};
 use crate::error::Errno;
-use crate::hyp::el2::{self, El2, HostCall, Look, Mapped, State};
-use crate::hyp::kernel::Made;
+use crate::geometry::index;
+use crate::hyp::el2::{self, El2, GuestLook, HostCall, Look, Mapped, PIECE, State};
+use crate::hyp::kernel::{self, Made};
 use crate::hyp::monitor::{Guest, Has};
 use crate::hyp::vcpu::Cpu;
-use crate::hyp::vm::{Book, MAX_VCPUS, VmKind, VmStat};
+use crate::hyp::vm::{Book, GFN_LIMIT, MAX_VCPUS, VmKind, VmStat};
 use crate::range::GfnRange;
-use crate::stage2::Stage2;
+use crate::stage2::{GuestRun, Stage2};
 use crate::sync::Mutex;
 
-/// How many pages teardown takes back without letting go of the locks.
-const RECLAIM_BATCH: usize = 64;
 /// The vCPU that is nobody's: what the host does for a guest it does with this one loaded.
 const LOADER: u64 = 0;
 
@@ -68,12 +67,26 @@ impl VmCore {
         self.host.el2.look(&self.seen)
     }
 
-    pub(super) fn with_guest_stopped(
-        &self,
-        ranges: impl Iterator<Item = (Gfn, u64)>,
-        act: impl FnOnce(),
-    ) {
-        self.host.el2.with_guest_stopped(&self.seen, ranges, act);
+    /// The same without the host, which does not wait.
+    pub(super) fn look_at_guest(&self) -> GuestLook<'_> {
+        self.host.el2.look_at_guest(&self.seen)
+    }
+
+    /// Between two pieces of what is about much memory.
+    pub(super) fn give_way(&self) {
+        self.host.el2.give_way(&self.seen);
+    }
+
+    /// Whether frames are memory that may change hands.
+    ///
+    /// # Errors
+    /// `EINVAL`, `EPERM`.
+    pub(super) fn check_memory(&self, run: GuestRun) -> Result<(), Errno> {
+        self.host.el2.check_memory(run.pfn, run.nr_pages)
+    }
+
+    pub(super) fn with_guest_stopped(&self, gfn: Gfn, nr_pages: u64, act: impl FnOnce()) {
+        self.host.el2.with_guest_stopped(&self.seen, gfn, nr_pages, act);
     }
 
     /// Does something on a CPU that has a vCPU loaded. No object may be called.
@@ -101,7 +114,28 @@ impl VmCore {
     /// Has pages at hand for so many tables, with those that EL2 wants to see however few it needs.
     pub(super) fn top_up(&self, nr_tables: u64) -> Result<(), Errno> {
         let loader = self.vcpus.lock().made.first().copied().ok_or(Errno::EINVAL)?;
-        self.host.with_kernel(|kernel| kernel.top_up(loader, nr_tables + el2::MIN_MEMCACHE))
+        let wanted = nr_tables.saturating_add(el2::MIN_MEMCACHE);
+        let list = self.host.el2.machine().host_struct(loader);
+        let mut nr = 0;
+        while nr < wanted {
+            nr = wanted.min(list.nr_memcache().max(nr).saturating_add(PIECE));
+            self.host.with_kernel(|kernel| kernel.top_up(loader, nr))?;
+        }
+        Ok(())
+    }
+
+    /// Ends it at EL2, and has everything back that it was made of: with the kernel's pages locked for a piece at a time.
+    fn end(&self, vcpus: &[u64]) -> Result<(), Errno> {
+        let Machine { el2, .. } = &*self.host;
+        el2.call(0, HostCall::FinalizeTeardownVm, [self.made.handle, 0, 0, 0])?;
+        for &at in [self.made.kvm()].iter().chain(vcpus) {
+            let back = kernel::come_back(el2, at);
+            for piece in back.chunks(index(PIECE)) {
+                self.host.with_kernel(|kernel| kernel.give_all(piece));
+            }
+            self.host.with_kernel(|kernel| kernel.free_shared_page(at));
+        }
+        Ok(())
     }
 
     /// A guest gives up a page for good.
@@ -116,7 +150,7 @@ impl VmCore {
         x: [u64; 4],
     ) -> Result<el2::GuestAnswer, Errno> {
         let _state = self.book.state.write();
-        let has = self.look().guest(gfn);
+        let has = self.look_at_guest().guest(gfn);
         if has.is_ok_and(|has| has.nr_pages > 1) && self.host.profile.splits() {
             self.split(gfn)?;
         }
@@ -143,6 +177,11 @@ impl VmCore {
 }
 
 impl Guest for VmCore {
+    #[cfg(test)]
+    fn as_any(self: Arc<Self>) -> Arc<dyn std::any::Any + Send + Sync> {
+        self
+    }
+
     fn stage2(self: Arc<Self>) -> Weak<dyn Stage2> {
         let weak: Weak<Self> = Arc::downgrade(&self);
         weak
@@ -169,26 +208,30 @@ impl Guest for VmCore {
     }
 
     fn has(&self, gfn: Gfn) -> Has {
-        has(&self.look(), gfn)
+        has(&self.look_at_guest(), gfn)
     }
 
     fn nr_having(&self, gfns: GfnRange, what: Has) -> u64 {
-        let look = self.look();
+        let look = self.look_at_guest();
         gfns.iter().take_while(|&gfn| has(&look, gfn) == what).count() as u64
     }
 
     fn stat(&self) -> VmStat {
-        let look = self.look();
         let (mut owned, mut shared, mut borrowed) = (0, 0, 0);
-        for Mapped { state, nr_pages, .. } in look.leaves() {
-            match state {
-                State::Owned => owned += nr_pages,
-                State::SharedBorrowed => borrowed += nr_pages,
-                _ => shared += nr_pages,
+        let count = |leaves: &[Mapped]| {
+            for Mapped { state, nr_pages, .. } in leaves {
+                match state {
+                    State::Owned => owned += nr_pages,
+                    State::SharedBorrowed => borrowed += nr_pages,
+                    _ => shared += nr_pages,
+                }
             }
-        }
+            Ok(())
+        };
+        let counted = self.each_leaf(Gfn::new(0), GFN_LIMIT.get(), count);
+        debug_assert_eq!(counted, Ok(()));
         let [owned, shared, borrowed] = [owned, shared, borrowed].map(ByteSize::from_pages);
-        VmStat { owned, shared, borrowed, nr_tables: look.nr_tables() }
+        VmStat { owned, shared, borrowed, nr_tables: self.look_at_guest().nr_tables() }
     }
 
     fn start_teardown(&self) -> Result<(), Errno> {
@@ -199,25 +242,25 @@ impl Guest for VmCore {
 
     /// A few at a time. A page that cannot be taken back is nobody's.
     fn reclaim_all(&self) -> Result<(), Errno> {
-        let leaves = self.look().leaves();
         let mut outcome = Ok(());
-        for batch in leaves.chunks(RECLAIM_BATCH) {
+        let looked = self.each_leaf(Gfn::new(0), GFN_LIMIT.get(), |leaves| {
             let _state = self.book.state.write();
-            for leaf in batch {
+            for leaf in leaves {
                 outcome = outcome.and(self.take_back(leaf));
             }
-        }
-        outcome
+            Ok(())
+        });
+        outcome.and(looked)
     }
 
     /// From here on its handle may name another.
     fn finish(&self) -> Result<(), Errno> {
         let vcpus = std::mem::take(&mut self.vcpus.lock().made);
-        self.host.with_kernel(|kernel| kernel.finish(self.made, vcpus.into_iter()))
+        self.end(&vcpus)
     }
 }
 
-fn has(look: &Look<'_>, gfn: Gfn) -> Has {
+fn has(look: &GuestLook<'_>, gfn: Gfn) -> Has {
     match look.guest(gfn) {
         Ok(has) if has.state == State::Owned => Has::Own,
         Ok(_) => Has::Shared,

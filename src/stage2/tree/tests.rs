@@ -169,6 +169,11 @@ fn want_of_tables_is_known_before_anything_changes() {
     }
     let (mut tree, mut env) = (tiny(), Bench::new(4));
     assert_eq!(tree.nr_missing(Gfn::new(14), 4, Level::PAGE), Ok(4));
+    let mut one_by_one = Missing::default();
+    for page in (14..18).map(Gfn::new) {
+        tree.count_missing(page, 1, Level::PAGE, &mut one_by_one).unwrap();
+    }
+    assert_eq!(one_by_one.nr, 4, "none is counted twice");
     map(&mut tree, 14, 4, Level::PAGE, owned(14), &mut env).unwrap();
     assert_eq!(env.free.len(), 0);
     assert_eq!(map(&mut tree, 40, 1, Level::PAGE, owned(1), &mut env), Err(TableError::NoMemory));

@@ -110,7 +110,9 @@ fn the_invariants_notice_what_is_wrong() {
         let world = World::new();
         world.vcpu().store(ipa(1), &[1]).unwrap();
         world.sound();
-        let (pfn, _) = world.hyp.frames_of_guests()[0];
+        let mut frames = Vec::new();
+        world.hyp.each_frame_of_guests(|pfn, _| frames.push(pfn));
+        let [pfn] = frames[..] else { panic!("{frames:?}") };
         world.machine.el2.mistake(pfn, state);
         assert_ne!(world.hyp.check_invariants(Vec::new()), Vec::<String>::new(), "{state:?}");
     }

@@ -1,4 +1,5 @@
 mod machine;
+mod pieces;
 mod random;
 
 use super::*;
@@ -64,9 +65,10 @@ impl World {
     #[track_caller]
     fn sound(&self) {
         assert_eq!(self.hyp.check_invariants(Vec::new()), Vec::<String>::new());
-        for (pfn, visibility) in self.hyp.frames_of_guests() {
-            assert!(self.memfd.frames().contains(&(pfn, visibility)), "{pfn:?} {visibility}");
-        }
+        let frames = self.memfd.frames();
+        self.hyp.each_frame_of_guests(|pfn, visibility| {
+            assert!(frames.contains(&(pfn, visibility)), "{pfn:?} {visibility}");
+        });
     }
 
     fn donated(&self) -> u64 {
@@ -85,6 +87,11 @@ fn boot(pool: &FolioPool) -> (Arc<Machine>, Hypervisor) {
         Machine::boot(Profile::default(), arena).inspect(|it| behind = Some(Arc::clone(it)))
     });
     (behind.unwrap(), hyp.unwrap())
+}
+
+/// A guest as this hypervisor has it.
+fn core_of(vm: &Vm) -> Arc<VmCore> {
+    Arc::clone(&vm.0.guest).as_any().downcast().unwrap()
 }
 
 fn range(page: u64, nr: u64) -> PgoffRange {
@@ -329,7 +336,7 @@ fn a_page_is_prepared_before_its_guest_can_store() {
     let mut nr_prepared = 0;
     std::thread::scope(|scope| {
         let stored = &stored;
-        core.make_private(&runs, &mut || {
+        core.make_private(&runs, &mut |_| {
             nr_prepared += 1;
             let mut vcpu = vcpu.take().unwrap();
             scope.spawn(move || {
@@ -342,7 +349,7 @@ fn a_page_is_prepared_before_its_guest_can_store() {
         .unwrap();
     });
     assert_eq!(stored.get(), Some(&()));
-    core.make_shared(&runs, &mut || nr_prepared += 10).unwrap_err();
+    core.make_shared(&runs, &mut |_| nr_prepared += 10).unwrap_err();
     assert_eq!(nr_prepared, 1, "once if it goes well, never if not");
 }
 
