@@ -5,9 +5,9 @@ use std::sync::Arc;
 use super::incidents::{IncidentStat, PreventedCounts};
 use super::model::Model;
 use super::monitor::{Given, Monitor};
-use super::pkvm;
 use super::raw_host::RawHost;
 use super::vm::{Vm, VmKind};
+use super::{gunyah, pkvm};
 use crate::addr::{ByteSize, Pfn};
 use crate::backing::Arena;
 use crate::error::{Errno, Error, ErrorKind, Op};
@@ -76,14 +76,15 @@ impl Hypervisor {
         let model = model.into();
         Self::of(pool, model, |arena| match model {
             Model::Pkvm(profile) => Ok(pkvm::Machine::boot(profile, arena)?),
+            Model::Gunyah(policy) => Ok(gunyah::FrontMachine::boot(policy, arena)?),
         })
     }
 
     /// One that is booted by the way.
-    pub(super) fn of<M: Monitor + 'static>(
+    pub(super) fn of(
         pool: &FolioPool,
         model: Model,
-        boot: impl FnOnce(&Arc<Arena>) -> Result<Arc<M>, Errno>,
+        boot: impl FnOnce(&Arc<Arena>) -> Result<Arc<dyn Monitor>, Errno>,
     ) -> Result<Self, Error> {
         let claim = pool.claim().ok_or_else(|| {
             Error::new(Op::Hypervisor, ErrorKind::Exists).because("the pool has one already")

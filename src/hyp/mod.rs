@@ -46,8 +46,8 @@
 
 pub(crate) mod el2;
 mod exit;
-#[cfg_attr(not(test), expect(dead_code, reason = "until a front is built on it"))]
-pub(crate) mod gunyah;
+#[cfg_attr(not(test), expect(dead_code, reason = "VMs can ask for more than a VMM's guests do"))]
+pub mod gunyah;
 mod hypercall;
 mod hypervisor;
 mod incidents;
@@ -70,6 +70,7 @@ pub mod oracle {
 }
 
 pub use exit::{ConversionRequest, Exit, MmioAccess};
+pub use gunyah::SharedMemory;
 pub use hypercall::{HvcResult, Hypercall, Registers};
 pub use hypervisor::{HostStat, Hypervisor};
 pub use incidents::IncidentStat;

@@ -2,16 +2,12 @@
 
 use std::sync::Arc;
 
-use super::el2::GuestAnswer;
 use super::exit::{ConversionRequest, Exit, MmioAccess};
-use super::hypercall::{
-    Asked, FEATURES, HYP_MEMINFO, HvcResult, MEM_RELINQUISH, MEM_SHARE, MEM_UNSHARE,
-    PLAIN_FEATURES, Registers, decode,
-};
+use super::hypercall::{Asked, HvcResult, Registers, decode};
 use super::memslot::SlotPage;
 use super::monitor::Has;
-use super::pkvm;
 use super::vm::{Lease, Request, VmKind};
+use super::{gunyah, pkvm};
 use crate::addr::{Access, ByteSize, Gfn, Ipa, Pa};
 use crate::backing::Arena;
 use crate::error::{Errno, Error, ErrorKind, Op};
@@ -44,6 +40,7 @@ pub struct Vcpu {
 #[derive(Debug)]
 pub(super) enum Cpu {
     Pkvm(pkvm::Vcpu),
+    Gunyah(gunyah::Vcpu),
 }
 
 /// What came of a stage-2 fault.
@@ -192,6 +189,7 @@ impl Vcpu {
     ) -> Result<Result<T, Error>, Stop> {
         match &mut self.cpu {
             Cpu::Pkvm(cpu) => cpu.attempt(at, access, act),
+            Cpu::Gunyah(cpu) => cpu.attempt(at, access, act),
         }
     }
 
@@ -220,16 +218,19 @@ impl Vcpu {
         self.withdraw();
         let regs = regs.into();
         let is_protected = self.lease.book.kind == VmKind::Protected;
-        let Cpu::Pkvm(cpu) = &mut self.cpu;
-        let answer = match decode(regs, self.lease.host.model.takes_runs()) {
-            Asked::Share(ipa, most) if is_protected => return self.share(ipa, most),
+        match decode(regs, self.lease.host.model.takes_runs()) {
+            Asked::Share(ipa, most) if is_protected => self.share(ipa, most),
             Asked::Unshare(ipa, most) if is_protected => {
-                return self.ask(ipa.gfn(), most, Visibility::Private);
+                self.ask(ipa.gfn(), most, Visibility::Private)
             }
-            Asked::Relinquish(ipa) if is_protected => cpu.relinquish(ipa.gfn(), regs),
-            _ => cpu.call(regs),
-        };
-        answered(regs, answer)
+            asked => {
+                let answer = match &mut self.cpu {
+                    Cpu::Pkvm(cpu) => cpu.call(regs, asked)?,
+                    Cpu::Gunyah(cpu) => cpu.call(regs),
+                };
+                answer.ok_or(Exit::Hypercall { regs })
+            }
+        }
     }
 
     /// A page that is not mapped yet is faulted in first, as if the guest had written to it.
@@ -238,6 +239,10 @@ impl Vcpu {
         for _ in 0..MAX_FAULTS {
             match self.lease.guest.has(gfn) {
                 Has::Nothing => {}
+                // Where nothing is ever converted, a guest may ask for what is so in any case.
+                Has::Shared if self.lease.host.model.fixes_sides() => {
+                    return Ok(HvcResult::SUCCESS);
+                }
                 _ => return self.ask(gfn, most, Visibility::Shared),
             }
             match self.resolve(gfn)? {
@@ -254,7 +259,10 @@ impl Vcpu {
     /// Leaves with the guest's request for as many pages from `gfn` on as can change sides. While it is pending, the
     /// hypervisor goes along with it.
     fn ask(&mut self, gfn: Gfn, most: u64, to: Visibility) -> Result<HvcResult, Exit> {
-        let Lease { book, guest, .. } = &*self.lease;
+        let Lease { book, guest, host } = &*self.lease;
+        if host.model.fixes_sides() && to == Visibility::Private && guest.has(gfn) == Has::Own {
+            return Ok(HvcResult::SUCCESS);
+        }
         let (slot, nr_in_slot) = {
             let state = book.read();
             (state.slot(gfn), state.nr_in_slot(gfn))
@@ -329,27 +337,11 @@ impl Drop for Vcpu {
     }
 }
 
-/// What EL2 has said, or leaves to the host.
-fn answered(regs: Registers, answer: Result<GuestAnswer, Errno>) -> Result<HvcResult, Exit> {
-    let x = match answer.map_err(|_| not_loaded())? {
-        GuestAnswer::Resume(x) => return Ok(HvcResult::of(x)),
-        GuestAnswer::Exit(x) => x,
-        GuestAnswer::Fault(_) | GuestAnswer::WantsSplit(_) | GuestAnswer::WantsMemory => {
-            return Err(hopeless());
-        }
-    };
-    match x[0] {
-        FEATURES => Ok(HvcResult::value(PLAIN_FEATURES)),
-        HYP_MEMINFO | MEM_SHARE | MEM_UNSHARE | MEM_RELINQUISH => Ok(HvcResult::NOT_SUPPORTED),
-        _ => Err(Exit::Hypercall { regs }),
-    }
-}
-
-fn not_loaded() -> Error {
+pub(super) fn not_loaded() -> Error {
     Error::new(Op::Hypervisor, ErrorKind::HypervisorRefused).errno_is(Errno::EINVAL)
 }
 
-fn hopeless() -> Exit {
+pub(super) fn hopeless() -> Exit {
     Error::new(Op::GuestFault, ErrorKind::Busy)
         .because("the page was taken away as often as it was given")
         .into()

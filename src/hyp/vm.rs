@@ -7,7 +7,7 @@ use slab::Slab;
 
 use super::hypervisor::{Host, Hypervisor, refused};
 use super::incidents::PreventedCounts;
-use super::memslot::{MemslotId, Memslots, Slot, SlotPage};
+use super::memslot::{MemslotId, Memslots, Slot, SlotPage, shared_part};
 use super::monitor::Guest;
 use super::vcpu::{Cpu, Vcpu};
 use crate::addr::{ByteSize, Gfn, Ipa, Offset};
@@ -216,6 +216,11 @@ impl VmState {
         self.slots.nr_from(gfn)
     }
 
+    /// Whether frames were all on this side when their memslot was made, in a model that keeps that.
+    pub(super) fn were_all(&self, gfns: GfnRange, side: Visibility) -> bool {
+        self.slots.were_all(gfns, side)
+    }
+
     /// Whether the memory there is of huge folios.
     pub(super) fn is_huge(&self, gfn: Gfn) -> bool {
         self.slots.page(gfn).is_some_and(|slot| slot.memfd.has_huge_folios())
@@ -278,6 +283,11 @@ impl Lease {
             return Err(error(ErrorKind::Unsupported).because("the object is of another pool"));
         }
         let gfns = GfnRange::new(gfn, pages.nr_pages()).map_err(|_| too_far())?;
+        // Before the object's hypervisor hears of it: who converts it meanwhile may find that it was too late.
+        let shared = match self.host.model.fixes_sides() {
+            true => shared_part(memfd, gfn, pages)?,
+            false => Box::default(),
+        };
         let id = {
             let mut state = self.book.state.write();
             if state.life != Life::Alive {
@@ -288,7 +298,7 @@ impl Lease {
             }
             let id = id.map_or_else(|| state.slots.free_id(), Ok)?;
             let memfd = memfd.clone();
-            let slot = Slot { id, gfns, first: pages.start(), memfd, binding: None };
+            let slot = Slot { id, gfns, first: pages.start(), memfd, shared, binding: None };
             state.slots.hold(slot).map_err(|error| error.on(pages))?;
             id
         };

@@ -12,6 +12,7 @@
 //! | `hyp` | its objects in one place |
 //! | `rm` | the resource manager: parcels and VMs |
 //! | `host` | the host's kernel: memory of VMs on demand |
+//! | `front` | a VMM's way to all this |
 //! | `touch` | who touches bytes, and what becomes of that |
 //! | `spec` | owners and mappings again, in the plainest way |
 //! | `invariants` | what must hold, by name |
@@ -26,6 +27,7 @@ mod attrs;
 mod cspace;
 mod error;
 mod extent;
+mod front;
 pub(crate) mod host;
 #[cfg(test)]
 mod hostile;
@@ -49,6 +51,9 @@ use hyp::Hyp;
 use machine::Machine;
 use rm::message::Notification;
 use rm::{Fate, Reply, Rm, Vmid};
+
+pub use front::SharedMemory;
+pub(super) use front::{Machine as FrontMachine, Vcpu};
 
 /// Both parts, and the host's kernel.
 #[derive(Debug)]

@@ -9,6 +9,7 @@ use crate::geometry::{HUGE_PAGES, index};
 use crate::hyp::el2::{El2, GuestAnswer, HostCall, Mapped, PIECE};
 use crate::hyp::hypercall::{MEM_SHARE, MEM_UNSHARE};
 use crate::hyp::vm::{Life, VmKind, VmState};
+use crate::range::GfnRange;
 use crate::stage2::{Faulted, GuestMove, GuestRun, Prevented, Stage2};
 use crate::state::Visibility;
 
@@ -232,8 +233,17 @@ impl Stage2 for VmCore {
         }
     }
 
-    fn has_private(&self) -> bool {
-        self.kind() == VmKind::Protected
+    /// What is not protected has nothing to itself.
+    fn takes(&self, side: Visibility) -> bool {
+        (side == Visibility::Private) == (self.kind() == VmKind::Protected)
+    }
+
+    fn fixes_sides(&self) -> bool {
+        self.kind() == VmKind::NonProtected
+    }
+
+    fn may_be(&self, _: GfnRange, side: Visibility) -> bool {
+        self.kind() == VmKind::Protected || side == Visibility::Shared
     }
 
     fn note_prevented(&self, what: Prevented) {

@@ -4,12 +4,17 @@ use std::sync::Arc;
 
 use super::cpus::LastCpu;
 use super::vm::VmCore;
-use crate::addr::{Access, Gfn, Ipa, Pa};
+use crate::addr::{Access, Ipa, Pa};
 use crate::backing::Arena;
 use crate::error::{Errno, Error};
+use crate::hyp::Exit;
 use crate::hyp::el2::{GuestAnswer, GuestStop, GuestTlb, HostCall};
-use crate::hyp::hypercall::{Registers, seen};
-use crate::hyp::vcpu::Stop;
+use crate::hyp::hypercall::{
+    Asked, FEATURES, HYP_MEMINFO, HvcResult, MEM_RELINQUISH, MEM_SHARE, MEM_UNSHARE,
+    PLAIN_FEATURES, Registers, seen,
+};
+use crate::hyp::vcpu::{Stop, hopeless, not_loaded};
+use crate::hyp::vm::VmKind;
 use crate::state::Reader;
 
 /// A vCPU.
@@ -68,23 +73,36 @@ impl Vcpu {
         })
     }
 
-    /// A hypercall of the guest's, whatever it is.
+    /// A hypercall of the guest's. `None`: the VMM may know it.
     ///
     /// # Errors
     /// EL2 has not got the vCPU.
-    pub(in crate::hyp) fn call(&mut self, regs: Registers) -> Result<GuestAnswer, Errno> {
-        self.core.on_cpu(self.index, &mut self.last, |el2, cpu| el2.guest_call(cpu, seen(regs)))
-    }
-
-    /// The one by which it gives up a page for good.
-    ///
-    /// # Errors
-    /// As for [`Self::call`].
-    pub(in crate::hyp) fn relinquish(
+    pub(in crate::hyp) fn call(
         &mut self,
-        gfn: Gfn,
         regs: Registers,
-    ) -> Result<GuestAnswer, Errno> {
-        self.core.relinquish(self.index, &mut self.last, gfn, seen(regs))
+        asked: Asked,
+    ) -> Result<Option<HvcResult>, Exit> {
+        let Self { core, index, last, .. } = self;
+        let answer = match asked {
+            Asked::Relinquish(ipa) if core.kind() == VmKind::Protected => {
+                core.relinquish(*index, last, ipa.gfn(), seen(regs))
+            }
+            _ => core.on_cpu(*index, last, |el2, cpu| el2.guest_call(cpu, seen(regs))),
+        };
+        // What EL2 has said, or leaves to the host.
+        let x = match answer.map_err(|_| not_loaded())? {
+            GuestAnswer::Resume(x) => return Ok(Some(HvcResult::of(x))),
+            GuestAnswer::Exit(x) => x,
+            GuestAnswer::Fault(_) | GuestAnswer::WantsSplit(_) | GuestAnswer::WantsMemory => {
+                return Err(hopeless());
+            }
+        };
+        Ok(match x[0] {
+            FEATURES => Some(HvcResult::value(PLAIN_FEATURES)),
+            HYP_MEMINFO | MEM_SHARE | MEM_UNSHARE | MEM_RELINQUISH => {
+                Some(HvcResult::NOT_SUPPORTED)
+            }
+            _ => None,
+        })
     }
 }

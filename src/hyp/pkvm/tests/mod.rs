@@ -84,7 +84,9 @@ impl World {
 fn boot(pool: &FolioPool) -> (Arc<Machine>, Hypervisor) {
     let mut behind = None;
     let hyp = Hypervisor::of(pool, Model::default(), |arena| {
-        Machine::boot(Profile::default(), arena).inspect(|it| behind = Some(Arc::clone(it)))
+        let machine = Machine::boot(Profile::default(), arena)?;
+        behind = Some(Arc::clone(&machine));
+        Ok(machine)
     });
     (behind.unwrap(), hyp.unwrap())
 }
