@@ -19,6 +19,18 @@ mod facade {
     pub(super) type RawMutex<T> = loom::sync::Mutex<T>;
     pub(super) type RawCondvar = loom::sync::Condvar;
 
+    /// What stays for as long as the process, but for models: these have millions of executions, each with
+    /// what is its own, and let go of it.
+    pub(crate) type Lasting<T> = std::sync::Arc<T>;
+
+    pub(crate) fn lasting<T>(value: T) -> Lasting<T> {
+        Lasting::new(value)
+    }
+
+    pub(crate) fn same<T>(value: &Lasting<T>) -> Lasting<T> {
+        Lasting::clone(value)
+    }
+
     /// Under loom every step is a scheduling point already, and a sleep has no meaning.
     pub(crate) fn relax(_spins: u32) {
         yield_now();
@@ -32,6 +44,18 @@ mod facade {
 
     pub(super) type RawMutex<T> = std::sync::Mutex<T>;
     pub(super) type RawCondvar = std::sync::Condvar;
+
+    /// What stays for as long as the process.
+    pub(crate) type Lasting<T> = &'static T;
+
+    pub(crate) fn lasting<T>(value: T) -> Lasting<T> {
+        Box::leak(Box::new(value))
+    }
+
+    #[inline]
+    pub(crate) fn same<T>(value: &Lasting<T>) -> Lasting<T> {
+        value
+    }
 
     /// Waits a little, longer the longer it has been going on: a few spins, then yields, then
     /// sleeps of 50 us, so that a descheduled thread gets its core back.

@@ -22,7 +22,7 @@ fn nr_seeds(usual: u64) -> u64 {
 
 fn check(profile: PkvmProfile, wanted: &[&str]) {
     let mut coverage = PkvmCoverage::default();
-    for seed in 1..=nr_seeds(5) {
+    for seed in 1..=nr_seeds(7) {
         // Shown if the test fails, also by a panic of the library.
         println!("seed {seed} on {profile:?}");
         coverage.add(run_pkvm(profile, &seeded::bytes(seed, NR_BYTES)).expect("all is well"));

@@ -23,17 +23,16 @@ const BRANCHES: usize = 20_000;
 /// # Panics
 /// If an execution fails, or if there was only one: then nothing ran concurrently.
 pub fn explore<M: Fn() + Send + Sync + 'static>(model: M) {
-    explore_as(name_of::<M>(), "", None, model);
+    explore_as(name_of::<M>(), "", Bound::Whole, None, model);
 }
 
-/// The same for each of these numbers of levels.
+/// The same for each of these numbers of levels. All but the first do with one preemption less: the steps on the
+/// one level more are those on the others, and there are ten times as many executions.
 ///
 /// # Panics
 /// As [`explore`].
 pub fn explore_on<M: Fn(u32) + Copy + Send + Sync + 'static>(levels: &[u32], model: M) {
-    for &levels in levels {
-        explore_as(name_of::<M>(), &on(levels), None, move || model(levels));
-    }
+    explore_each(levels, None, model);
 }
 
 /// Explores a model in which neither side of a grace period runs a fence, so that the words alone have
@@ -43,17 +42,25 @@ pub fn explore_on<M: Fn(u32) + Copy + Send + Sync + 'static>(levels: &[u32], mod
 /// # Panics
 /// As [`explore`].
 pub fn explore_words<M: Fn() + Send + Sync + 'static>(model: M) {
-    explore_as(name_of::<M>(), "", Some(Flaw::SectionsWithoutFences), model);
+    explore_as(name_of::<M>(), "", Bound::Whole, Some(Flaw::SectionsWithoutFences), model);
 }
 
-/// The same for each of these numbers of levels.
+/// The same for each of these numbers of levels, as [`explore_on`] has it.
 ///
 /// # Panics
 /// As [`explore`].
 pub fn explore_words_on<M: Fn(u32) + Copy + Send + Sync + 'static>(levels: &[u32], model: M) {
-    for &levels in levels {
-        let seed = Some(Flaw::SectionsWithoutFences);
-        explore_as(name_of::<M>(), &on(levels), seed, move || model(levels));
+    explore_each(levels, Some(Flaw::SectionsWithoutFences), model);
+}
+
+fn explore_each<M: Fn(u32) + Copy + Send + Sync + 'static>(
+    levels: &[u32],
+    flaw: Option<Flaw>,
+    model: M,
+) {
+    for (index, &levels) in levels.iter().enumerate() {
+        let bound = if index == 0 { Bound::Whole } else { Bound::OneLess };
+        explore_as(name_of::<M>(), &on(levels), bound, flaw, move || model(levels));
     }
 }
 
@@ -64,13 +71,14 @@ fn on(levels: u32) -> String {
 fn explore_as<M: Fn() + Send + Sync + 'static>(
     name: &'static str,
     how: &str,
+    bound: Bound,
     flaw: Option<Flaw>,
     model: M,
 ) {
     const { assert!(gmem::MODELLED, "std's atomics are in use: loom explores nothing") };
     let begin = Instant::now();
-    let nr_executions =
-        with_panics(Panics::Reported(name), || run(flaw, 0, model)).unwrap_or_else(|failure| {
+    let nr_executions = with_panics(Panics::Reported(name), || run(flaw, bound, model))
+        .unwrap_or_else(|failure| {
             report(&format!("{name}{how}: FAILED in execution {}", failure.execution));
             panic::resume_unwind(failure.payload)
         });
@@ -113,8 +121,8 @@ fn caught_as<M: Fn() + Send + Sync + 'static>(
 ) {
     const { assert!(gmem::MODELLED, "std's atomics are in use: loom explores nothing") };
     // Some mistakes of the code are out of reach of two preemptions.
-    let least = flaw.map_or(0, |_| PREEMPTIONS);
-    match with_panics(Panics::Quiet, || run(flaw, least, faulty)) {
+    let bound = flaw.map_or(Bound::Whole, |_| Bound::Canary);
+    match with_panics(Panics::Quiet, || run(flaw, bound, faulty)) {
         Ok(nr_executions) => {
             panic!("{name}{how}: the seeded mistake survived {nr_executions} executions")
         }
@@ -134,14 +142,14 @@ struct Failure {
 
 fn run<M: Fn() + Send + Sync + 'static>(
     flaw: Option<Flaw>,
-    least: usize,
+    bound: Bound,
     model: M,
 ) -> Result<usize, Failure> {
     let begun = std::sync::Arc::new(AtomicUsize::new(0));
     let counter = std::sync::Arc::clone(&begun);
     seed(flaw);
     let outcome = panic::catch_unwind(AssertUnwindSafe(|| {
-        builder(least).check(move || {
+        builder(bound).check(move || {
             // Relaxed: a counter, and all of loom's threads are one thread of the system.
             counter.fetch_add(1, Ordering::Relaxed);
             model();
@@ -154,10 +162,24 @@ fn run<M: Fn() + Send + Sync + 'static>(
     outcome.map(|()| execution).map_err(|payload| Failure { execution, payload })
 }
 
-fn builder(least: usize) -> loom::model::Builder {
+/// How many preemptions an exploration tries, by what `LOOM_MAX_PREEMPTIONS` says.
+#[derive(Clone, Copy)]
+enum Bound {
+    Whole,
+    /// Two at least.
+    OneLess,
+    /// Three at least.
+    Canary,
+}
+
+fn builder(bound: Bound) -> loom::model::Builder {
     let mut builder = loom::model::Builder::new();
-    let bound = builder.preemption_bound.get_or_insert(PREEMPTIONS);
-    *bound = least.max(*bound);
+    let whole = builder.preemption_bound.unwrap_or(PREEMPTIONS);
+    builder.preemption_bound = Some(match bound {
+        Bound::Whole => whole,
+        Bound::OneLess => whole.saturating_sub(1).max(whole.min(PREEMPTIONS - 1)),
+        Bound::Canary => whole.max(PREEMPTIONS),
+    });
     builder.max_branches = builder.max_branches.max(BRANCHES);
     // These end an exploration early and call it passed.
     builder.max_duration = None;

@@ -112,6 +112,12 @@ pub enum HostAct {
     FileRead,
     /// pwrite of the memory's file.
     FileWrite(u8),
+    /// sendfile(2) of the memory's file into a pipe, and read(2) from it.
+    SendFile,
+    /// A device reads the byte, at the physical address that the process has mapped there.
+    DmaLoad,
+    /// A device writes it.
+    DmaStore(u8),
     /// madvise(MADV_DONTNEED).
     Discard,
     /// fallocate(PUNCH_HOLE) of the memory's file.
@@ -298,6 +304,8 @@ const PLAIN: &[(&str, HostAct)] = &[
     ("splice", HostAct::Splice),
     ("pin", HostAct::Pin),
     ("file-read", HostAct::FileRead),
+    ("sendfile", HostAct::SendFile),
+    ("dma-load", HostAct::DmaLoad),
     ("discard", HostAct::Discard),
     ("punch", HostAct::Punch),
     ("fork-load", HostAct::ForkLoad),
@@ -316,6 +324,7 @@ const WITH_BYTE: &[(&str, WithByte)] = &[
     ("vm-write", HostAct::VmWrite),
     ("mem-write", HostAct::MemWrite),
     ("file-write", HostAct::FileWrite),
+    ("dma-store", HostAct::DmaStore),
 ];
 
 fn host(words: &mut Words<'_>) -> Result<(HostAct, Place), String> {
@@ -396,6 +405,7 @@ fn write_host(f: &mut fmt::Formatter<'_>, act: HostAct, place: &Place) -> fmt::R
         HostAct::VmWrite(byte) => ("vm-write", byte),
         HostAct::MemWrite(byte) => ("mem-write", byte),
         HostAct::FileWrite(byte) => ("file-write", byte),
+        HostAct::DmaStore(byte) => ("dma-store", byte),
         // The words above have found all others.
         _ => return Err(fmt::Error),
     };

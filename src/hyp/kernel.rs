@@ -4,7 +4,7 @@
 use super::el2::{El2, HostCall, nr_pgd_pages, nr_vcpu_pages, nr_vm_pages, stretch};
 use crate::addr::Pa;
 use crate::error::Errno;
-use crate::geometry::PAGE_BYTES;
+use crate::geometry::{PAGE_BYTES, index};
 
 /// A kernel's own memory.
 pub(super) trait KernelPages {
@@ -36,7 +36,7 @@ impl Made {
 /// The pages that come back with a structure of a VM that is no more: those that EL2 has returned, and those on a list that
 /// it has not taken.
 pub(super) fn come_back(el2: &El2, at: u64) -> Vec<u64> {
-    let said = el2.machine().host_struct(at);
+    let said = el2.host_struct(at);
     let mut said = said.lock();
     let mut pages = std::mem::take(&mut said.returned);
     pages.append(&mut said.memcache);
@@ -104,7 +104,7 @@ impl<P: KernelPages> Calls<'_, P> {
         protected: bool,
     ) -> Result<Made, Errno> {
         {
-            let said = self.el2.machine().host_struct(kvm);
+            let said = self.el2.host_struct(kvm);
             let mut said = said.lock();
             *said = Default::default();
             (said.handle, said.nr_vcpus, said.protected) = (handle, nr_vcpus, protected);
@@ -128,7 +128,7 @@ impl<P: KernelPages> Calls<'_, P> {
     pub(super) fn make_vcpu(&mut self, made: Made, idx: u64) -> Result<u64, Errno> {
         let at = self.shared_page()?;
         {
-            let said = self.el2.machine().host_struct(at);
+            let said = self.el2.host_struct(at);
             let mut said = said.lock();
             *said = Default::default();
             said.vcpu_idx = idx;
@@ -146,15 +146,29 @@ impl<P: KernelPages> Calls<'_, P> {
     /// # Errors
     /// `ENOMEM`.
     pub(super) fn top_up(&mut self, host_at: u64, nr: u64) -> Result<(), Errno> {
-        let said = self.el2.machine().host_struct(host_at);
-        let mut said = said.lock();
-        stretch::held_over(nr.saturating_sub(said.nr_memcache));
-        while said.nr_memcache < nr {
-            said.memcache.try_reserve(1).map_err(|_| Errno::ENOMEM)?;
-            said.memcache.push(self.pages.take(1)?);
-            said.nr_memcache += 1;
+        let said = self.el2.host_struct(host_at);
+        // Pages and room for them are found before the structure is locked, which spins.
+        let mut pages = Vec::new();
+        let taken = (said.nr_memcache()..nr).try_for_each(|_| {
+            pages.push(self.pages.take(1)?);
+            Ok(())
+        });
+        if pages.is_empty() {
+            return taken;
         }
-        Ok(())
+        let mut list = Vec::new();
+        if list.try_reserve(index(nr)).is_err() {
+            pages.iter().for_each(|&at| self.pages.give(at));
+            return Err(Errno::ENOMEM);
+        }
+        let mut said = said.lock();
+        said.nr_memcache += pages.len() as u64;
+        list.append(&mut said.memcache);
+        list.append(&mut pages);
+        std::mem::swap(&mut said.memcache, &mut list);
+        // The old list is let go of after that.
+        drop(said);
+        taken
     }
 
     /// Ends a VM that is being torn down, and has everything back that it was made of. `vcpus` are the kernel's

@@ -18,7 +18,7 @@ use slab::Slab;
 
 use super::barrier::Barrier;
 use super::flaw::{Flaw, seeded};
-use crate::sync::{Arc, AtomicU64, MODELLED, Mutex, relax};
+use crate::sync::{Arc, AtomicU64, Lasting, MODELLED, Mutex, lasting, relax, same};
 
 /// On a cache line of its own: its owner writes it at every access.
 #[derive(Debug)]
@@ -37,17 +37,17 @@ pub struct Domain {
 /// that ends go to the next domain.
 #[derive(Debug, Default)]
 struct Slots {
-    taken: Slab<&'static Slot>,
+    taken: Slab<Lasting<Slot>>,
     /// Their readers are gone. Room for all is reserved.
-    idle: Vec<&'static Slot>,
+    idle: Vec<Lasting<Slot>>,
 }
 
 /// Slots of domains that have ended. An execution of a model must not find what the one before has left.
-static UNUSED: LazyLock<Mutex<Vec<&'static Slot>>> = LazyLock::new(|| Mutex::new(Vec::new()));
+static UNUSED: LazyLock<Mutex<Vec<Lasting<Slot>>>> = LazyLock::new(|| Mutex::new(Vec::new()));
 
-fn unused_slot() -> &'static Slot {
+fn unused_slot() -> Lasting<Slot> {
     let left = if MODELLED { None } else { UNUSED.lock().pop() };
-    left.unwrap_or_else(|| Box::leak(Box::new(Slot(AtomicU64::new(0)))))
+    left.unwrap_or_else(|| lasting(Slot(AtomicU64::new(0))))
 }
 
 /// Far longer than a processor keeps a store to itself, and who does not run has passed a barrier.
@@ -63,7 +63,9 @@ impl Domain {
     pub fn register(domain: &Arc<Self>) -> Reader {
         let mut slots = domain.slots.lock();
         let slot = slots.idle.pop().unwrap_or_else(unused_slot);
-        let key = slots.taken.insert(slot);
+        let key = slots.taken.insert(same(&slot));
+        let nr_taken = slots.taken.len();
+        slots.idle.reserve(nr_taken);
         drop(slots);
         Reader {
             domain: Arc::clone(domain),
@@ -90,7 +92,7 @@ impl Domain {
             return false;
         }
         wait_for_marks(
-            slots.taken.iter().filter(|&(key, _)| Some(key) != own).map(|(_, slot)| *slot),
+            slots.taken.iter().filter(|&(key, _)| Some(key) != own).map(|(_, slot)| slot),
         );
         true
     }
@@ -108,12 +110,12 @@ impl Domain {
     pub(crate) fn wait_by_the_clock(&self) {
         std::thread::sleep(VISIBLE_AFTER);
         let slots = self.slots.lock();
-        wait_for_marks(slots.taken.iter().map(|(_, slot)| *slot));
+        wait_for_marks(slots.taken.iter().map(|(_, slot)| slot));
     }
 }
 
 /// Waits for the sections whose marks are to be seen.
-fn wait_for_marks(slots: impl Iterator<Item = &'static Slot>) {
+fn wait_for_marks<'a>(slots: impl Iterator<Item = &'a Lasting<Slot>>) {
     for slot in slots {
         // Acquire: pairs with the Release in `Section::drop`, and with the one in `Reader::enter` if the
         // reader is back already; its copies come before whatever the converter does next.
@@ -146,7 +148,7 @@ impl Default for Domain {
 #[derive(Debug)]
 pub struct Reader {
     domain: Arc<Domain>,
-    slot: &'static Slot,
+    slot: Lasting<Slot>,
     key: usize,
     barrier: Barrier,
     /// For one thread: not even to be looked at by another.
@@ -176,7 +178,7 @@ impl Reader {
         if !seeded(Flaw::SectionsWithoutFences) {
             self.barrier.light();
         }
-        Section { ends: Some((self.slot, count.wrapping_add(2))), reader: PhantomData }
+        Section { ends: Some((same(&self.slot), count.wrapping_add(2))), reader: PhantomData }
     }
 }
 
@@ -218,16 +220,16 @@ impl Drop for Reader {
 /// section is inside of another.
 #[derive(Debug)]
 pub struct Section<'a> {
-    ends: Option<(&'static Slot, u64)>,
+    ends: Option<(Lasting<Slot>, u64)>,
     reader: PhantomData<&'a Reader>,
 }
 
 impl Drop for Section<'_> {
     #[inline]
     fn drop(&mut self) {
-        if let Some((slot, after)) = self.ends {
+        if let Some((slot, after)) = &self.ends {
             // Release: pairs with the Acquire in `Domain::wait`.
-            slot.0.store(after, Ordering::Release);
+            slot.0.store(*after, Ordering::Release);
         }
     }
 }
@@ -282,7 +284,10 @@ pub(super) mod tests {
     #[test]
     fn slots_of_a_domain_that_ends_serve_the_next() {
         let slots: Vec<_> = (0..50)
-            .map(|_| std::ptr::from_ref(Domain::register(&Arc::new(Domain::new())).slot).addr())
+            .map(|_| {
+                let reader = Domain::register(&Arc::new(Domain::new()));
+                std::ptr::from_ref::<Slot>(reader.slot).addr()
+            })
             .collect();
         let mut different = slots.clone();
         different.sort_unstable();

@@ -198,7 +198,11 @@ impl Simulated {
             HostAct::MemRead => Observation::Byte(linux.alias_load_u8(place, Alias::ProcMem)?),
             HostAct::Splice => Observation::Byte(linux.alias_load_u8(place, Alias::Splice)?),
             HostAct::Pin => ok(linux.hold(place)?),
-            HostAct::FileRead => Observation::Byte(linux.alias_load_u8(place, Alias::File)?),
+            HostAct::FileRead | HostAct::SendFile => {
+                Observation::Byte(linux.alias_load_u8(place, Alias::File)?)
+            }
+            HostAct::DmaLoad => Observation::Byte(linux.device_load_u8(place)?),
+            HostAct::DmaStore(byte) => ok(linux.device_store_u8(place, byte)?),
             HostAct::Read(byte) => ok(linux.copy_in_u8(place, byte)?),
             HostAct::VmWrite(byte) => ok(linux.alias_store_u8(place, Alias::ProcessVm, byte)?),
             HostAct::MemWrite(byte) => ok(linux.alias_store_u8(place, Alias::ProcMem, byte)?),

@@ -4,6 +4,7 @@
 //! and a number) asks for; then it switches the machine off. Else: the files named as arguments.
 
 mod alarm;
+mod device;
 mod fault;
 mod init;
 mod kvm;

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use pkvm_oracle::{Backing, Errno, HostAct, Observation, PAGE_SIZE, Signal, Size};
 
 use crate::sys::{self, Fork};
-use crate::{fault, kvm};
+use crate::{device, fault, kvm};
 
 const HUGE: usize = 2 << 20;
 
@@ -101,6 +101,9 @@ impl Memory {
             HostAct::Pin => done(sys::pipe().and_then(|(_from, to)| sys::splice_from(&to, at))),
             HostAct::FileRead => seen(read_file(self.file(), in_file)),
             HostAct::FileWrite(byte) => done(write_file(self.file(), in_file, byte)),
+            HostAct::SendFile => seen(self.send_file(in_file)),
+            HostAct::DmaLoad => seen(device::load(at).map(Some)),
+            HostAct::DmaStore(byte) => good(device::store(at, byte)),
             HostAct::Discard => good(sys::advise(start, len, libc::MADV_DONTNEED)),
             HostAct::Punch => good(self.punch(page)),
             HostAct::ForkLoad => load_in_child(at).unwrap_or_else(Observation::Failed),
@@ -114,6 +117,11 @@ impl Memory {
     fn file(&self) -> Result<File, Errno> {
         let file = self.file.as_ref().ok_or(Errno(libc::EBADF))?;
         file.try_clone().map_err(|error| sys::errno_of(&error))
+    }
+
+    fn send_file(&self, at: u64) -> Result<Option<u8>, Errno> {
+        let file = OwnedFd::from(self.file()?);
+        through_pipe(|to| sys::send_from(to, &file, at))
     }
 
     fn punch(&self, page: u64) -> Result<(), Errno> {

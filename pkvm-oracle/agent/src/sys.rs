@@ -8,6 +8,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
+use std::sync::atomic::{Ordering, fence};
 
 use pkvm_oracle::Errno;
 
@@ -93,6 +94,26 @@ pub(crate) fn map(
     if at == libc::MAP_FAILED { Err(last()) } else { Ok(at.cast()) }
 }
 
+/// Maps a part of what is no memory of ours: registers.
+pub(crate) fn map_at(bytes: usize, fd: &OwnedFd, at: i64) -> Result<*mut u8, Errno> {
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: no fixed address, so nothing that exists is replaced.
+    let at = unsafe {
+        libc::mmap(ptr::null_mut(), bytes, protection, libc::MAP_SHARED, fd.as_raw_fd(), at)
+    };
+    if at == libc::MAP_FAILED { Err(last()) } else { Ok(at.cast()) }
+}
+
+/// Stores to a register that `map_at` gave. Stores to memory that came before are there before it.
+pub(crate) fn store_register(registers: *mut u8, at: usize, value: u32) {
+    // SeqCst: the device reads what was stored before; it is its own partner.
+    fence(Ordering::SeqCst);
+    // SAFETY: within the page that was mapped, aligned, and nobody has a reference to it.
+    unsafe { registers.wrapping_add(at).cast::<u32>().write_volatile(value) };
+    // SeqCst: and what it has written by then is read after.
+    fence(Ordering::SeqCst);
+}
+
 /// Unmaps what `map` gave, or a part of it.
 pub(crate) fn unmap(at: *mut u8, bytes: usize) -> Result<(), Errno> {
     // SAFETY: no reference into what `map` gives is ever made, only single accesses that may fail.
@@ -146,6 +167,13 @@ pub(crate) fn splice_from(fd: &OwnedFd, from: *mut u8) -> Result<isize, Errno> {
     let vector = libc::iovec { iov_base: from.cast(), iov_len: 1 };
     // SAFETY: reads one vector; the page behind it is only lent to the pipe.
     checked(unsafe { libc::vmsplice(fd.as_raw_fd(), &raw const vector, 1, 0) })
+}
+
+/// sendfile(2) of one byte of a file.
+pub(crate) fn send_from(to: &OwnedFd, file: &OwnedFd, at: u64) -> Result<isize, Errno> {
+    let mut at = i64::try_from(at).map_err(|_| Errno(libc::EFBIG))?;
+    // SAFETY: reads and writes one number; the page behind it is only lent to the pipe.
+    checked(unsafe { libc::sendfile(to.as_raw_fd(), file.as_raw_fd(), &raw mut at, 1) })
 }
 
 /// process_vm_readv of one byte of this process.

@@ -1,12 +1,10 @@
 //! Who touches bytes, and what becomes of that. Each kind of access has its own observable result when the page is
 //! somebody else's.
 
-#[cfg(any(test, feature = "oracle"))]
 use super::Pages;
 use super::guest_tlb::within;
 use super::host_call::HostCall;
 use super::incident::Incident;
-#[cfg(any(test, feature = "oracle"))]
 use super::transition::{unuse_dma, use_dma};
 use super::vm::{Fault, FaultKind};
 use super::{El2, State};
@@ -23,15 +21,6 @@ pub(crate) enum Bytes<'a> {
 
 #[cfg(any(test, feature = "oracle", all(loom, feature = "loom")))]
 impl Bytes<'_> {
-    /// The same once more.
-    #[cfg(any(test, feature = "oracle"))]
-    pub(crate) fn again(&mut self) -> Bytes<'_> {
-        match self {
-            Self::Load(buf) => Bytes::Load(buf),
-            Self::Store(buf) => Bytes::Store(buf),
-        }
-    }
-
     pub(crate) const fn access(&self) -> Access {
         match self {
             Self::Load(_) => Access::Read,
@@ -128,7 +117,7 @@ impl El2 {
                 Err(_) => break,
             }
         }
-        let gone = self.host.lock().orphans.contains(&at.pfn());
+        let gone = self.host.lock().page(at.pfn()).nr_orphaned > 0;
         let (outcome, incident) = match gone {
             true => (KernelOutcome::Stuck, Incident::Stuck),
             false => (KernelOutcome::Oops, Incident::Oops),
@@ -159,7 +148,10 @@ impl El2 {
     ///
     /// # Errors
     /// `ENOSYS` in others; as for the transition.
-    #[cfg(any(test, feature = "oracle"))]
+    #[cfg_attr(
+        not(any(test, feature = "oracle")),
+        expect(dead_code, reason = "the host of a pool has no devices that ask")
+    )]
     pub(crate) fn map_dma(&self, pages: Pages) -> Result<(), Errno> {
         match self.profile.is_android() {
             true => use_dma(&mut self.host.lock(), pages),
@@ -171,7 +163,10 @@ impl El2 {
     ///
     /// # Errors
     /// As for [`Self::map_dma`].
-    #[cfg(any(test, feature = "oracle"))]
+    #[cfg_attr(
+        not(any(test, feature = "oracle")),
+        expect(dead_code, reason = "the host of a pool has no devices that ask")
+    )]
     pub(crate) fn unmap_dma(&self, pages: Pages) -> Result<(), Errno> {
         match self.profile.is_android() {
             true => unuse_dma(&mut self.host.lock(), pages),

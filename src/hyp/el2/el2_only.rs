@@ -2,10 +2,10 @@
 //!
 //! Every call goes the whole way: registers in, registers out.
 
+use super::by_hand::EnteredCpu;
 use super::guest_call::{GuestAnswer, MEM_SHARE, MEM_UNSHARE};
 use super::host_call::HostCall;
 use super::machine::{Machine, Region, RegionKind};
-use super::on_cpu::EnteredCpu;
 use super::profile::Profile;
 use super::vm::{nr_pgd_pages, nr_vcpu_pages, nr_vm_pages};
 use super::{El2, Pages};
@@ -112,7 +112,7 @@ impl El2Only {
         }
         let handle = self.call(HostCall::ReserveVm, [0; 4])?;
         {
-            let said = self.el2.machine().host_struct(self.kvm());
+            let said = self.el2.host_struct(self.kvm());
             let mut said = said.lock();
             (said.handle, said.nr_vcpus) = (handle, 1);
             said.protected = kind == Kind::Protected;
@@ -125,7 +125,7 @@ impl El2Only {
         self.call(HostCall::InitVcpu, [handle, self.vcpu(), vcpu << 12, 0])?;
         let tables = vcpu + nr_vcpu_pages();
         {
-            let said = self.el2.machine().host_struct(self.vcpu());
+            let said = self.el2.host_struct(self.vcpu());
             let mut said = said.lock();
             said.memcache = (0..nr_listed).map(|nth| (tables + nth) << 12).collect();
             said.nr_memcache = nr_listed;

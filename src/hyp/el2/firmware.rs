@@ -3,7 +3,7 @@
 
 use super::host_mmu::{HostMmu, Owner};
 use super::spec::SpecPage;
-use super::{El2, Pages, State};
+use super::{El2, GuestPage, Pages, State};
 use crate::addr::{Gfn, Ipa, Pfn};
 use crate::error::Errno;
 use crate::stage2::Level;
@@ -13,6 +13,12 @@ use crate::stage2::Level;
 pub(crate) struct Load {
     from: Pages,
     to: Pfn,
+}
+
+impl Load {
+    fn pages(self) -> Pages {
+        Pages::new(self.to, self.from.nr())
+    }
 }
 
 #[cfg_attr(
@@ -42,23 +48,13 @@ impl El2 {
         Ok(())
     }
 
-    /// Whether a guest has a frame where its firmware is to be.
-    #[cfg(any(test, feature = "oracle"))]
-    pub(crate) fn has_firmware(&self, pfn: Pfn) -> bool {
-        let vms = self.vms.lock();
-        let host = self.host.lock();
-        let Ok(Some(Owner::Guest(page))) = host.owner(pfn) else { return false };
-        let at = vms.get(page.handle).and_then(|entry| entry.vm.mmu.lock().firmware_at);
-        host.firmware_for(at, page.gfn, Pages::one(pfn)).is_ok_and(|load| load.is_some())
-    }
-
     /// Before the machine is reset: nobody finds the firmware afterwards.
     ///
     /// # Errors
-    /// `EIO` if the memory is broken.
+    /// `EIO` if some of the memory is broken. The rest is wiped.
     pub(crate) fn wipe_firmware(&self) -> Result<(), Errno> {
         let host = self.host.lock();
-        host.firmware.iter().try_for_each(|pfn| self.machine.zero(pfn))
+        host.firmware.iter().map(|pfn| self.machine.zero(pfn)).fold(Ok(()), Result::and)
     }
 }
 
@@ -91,18 +87,38 @@ impl HostMmu {
     /// Copies it, once the host cannot reach the frames any more.
     ///
     /// # Errors
-    /// `EIO` if the memory is broken: then it is nobody's.
-    pub(crate) fn load(&mut self, load: Option<Load>) -> Result<(), Errno> {
-        let Some(Load { from, to }) = load else { return Ok(()) };
-        let pages = Pages::new(to, from.nr());
+    /// `EIO` if the memory is broken: then the pages are to be [taken back](Self::ungive).
+    pub(crate) fn load(&self, load: Option<Load>) -> Result<(), Errno> {
+        let Some(load) = load else { return Ok(()) };
         let mut page = [0; 4096];
-        let copied = from.iter().zip(pages.iter()).try_for_each(|(from, to)| {
+        load.from.iter().zip(load.pages().iter()).try_for_each(|(from, to)| {
             self.machine().read(from.pa(), &mut page)?;
             self.machine().write(to.pa(), &page)
-        });
-        if copied.is_err() {
-            self.orphans.extend(pages.iter());
+        })
+    }
+
+    /// Pages that a guest was to have are the host's again, without what may have been loaded into them. One that is broken
+    /// stays the guest's by name, and is nobody's.
+    pub(crate) fn ungive(&mut self, to: GuestPage, pages: Pages, load: Option<Load>) {
+        let Some(load) = load else {
+            // Where they were taken from, entries have room.
+            if self.take_back(pages, State::Owned).is_ok() {
+                return;
+            }
+            return self.keep(to, pages);
+        };
+        for (pfn, nth) in pages.iter().zip(0..) {
+            let is_clear = !load.pages().contains(pfn) || self.machine().zero(pfn).is_ok();
+            if !is_clear || self.take_page_back(pfn, State::Owned).is_err() {
+                self.keep(to.after(nth), Pages::one(pfn));
+            }
         }
-        copied
+    }
+
+    fn keep(&mut self, to: GuestPage, pages: Pages) {
+        self.pages.orphan(pages);
+        for (pfn, nth) in pages.iter().zip(0..) {
+            self.spec.step(pfn, SpecPage::Guest(to.after(nth)));
+        }
     }
 }

@@ -25,6 +25,11 @@ const fn bit(id: u64) -> u64 {
     1 << (id & 0x3f)
 }
 
+/// What is asked for: 32 bits, as the calling convention has it. What else the register holds nobody looks at.
+pub(crate) const fn id(x: [u64; 4]) -> u64 {
+    x[0] & 0xffff_ffff
+}
+
 /// What becomes of a guest's call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum GuestAnswer {
@@ -68,7 +73,7 @@ impl El2 {
             }
             let one_page = x[2] == 0 && x[3] == 0 && x[1] % PAGE_BYTES == 0;
             let refused = Err(Errno::EINVAL);
-            Ok(match x[0] {
+            Ok(match id(x) {
                 FEATURES => {
                     let calls = [FEATURES, HYP_MEMINFO, MEM_SHARE, MEM_UNSHARE];
                     let mut features = calls.iter().fold(0, |all, &id| all | bit(id));
@@ -135,7 +140,7 @@ impl El2 {
         }
         let (first, nr_pages) = (Ipa::new(x[1]).gfn(), x[2].max(1));
         let (mut host, mut guest) = (self.host.lock(), loaded.vm.mmu.lock());
-        let result = match x[0] {
+        let result = match id(x) {
             MEM_SHARE => transition::guest_share_run(&mut host, &mut guest, first, nr_pages),
             _ => {
                 transition::guest_unshare_run(self.profile, &mut host, &mut guest, first, nr_pages)

@@ -94,7 +94,7 @@ impl GuestOnly {
         let handle = call(HostCall::ReserveVm, [0; 4])?;
         let kvm = kernel.shared_page(el2)?;
         {
-            let said = el2.machine().host_struct(kvm);
+            let said = el2.host_struct(kvm);
             let mut said = said.lock();
             (said.handle, said.nr_vcpus, said.protected) = (handle, 1, true);
         }
@@ -107,7 +107,7 @@ impl GuestOnly {
         let vcpu = kernel.shared_page(el2)?;
         call(HostCall::InitVcpu, [handle, vcpu, kernel.pages(nr_vcpu_pages()), 0])?;
         call(HostCall::VcpuLoad, [handle, 0, 0, 0])?;
-        let said = el2.machine().host_struct(vcpu);
+        let said = el2.host_struct(vcpu);
         for nth in 0..nr_pages {
             if nth % 512 == 0 {
                 let mut said = said.lock();

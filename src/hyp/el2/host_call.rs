@@ -188,19 +188,6 @@ impl El2 {
         Ok(0)
     }
 
-    /// Does something with the vCPU that a CPU has loaded.
-    ///
-    /// # Errors
-    /// `EINVAL` if it has none; what `act` says.
-    #[cfg(any(test, feature = "oracle"))]
-    pub(crate) fn with_vcpu<T>(
-        &self,
-        cpu: usize,
-        act: impl FnOnce(&mut Loaded) -> Result<T, Errno>,
-    ) -> Result<T, Errno> {
-        self.with_vcpu_on(&mut OnCpu::Number(cpu), act)
-    }
-
     fn with_np_vcpu(
         &self,
         on: &mut OnCpu<'_>,

@@ -118,8 +118,6 @@ pub(crate) struct HostMmu {
     pub(crate) pool: FramePool,
     pub(crate) tlbs: Tlbs,
     pub(crate) spec: Spec,
-    /// Frames that VMs which are gone have kept: given or lent, and never asked back.
-    pub(crate) orphans: Vec<Pfn>,
     /// Whether the pages around one that leaves a block are mapped again at once.
     pub(crate) keeps_siblings: bool,
     /// Where guests' firmware is; none at all if there is none.
@@ -151,7 +149,6 @@ impl HostMmu {
             pool,
             tlbs: Tlbs::new(nr_cpus),
             spec: Spec::default(),
-            orphans: Vec::new(),
             keeps_siblings: false,
             firmware: Pages::new(Pfn::new(0), 0),
         })
@@ -444,7 +441,7 @@ impl HostMmu {
     pub(crate) fn clear(&mut self, pages: Pages) -> Result<(), Errno> {
         let cleared = pages.iter().try_for_each(|pfn| self.machine.zero(pfn));
         if cleared.is_err() {
-            self.orphans.extend(pages.iter());
+            self.pages.orphan(pages);
         }
         cleared
     }

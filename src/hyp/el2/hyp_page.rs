@@ -17,8 +17,9 @@ const HYP_COMPLEMENT: u8 = State::NoPage as u8;
 pub(crate) struct HypPage {
     /// Pins of a page that the host shares with EL2; or devices that use it, in profiles that know.
     pub(crate) nr_pins: u16,
-    /// Upstream's allocator keeps the order of its own pages here.
-    unused: u8,
+    /// How often a VM that is gone has kept it, or it turned out broken; 255 is that or more. Upstream's allocator keeps
+    /// the order of its own pages here.
+    pub(crate) nr_orphaned: u8,
     /// Low: the host's state. High: EL2's, complemented.
     states: u8,
     /// Pages of non-protected guests that the host shares it with.
@@ -109,6 +110,18 @@ impl HypPages {
 
     pub(crate) fn set_hyp(&mut self, pages: Pages, state: State) {
         pages.iter().for_each(|pfn| self.update(pfn, |page| page.set_hyp(state)));
+    }
+
+    /// Nobody will give these back.
+    pub(crate) fn orphan(&mut self, pages: Pages) {
+        for pfn in pages.iter() {
+            self.update(pfn, |page| page.nr_orphaned = page.nr_orphaned.saturating_add(1));
+        }
+    }
+
+    /// Frames that nobody will give back. It takes a look at every record.
+    pub(crate) fn orphans(&self) -> impl Iterator<Item = Pfn> {
+        self.touched().filter(|(_, page)| page.nr_orphaned > 0).map(|(pfn, _)| pfn)
     }
 
     /// The first frame from `pfn` on whose chunk is made, or that lies behind so many that are not.

@@ -5,16 +5,14 @@
 //! is given what it needs, have none: they read as zeroes. So a machine of a TiB is a few numbers.
 //! What the host's kernel says in structures that EL2 reads is kept beside, by address.
 
-use std::collections::HashMap;
 use std::fmt;
 
-use super::host_struct::SharedStruct;
+use super::host_struct::HostStructs;
 use crate::addr::{Pa, Pfn};
 use crate::backing::Arena;
 use crate::error::Errno;
 use crate::geometry::PAGE_BYTES;
 use crate::range::PfnRange;
-use crate::sync::{Arc, SpinMutex as Mutex};
 
 /// The bytes of frames.
 pub(crate) trait FrameBytes: Send + Sync {
@@ -75,7 +73,7 @@ pub(crate) struct Machine {
     /// Ascending, without overlap.
     regions: Vec<Region>,
     bytes: Option<Box<dyn FrameBytes>>,
-    structs: Mutex<HashMap<u64, Arc<SharedStruct>>>,
+    pub(super) structs: HostStructs,
 }
 
 impl fmt::Debug for Machine {
@@ -96,7 +94,7 @@ impl Machine {
         if regions.windows(2).any(overlap) {
             return Err(Errno::EINVAL);
         }
-        Ok(Self { regions, bytes, structs: Mutex::new(HashMap::new()) })
+        Ok(Self { regions, bytes, structs: HostStructs::default() })
     }
 
     pub(crate) fn regions(&self) -> &[Region] {
@@ -210,11 +208,6 @@ impl Machine {
     pub(crate) fn zero(&self, pfn: Pfn) -> Result<(), Errno> {
         let Some((bytes, pfn)) = self.backed(pfn) else { return Ok(()) };
         bytes.zero(PfnRange::new(pfn, 1).map_err(|error| error.errno())?)
-    }
-
-    /// What the host's kernel has at an address, to be read and changed by both.
-    pub(crate) fn host_struct(&self, at: u64) -> Arc<SharedStruct> {
-        Arc::clone(self.structs.lock().entry(at).or_default())
     }
 }
 

@@ -3,11 +3,10 @@
 
 use super::host_mmu::HostMmu;
 use super::hyp_space::HypSpace;
-use super::machine::Machine;
 use super::transition::{donate_host, donate_hyp};
 use super::vm::Vcpu;
 use super::{El2, PIECE, Pages, stretch};
-use crate::addr::Pa;
+use crate::addr::{Pa, Pfn};
 use crate::error::Errno;
 
 impl El2 {
@@ -61,16 +60,12 @@ impl El2 {
     }
 }
 
-/// Gives EL2's pages back, cleared.
-///
-/// # Errors
-/// `EPERM` if they are not EL2's.
-pub(crate) fn give_back(
-    machine: &Machine,
-    host: &mut HostMmu,
-    hyp: &mut HypSpace,
-    pages: Pages,
-) -> Result<(), Errno> {
-    pages.iter().try_for_each(|pfn| machine.zero(pfn))?;
-    donate_host(host, hyp, pages)
+/// Gives a page of EL2's back, cleared. One whose memory is broken stays EL2's for good, and then this is false.
+pub(crate) fn give_back(host: &mut HostMmu, hyp: &mut HypSpace, pfn: Pfn) -> bool {
+    let page = Pages::one(pfn);
+    let is_back = host.machine().zero(pfn).is_ok() && donate_host(host, hyp, page).is_ok();
+    if !is_back {
+        host.pages.orphan(page);
+    }
+    is_back
 }

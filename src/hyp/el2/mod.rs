@@ -9,6 +9,7 @@
 //! | `hyp_space` | what EL2 maps for itself |
 //! | `guest_mmu` | a guest's stage 2 |
 //! | `vm` | VMs and their life, vCPUs, who is loaded where |
+//! | `teardown` | the end of a VM |
 //! | `memcache` | pages that the host gives for a guest's tables |
 //! | `transition` | the ways between states: all checks, in order, then changes that cannot fail |
 //! | `host_call` | the host's hypercalls, by number and raw arguments |
@@ -23,6 +24,7 @@
 //! | `profile` | which version this is |
 //! | `spec` | the states again, in the plainest way |
 //! | `invariants` | what must hold, by name |
+//! | `by_hand` | what hosts that are written for tests and benches have |
 //! | `el2_only` | for benches: a machine of any size without bytes |
 //! | `hostile` | for tests and fuzzers: a host and guests that do anything |
 //! | `modelled` | a small machine, for the loom models |
@@ -32,6 +34,8 @@
 //! Locks are taken in this order: a CPU's own, the VMs' table, the host's, then EL2's or one guest's.
 
 mod access;
+#[cfg(any(test, feature = "oracle"))]
+mod by_hand;
 #[cfg(feature = "oracle")]
 pub mod el2_only;
 mod firmware;
@@ -60,6 +64,7 @@ mod on_cpu;
 mod profile;
 mod spec;
 pub(crate) mod stretch;
+mod teardown;
 #[cfg(test)]
 mod tests;
 mod tlb;
@@ -263,6 +268,8 @@ impl El2 {
         })
     }
 
+    /// For who plays the host's memory.
+    #[cfg(any(test, feature = "oracle"))]
     pub(crate) fn machine(&self) -> &Machine {
         &self.machine
     }

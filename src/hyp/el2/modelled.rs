@@ -156,7 +156,7 @@ impl World {
         let handle = self.call(OnCpu(0), HostCall::ReserveVm, [0; 4])?;
         let kvm = self.shared_page()?;
         {
-            let said = self.el2.machine().host_struct(kvm);
+            let said = self.el2.host_struct(kvm);
             let mut said = said.lock();
             (said.handle, said.nr_vcpus) = (handle, 2);
             said.protected = kind == Kind::Protected;
@@ -168,7 +168,7 @@ impl World {
             let at = self.shared_page()?;
             let list: Vec<_> = (0..4).map(|_| self.pages(1)).collect();
             {
-                let said = self.el2.machine().host_struct(at);
+                let said = self.el2.host_struct(at);
                 let mut said = said.lock();
                 (said.vcpu_idx, said.nr_memcache, said.memcache) = (idx, 4, list);
             }
@@ -246,7 +246,7 @@ impl World {
     /// Lists more pages for the tables of a vCPU.
     pub fn top_up(&self, guest: Guest, idx: Idx) {
         let page = self.pages(1);
-        let said = self.el2.machine().host_struct(guest.vcpus[idx as usize]);
+        let said = self.el2.host_struct(guest.vcpus[idx as usize]);
         let mut said = said.lock();
         said.memcache.push(page);
         said.nr_memcache += 1;

@@ -2,8 +2,6 @@
 //! for a while, as a real CPU is always, and pays for that once.
 
 use super::El2;
-#[cfg(any(test, feature = "oracle"))]
-use super::guest_call::GuestAnswer;
 use super::vm::{Cpu, Loaded};
 use crate::error::Errno;
 
@@ -21,40 +19,7 @@ pub(crate) enum OnCpu<'a> {
     },
 }
 
-/// A CPU that a thread is. Its lock is the first of all, so nothing else may be locked by who enters.
-#[cfg(any(test, feature = "oracle"))]
-#[derive(Debug)]
-pub(crate) struct EnteredCpu<'a> {
-    el2: &'a El2,
-    nr: usize,
-    cpu: crate::sync::SpinGuard<'a, Cpu>,
-}
-
-#[cfg(any(test, feature = "oracle"))]
-impl EnteredCpu<'_> {
-    /// As [`El2::host_call`].
-    #[inline]
-    pub(crate) fn host_call(&mut self, x: [u64; 5]) -> [u64; 2] {
-        self.el2.host_call_on(&mut OnCpu::Entered { nr: self.nr, cpu: &mut self.cpu }, x)
-    }
-
-    /// As [`El2::guest_call`].
-    ///
-    /// # Errors
-    /// The same.
-    #[inline]
-    pub(crate) fn guest_call(&mut self, x: [u64; 4]) -> Result<GuestAnswer, Errno> {
-        self.el2.guest_call_on(&mut OnCpu::Entered { nr: self.nr, cpu: &mut self.cpu }, x)
-    }
-}
-
 impl El2 {
-    /// The calling thread is this CPU until it drops what it gets. `None` for a CPU that the machine has not.
-    #[cfg(any(test, feature = "oracle"))]
-    pub(crate) fn enter(&self, nr: usize) -> Option<EnteredCpu<'_>> {
-        Some(EnteredCpu { el2: self, nr, cpu: self.cpu(nr)? })
-    }
-
     /// Does something with the CPU and its number.
     ///
     /// # Errors

@@ -1,23 +1,21 @@
 //! VMs and their life, vCPUs, and who is loaded where.
 //!
-//! reserved → alive → dying → gone. A vCPU that is loaded lies with its CPU and not in the table, so nobody else can
+//! reserved → alive → dying → gone; how they go is `teardown`'s. A vCPU that is loaded lies with its CPU and not in the table, so nobody else can
 //! load it. Every structure is memory that the host gave and gets back.
 
 use std::collections::BTreeMap;
 
 use super::guest_mmu::GuestMmu;
 use super::host_mmu::HostMmu;
-use super::host_struct::SharedStruct;
+use super::host_struct::{HostStruct, SharedStruct};
 use super::hyp_space::HypSpace;
-use super::incident::Incident;
 use super::memcache::give_back;
 use super::on_cpu::OnCpu;
 use super::transition::{donate_hyp, pin, unpin};
-use super::{El2, PIECE, Pages, stretch};
+use super::{El2, Pages};
 use crate::addr::{Gfn, Ipa, Pa, Pfn};
 use crate::error::Errno;
-use crate::geometry::index;
-use crate::stage2::{Entry, Tree};
+use crate::stage2::Tree;
 use crate::sync::{Arc, SpinMutex as Mutex};
 
 /// The first handle; smaller numbers are none.
@@ -28,9 +26,6 @@ const PAGE: u64 = 4096;
 /// Bytes of EL2's own structures, about as large as upstream's.
 const VM_BYTES: u64 = 6 << 10;
 const VCPU_BYTES: u64 = 10 << 10;
-/// Bytes of the host's structures that EL2 reads.
-const HOST_KVM_BYTES: u64 = 3 << 10;
-const HOST_VCPU_BYTES: u64 = 3 << 10;
 
 /// How many pages EL2 wants for a VM of so many vCPUs, without its root table.
 pub(crate) fn nr_vm_pages(nr_vcpus: u64) -> u64 {
@@ -48,7 +43,7 @@ pub(crate) fn nr_pgd_pages() -> u64 {
 }
 
 /// The pages that a structure at an address lies in.
-fn pages_of(at: u64, bytes: u64) -> Pages {
+pub(super) fn pages_of(at: u64, bytes: u64) -> Pages {
     let last = at.saturating_add(bytes - 1);
     Pages::new(Pa::new(at).pfn(), last / PAGE - at / PAGE + 1)
 }
@@ -80,7 +75,7 @@ pub(crate) struct Vcpu {
     pub(crate) fault: Option<Fault>,
     /// Which TLB of the guest's is this one's.
     pub(crate) tlb: usize,
-    frames: Pages,
+    pub(super) frames: Pages,
 }
 
 /// A VM.
@@ -93,7 +88,7 @@ pub(crate) struct Vm {
 
 /// A vCPU, as the table knows it.
 #[derive(Debug)]
-enum VcpuSlot {
+pub(super) enum VcpuSlot {
     Here(Box<Vcpu>),
     Loaded { cpu: usize },
 }
@@ -106,11 +101,13 @@ pub(crate) struct VmEntry {
     pub(crate) nr_refs: u32,
     pub(crate) dying: bool,
     nr_vcpus: u64,
-    vcpus: BTreeMap<usize, VcpuSlot>,
+    pub(super) vcpus: BTreeMap<usize, VcpuSlot>,
+    /// The host's structure, pinned, and its address.
+    pub(super) host: Arc<SharedStruct>,
     host_kvm: u64,
     /// What the host gave for the VM, and for its root table.
-    frames: Pages,
-    pgd: Pages,
+    pub(super) frames: Pages,
+    pub(super) pgd: Pages,
 }
 
 impl Vcpu {
@@ -121,13 +118,13 @@ impl Vcpu {
 
     /// What is pinned for it.
     pub(crate) fn pinned(&self) -> Pages {
-        pages_of(self.host_at, HOST_VCPU_BYTES)
+        pages_of(self.host_at, HostStruct::BYTES)
     }
 }
 
 impl VmEntry {
     pub(crate) fn pinned(&self) -> Pages {
-        pages_of(self.host_kvm, HOST_KVM_BYTES)
+        pages_of(self.host_kvm, HostStruct::BYTES)
     }
 
     /// vCPUs that no CPU has.
@@ -153,11 +150,13 @@ impl VmEntry {
 }
 
 #[derive(Debug, Default)]
-enum Slot {
+pub(super) enum Slot {
     #[default]
     Free,
     Reserved,
     Live(VmEntry),
+    /// Nobody can name it any more, and what it was made of goes back piece by piece.
+    Ending(VmEntry),
 }
 
 /// All VMs.
@@ -166,28 +165,29 @@ pub(crate) struct VmTable {
     slots: Vec<Slot>,
 }
 
-fn slot_of(handle: u16) -> Option<usize> {
-    handle.checked_sub(FIRST_HANDLE).map(usize::from)
-}
-
 impl VmTable {
     pub(crate) fn get(&self, handle: u16) -> Option<&VmEntry> {
-        match self.slots.get(slot_of(handle)?)? {
+        match self.slots.get(handle.checked_sub(FIRST_HANDLE).map(usize::from)?)? {
             Slot::Live(entry) => Some(entry),
             _ => None,
         }
     }
 
-    fn get_mut(&mut self, handle: u16) -> Option<&mut VmEntry> {
-        match self.slots.get_mut(slot_of(handle)?)? {
+    pub(super) fn slot(&mut self, handle: u16) -> Option<&mut Slot> {
+        self.slots.get_mut(handle.checked_sub(FIRST_HANDLE).map(usize::from)?)
+    }
+
+    pub(super) fn get_mut(&mut self, handle: u16) -> Option<&mut VmEntry> {
+        match self.slot(handle)? {
             Slot::Live(entry) => Some(entry),
             _ => None,
         }
     }
 
+    /// All that EL2 has something for.
     pub(crate) fn live(&self) -> impl Iterator<Item = &VmEntry> {
         self.slots.iter().filter_map(|slot| match slot {
-            Slot::Live(entry) => Some(entry),
+            Slot::Live(entry) | Slot::Ending(entry) => Some(entry),
             _ => None,
         })
     }
@@ -226,7 +226,7 @@ impl El2 {
     /// Gives a handle up that no VM has come for.
     pub(crate) fn unreserve_vm(&self, handle: u16) {
         let mut vms = self.vms.lock();
-        let slot = slot_of(handle).and_then(|at| vms.slots.get_mut(at));
+        let slot = vms.slot(handle);
         if let Some(slot @ Slot::Reserved) = slot {
             *slot = Slot::Free;
         }
@@ -258,14 +258,15 @@ impl El2 {
     /// is no handle; `ENOMEM` for pages that are not the host's to give; `EINVAL` for a handle that is not
     /// reserved.
     pub(crate) fn init_vm(&self, host_kvm: u64, vm_at: u64, pgd_at: u64) -> Result<(), Errno> {
-        let pinned = pages_of(host_kvm, HOST_KVM_BYTES);
+        let pinned = pages_of(host_kvm, HostStruct::BYTES);
         let mut vms = self.vms.lock();
         let mut host = self.host.lock();
         let mut hyp = self.hyp.lock();
         pin(&mut host, &mut hyp, pinned)?;
+        // Where nobody has written there are zeroes.
+        let structure = self.machine.structs.get(host_kvm).unwrap_or_default();
         let (nr_vcpus, handle, protected, firmware_at) = {
-            let said = self.machine.host_struct(host_kvm);
-            let said = said.lock();
+            let said = structure.lock();
             let firmware_at = said.firmware_at.filter(|_| said.protected).map(Ipa::new);
             (said.nr_vcpus, said.handle, said.protected, firmware_at)
         };
@@ -280,7 +281,7 @@ impl El2 {
             given.push(frames);
             let pgd = Self::accept(&mut host, &mut hyp, pgd_at, nr_pgd_pages())?;
             given.push(pgd);
-            let slot = slot_of(handle).and_then(|at| vms.slots.get_mut(at));
+            let slot = vms.slot(handle);
             let Some(slot @ Slot::Reserved) = slot else { return Err(Errno::EINVAL) };
             let mut mmu = GuestMmu::new(handle, pgd.start());
             mmu.firmware_at = firmware_at;
@@ -291,6 +292,7 @@ impl El2 {
                 dying: false,
                 nr_vcpus,
                 vcpus: BTreeMap::new(),
+                host: structure,
                 host_kvm,
                 frames,
                 pgd,
@@ -298,8 +300,8 @@ impl El2 {
             Ok(())
         })();
         if made.is_err() {
-            for pages in given {
-                give_back(&self.machine, &mut host, &mut hyp, pages)?;
+            for pfn in given.iter().flat_map(|pages: &Pages| pages.iter()) {
+                give_back(&mut host, &mut hyp, pfn);
             }
             unpin(&mut host, &mut hyp, pinned);
         }
@@ -316,12 +318,12 @@ impl El2 {
         let mut host = self.host.lock();
         let mut hyp = self.hyp.lock();
         let frames = Self::accept(&mut host, &mut hyp, vcpu_at, nr_vcpu_pages())?;
-        let pinned = pages_of(host_at, HOST_VCPU_BYTES);
+        let pinned = pages_of(host_at, HostStruct::BYTES);
         let made = (|| {
             let entry = vms.get_mut(handle).ok_or(Errno::ENOENT)?;
             pin(&mut host, &mut hyp, pinned).map_err(|_| Errno::EBUSY)?;
-            let said = self.machine.host_struct(host_at);
-            let idx = said.lock().vcpu_idx;
+            let said = self.machine.structs.get(host_at);
+            let idx = said.as_ref().map_or(0, |said| said.lock().vcpu_idx);
             let at = usize::try_from(idx).ok().filter(|at| !entry.vcpus.contains_key(at));
             let Some(idx) = at.filter(|_| idx < entry.nr_vcpus) else {
                 unpin(&mut host, &mut hyp, pinned);
@@ -329,12 +331,16 @@ impl El2 {
             };
             let tlb = entry.vm.mmu.lock().tlbs.add();
             let memcache = Vec::new();
-            let vcpu = Vcpu { idx, host: said, host_at, memcache, fault: None, tlb, frames };
+            // What the host writes there later is read, too.
+            let host = said.unwrap_or_else(|| self.machine.structs.write(host_at));
+            let vcpu = Vcpu { idx, host, host_at, memcache, fault: None, tlb, frames };
             entry.vcpus.insert(idx, VcpuSlot::Here(Box::new(vcpu)));
             Ok(())
         })();
         if made.is_err() {
-            give_back(&self.machine, &mut host, &mut hyp, frames)?;
+            for pfn in frames.iter() {
+                give_back(&mut host, &mut hyp, pfn);
+            }
         }
         made
     }
@@ -397,101 +403,5 @@ impl El2 {
             entry.nr_refs -= 1;
         }
         done
-    }
-
-    /// From here on no vCPU is loaded, and pages can be asked back.
-    ///
-    /// # Errors
-    /// `EINVAL` for no VM, while a vCPU is loaded, and the second time.
-    pub(crate) fn start_teardown(&self, handle: u16) -> Result<(), Errno> {
-        let mut vms = self.vms.lock();
-        let entry = vms.get_mut(handle).ok_or(Errno::EINVAL)?;
-        if entry.nr_refs > 0 || entry.dying {
-            return Err(Errno::EINVAL);
-        }
-        entry.dying = true;
-        // No vCPU runs any more, whatever somebody may still have of one.
-        entry.vm.mmu.lock().tlbs.close();
-        Ok(())
-    }
-
-    /// Ends a VM: what it was made of is cleared and the host's. Pages that the host has not asked back stay where they
-    /// are, for good.
-    ///
-    /// # Errors
-    /// `EINVAL` unless it is dying and nobody uses it.
-    pub(crate) fn finalize_teardown(&self, handle: u16) -> Result<(), Errno> {
-        while self.give_some_tables_back(handle)? {
-            self.vms.give_way();
-            self.host.give_way();
-        }
-        let mut vms = self.vms.lock();
-        let slot = slot_of(handle).and_then(|at| vms.slots.get_mut(at)).ok_or(Errno::EINVAL)?;
-        let entry = match std::mem::take(slot) {
-            Slot::Live(entry) if entry.dying && entry.nr_refs == 0 => entry,
-            other => {
-                *slot = other;
-                return Err(Errno::EINVAL);
-            }
-        };
-        let mut host = self.host.lock();
-        let mut hyp = self.hyp.lock();
-        let mut mmu = entry.vm.mmu.lock();
-        stretch::held_over(mmu.pool.len() as u64);
-        let mut orphans = Vec::new();
-        mmu.tree.visit(|_, level, pte| {
-            if let Entry::Leaf(leaf) = pte.decode(level) {
-                orphans.push(Pages::new(leaf.pfn, GuestMmu::SHAPE.pages_at(level)));
-            }
-        });
-        for pages in orphans {
-            host.orphans.extend(pages.iter());
-            self.incidents.note(Incident::Orphaned);
-        }
-        mmu.dismantle();
-        let mut back: Vec<_> = mmu.pool.drain(..).map(Pages::one).collect();
-        back.extend([entry.pgd, entry.frames]);
-        for slot in entry.vcpus.into_values() {
-            // None is loaded: there are no references.
-            let VcpuSlot::Here(vcpu) = slot else { continue };
-            back.extend(vcpu.memcache.iter().copied().map(Pages::one));
-            back.push(vcpu.frames);
-            unpin(&mut host, &mut hyp, pages_of(vcpu.host_at, HOST_VCPU_BYTES));
-        }
-        let said = self.machine.host_struct(entry.host_kvm);
-        for pages in back {
-            give_back(&self.machine, &mut host, &mut hyp, pages)?;
-            said.lock().returned.extend(pages.iter().map(|pfn| pfn.pa().get()));
-        }
-        unpin(&mut host, &mut hyp, pages_of(entry.host_kvm, HOST_KVM_BYTES));
-        Ok(())
-    }
-
-    /// Gives back what a dying VM has of frames that were tables, or were to be: a piece of them, if there are more than
-    /// that. Whether it did.
-    ///
-    /// # Errors
-    /// As for [`Self::finalize_teardown`].
-    fn give_some_tables_back(&self, handle: u16) -> Result<bool, Errno> {
-        const MOST: usize = index(PIECE);
-        let mut vms = self.vms.lock();
-        let entry = vms.get_mut(handle).filter(|entry| entry.dying && entry.nr_refs == 0);
-        let entry = entry.ok_or(Errno::EINVAL)?;
-        let mut host = self.host.lock();
-        let mut hyp = self.hyp.lock();
-        let mut mmu = entry.vm.mmu.lock();
-        let lists = entry.vcpus.values_mut().filter_map(|slot| match slot {
-            VcpuSlot::Here(vcpu) => Some(&mut vcpu.memcache),
-            VcpuSlot::Loaded { .. } => None,
-        });
-        let mut lists = std::iter::once(&mut mmu.pool).chain(lists);
-        let Some(list) = lists.find(|list| list.len() > MOST) else { return Ok(false) };
-        stretch::held_over(PIECE);
-        let said = self.machine.host_struct(entry.host_kvm);
-        for pfn in list.drain(list.len() - MOST..) {
-            give_back(&self.machine, &mut host, &mut hyp, Pages::one(pfn))?;
-            said.lock().returned.push(pfn.pa().get());
-        }
-        Ok(true)
     }
 }

@@ -40,7 +40,7 @@ pub enum Alias {
     ProcMem,
     /// `vmsplice` into a pipe, and a read of that. There is no way to write.
     Splice,
-    /// The memory's file, by `pread` and `pwrite`.
+    /// The memory's file, by `pread` and `pwrite`; or by `sendfile` into a pipe, and a read of that.
     File,
 }
 
@@ -169,6 +169,32 @@ impl Linux {
         let memory = self.memories.get(place.memory.0).filter(|memory| memory.has_file());
         let memory = memory.ok_or(Errno::EBADF)?;
         Ok(memory.frames.get(index(place.page)).copied().flatten())
+    }
+
+    /// The frame that the process has mapped there, for a device that is told its physical address.
+    fn frame_for_device(&self, place: Place) -> Result<Pa, Errno> {
+        let memory = self.memories.get(place.memory.0).filter(|_| self.has_page(place));
+        let memory = memory.filter(|memory| memory.vma(place.page).is_some());
+        let frame = memory.and_then(|memory| memory.frames[index(place.page)]);
+        frame.map(|pfn| at(pfn, place)).ok_or(Errno::EFAULT)
+    }
+
+    /// A device reads a byte, and asks nobody.
+    ///
+    /// # Errors
+    /// `EFAULT` where the process has no frame.
+    pub fn device_load_u8(&self, place: Place) -> Result<u8, Errno> {
+        let mut byte = [0];
+        self.el2.dma(self.frame_for_device(place)?, Bytes::Load(&mut byte))?;
+        Ok(byte[0])
+    }
+
+    /// The same for a store.
+    ///
+    /// # Errors
+    /// As for [`Self::device_load_u8`].
+    pub fn device_store_u8(&self, place: Place, byte: u8) -> Result<(), Errno> {
+        self.el2.dma(self.frame_for_device(place)?, Bytes::Store(&[byte]))
     }
 
     /// `fork`, and a load of the child. What is the process's alone and pinned is copied for the child at once, by the

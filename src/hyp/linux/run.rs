@@ -94,7 +94,7 @@ impl Linux {
         let vm = self.vcpus[vcpu.0].vm;
         let made = self.make_vm(vm)?;
         let host_at = self.make_vcpu(vcpu, made)?;
-        let idx = self.el2.machine().host_struct(host_at).lock().vcpu_idx;
+        let idx = self.el2.host_struct(host_at).lock().vcpu_idx;
         self.el2.call(CPU, HostCall::VcpuLoad, [made.handle, idx, 0, 0])?;
         let ran = self
             .el2

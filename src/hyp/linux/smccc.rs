@@ -32,15 +32,20 @@ const PSCI_AFFINITY_INFO: u64 = 0xc400_0004;
 const TRNG_VERSION: u64 = 0x8400_0050;
 const KVM_UID: u64 = 0x8600_ff01;
 
+/// Identifiers have 32 bits; what else a register holds is not looked at.
+const fn id(register: u64) -> u64 {
+    register & 0xffff_ffff
+}
+
 /// What KVM says to a call.
 pub(super) fn call_of(x: [u64; 4], is_protected: bool) -> Answer {
-    let value = match x[0] {
+    let value = match id(x[0]) {
         SMCCC_VERSION => 0x1_0001,
         PSCI_VERSION => 0x1_0003,
         PSCI_CPU_OFF => return Answer::Off,
         PSCI_SYSTEM_OFF | PSCI_SYSTEM_RESET => return Answer::Event,
         PSCI_MIGRATE_INFO_TYPE => 2,
-        PSCI_FEATURES if x[1] == PSCI_CPU_SUSPEND => 0,
+        PSCI_FEATURES if id(x[1]) == PSCI_CPU_SUSPEND => 0,
         // Itself, which is on.
         PSCI_AFFINITY_INFO if x[1] == 0 => 0,
         PSCI_AFFINITY_INFO => INVALID_PARAMETERS,

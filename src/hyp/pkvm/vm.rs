@@ -115,7 +115,7 @@ impl VmCore {
     pub(super) fn top_up(&self, nr_tables: u64) -> Result<(), Errno> {
         let loader = self.vcpus.lock().made.first().copied().ok_or(Errno::EINVAL)?;
         let wanted = nr_tables.saturating_add(el2::MIN_MEMCACHE);
-        let list = self.host.el2.machine().host_struct(loader);
+        let list = self.host.el2.host_struct(loader);
         let mut nr = 0;
         while nr < wanted {
             nr = wanted.min(list.nr_memcache().max(nr).saturating_add(PIECE));

@@ -105,6 +105,8 @@ impl Machine {
         let finished = Cmd::new(&context.root, EMULATOR)
             .args(&["-machine", "virt,virtualization=on,gic-version=3", "-cpu", "cortex-a76"])
             .args(&["-smp", "2", "-m", "1024", "-accel", "tcg"])
+            // What a device writes and reads back, of what the agent says.
+            .args(&["-device", "vmcoreinfo"])
             .args(&["-nographic", "-no-reboot", "-nodefaults", "-serial", "stdio"])
             .arg("-kernel")
             .path(&self.kernel)

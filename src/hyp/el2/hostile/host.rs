@@ -112,7 +112,7 @@ impl Host {
         let handle = self.el2.call(0, HostCall::ReserveVm, [0; 4])?;
         let kvm = self.shared_page()?;
         {
-            let said = self.el2.machine().host_struct(kvm);
+            let said = self.el2.host_struct(kvm);
             let mut said = said.lock();
             (said.handle, said.nr_vcpus, said.protected) = (handle, NR_VCPUS, protected);
             said.firmware_at = Some(FIRMWARE_AT << 12);
@@ -124,7 +124,7 @@ impl Host {
         let mut vcpus = [0; 2];
         for (idx, vcpu) in (0..).zip(&mut vcpus) {
             let said_at = self.shared_page()?;
-            let said = self.el2.machine().host_struct(said_at);
+            let said = self.el2.host_struct(said_at);
             said.lock().vcpu_idx = idx;
             said.lock().memcache.clear();
             let at = self.pages(nr_vcpu_pages())?;
@@ -137,7 +137,7 @@ impl Host {
     /// So many more pages on a vCPU's list.
     pub(super) fn top_up(&mut self, vcpu: u64, nr: u64) -> Result<(), Errno> {
         let first = self.pages(nr)?;
-        let said = self.el2.machine().host_struct(vcpu);
+        let said = self.el2.host_struct(vcpu);
         let mut said = said.lock();
         // Those of an earlier list may have gone elsewhere.
         said.memcache = (0..nr).map(|nth| first + (nth << 12)).collect();
@@ -208,7 +208,7 @@ impl Host {
     pub(super) fn list(&self, choices: &mut Choices<'_>, cpu: usize) {
         let at = self.el2.with_vcpu(cpu, |loaded| Ok(loaded.vcpu.host_at));
         let Ok(at) = at else { return };
-        let said = self.el2.machine().host_struct(at);
+        let said = self.el2.host_struct(at);
         let mut said = said.lock();
         said.listed.clear();
         for _ in 0..choices.below(5) {
@@ -222,7 +222,7 @@ impl Host {
     pub(super) fn lie(&self, choices: &mut Choices<'_>) {
         let guest = choices.of(&self.guests);
         let at = choices.of(&[guest.kvm, guest.vcpus[0], guest.vcpus[1]]);
-        let said = self.el2.machine().host_struct(at);
+        let said = self.el2.host_struct(at);
         let mut said = said.lock();
         match choices.below(6) {
             5 => said.firmware_at = choices.of(&[None, Some(0), Some(3 << 12 | 8), Some(!0xfff)]),

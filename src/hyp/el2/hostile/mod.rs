@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 
 use super::access::{Bytes, GuestStop, KernelOutcome};
 use super::guest_call::{
-    FEATURES, GuestAnswer, HYP_MEMINFO, MEM_RELINQUISH, MEM_SHARE, MEM_UNSHARE, NO_POISON,
+    FEATURES, GuestAnswer, HYP_MEMINFO, MEM_RELINQUISH, MEM_SHARE, MEM_UNSHARE, NO_POISON, id,
 };
 use super::host_call::HostCall;
 use super::invariants::trace::{self, Kind, Snapshot};
@@ -128,10 +128,13 @@ impl Host {
     }
 
     fn guest_calls(&self, choices: &mut Choices<'_>, cpu: usize) -> Step {
-        let id = choices.of(&[MEM_SHARE, MEM_UNSHARE, MEM_RELINQUISH, FEATURES, HYP_MEMINFO]);
+        let asked = choices.of(&[MEM_SHARE, MEM_UNSHARE, MEM_RELINQUISH, FEATURES, HYP_MEMINFO]);
         let within = if choices.one_in(8) { 8 } else { 0 };
-        let mut x = [id, self.gfn_of_guest(choices, cpu).wrapping_shl(12) | within, 0, 0];
-        match id {
+        // Nobody looks at the upper half.
+        let above = if choices.one_in(8) { choices.odd() << 32 } else { 0 };
+        let mut x =
+            [asked | above, self.gfn_of_guest(choices, cpu).wrapping_shl(12) | within, 0, 0];
+        match asked {
             MEM_SHARE | MEM_UNSHARE if self.el2.profile.is_android() => {
                 x[2] = choices.of(&[0, 0, 0, 0, 1, 2, 3, 512]);
             }
@@ -148,7 +151,7 @@ impl Host {
             Ok(GuestAnswer::Resume([answer, ..])) if answer > u64::MAX >> 1 => {
                 ("refused", Kind::Refused)
             }
-            Ok(GuestAnswer::Resume(_)) if (x[0], x[3]) == (MEM_RELINQUISH, NO_POISON) => {
+            Ok(GuestAnswer::Resume(_)) if (id(x), x[3]) == (MEM_RELINQUISH, NO_POISON) => {
                 ("Ok, as it was", Kind::GivenUpAsItWas)
             }
             Ok(GuestAnswer::Resume(_)) => ("Ok", Kind::Done),
@@ -158,7 +161,7 @@ impl Host {
             Ok(GuestAnswer::WantsMemory) => ("wants memory", Kind::Refused),
             Err(_) => ("no vCPU", Kind::Refused),
         };
-        Step { what: format!("guest's {id:#x} {how}"), kind }
+        Step { what: format!("guest's {:#x} {how}", id(x)), kind }
     }
 
     fn vcpu_touches(&self, choices: &mut Choices<'_>, cpu: usize, nth: u64) -> Step {

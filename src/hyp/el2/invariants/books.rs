@@ -63,7 +63,7 @@ fn what_is_given_is_booked(view: &View<'_>, books: &Books) -> Vec<String> {
 }
 
 fn nothing_is_left_with_the_dead(view: &View<'_>, _: &Books) -> Vec<String> {
-    view.host.orphans.iter().map(|pfn| format!("{pfn:?} is nobody's any more")).collect()
+    view.host.pages.orphans().map(|pfn| format!("{pfn:?} is nobody's any more")).collect()
 }
 
 fn no_accident_happened(view: &View<'_>, _: &Books) -> Vec<String> {

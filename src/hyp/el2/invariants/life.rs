@@ -6,7 +6,8 @@ use super::super::State;
 use super::View;
 use crate::addr::Pfn;
 
-/// 29: no page stays behind. Everything that EL2 owns is its carve-out or the firmware, or a VM's, a vCPU's, or a table's.
+/// 29: no page stays behind. Everything that EL2 owns is its carve-out or the firmware, or a VM's, a vCPU's, or a table's; or
+/// broken.
 pub(super) fn what_el2_owns_is_used(view: &View<'_>) -> Vec<String> {
     let mut used: BTreeSet<Pfn> = view.carveout.iter().collect();
     used.extend(view.host.firmware.iter());
@@ -22,7 +23,8 @@ pub(super) fn what_el2_owns_is_used(view: &View<'_>) -> Vec<String> {
     used.extend(loaded.flat_map(|loaded| loaded.vcpu.frames()));
     let owned = view.host.pages.touched().filter(|(_, page)| page.hyp() == State::Owned);
     let owned: BTreeSet<_> = owned.map(|(pfn, _)| pfn).collect();
-    let left = owned.difference(&used).map(|pfn| format!("EL2 owns {pfn:?} for nothing"));
+    let left = owned.difference(&used).filter(|&&pfn| !view.is_orphan(pfn));
+    let left = left.map(|pfn| format!("EL2 owns {pfn:?} for nothing"));
     let lost =
         used.difference(&owned).map(|pfn| format!("EL2 uses {pfn:?}, and it is not its own"));
     left.chain(lost).collect()

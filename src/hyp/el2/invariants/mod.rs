@@ -153,7 +153,7 @@ impl El2 {
     /// Rule 31, which is the host's to keep: frames that VMs which are gone have kept.
     #[cfg(test)]
     pub(crate) fn orphans(&self) -> Vec<Pfn> {
-        self.host.lock().orphans.clone()
+        self.host.lock().pages.orphans().collect()
     }
 }
 
@@ -197,7 +197,7 @@ impl View<'_> {
     }
 
     fn is_orphan(&self, pfn: Pfn) -> bool {
-        self.host.orphans.contains(&pfn)
+        self.host.page(pfn).nr_orphaned > 0
     }
 
     /// Frames that are not simply the host's, by any account.

@@ -34,7 +34,7 @@ fn level(world: &World, pfn: u64) -> (Level, bool) {
 }
 
 fn list(world: &World, guest: Guest, entries: &[(u64, u64, u8)]) -> Answer {
-    let said = world.el2.machine().host_struct(guest.vcpus[0]);
+    let said = world.el2.host_struct(guest.vcpus[0]);
     let entry = |&(pfn, gfn, order)| ListedPages { pfn, gfn, order };
     said.lock().listed = entries.iter().map(entry).collect();
     world.call(HostCall::DonateSglistGuest, [0; 4])

@@ -37,6 +37,29 @@ fn calls_answer_exactly() {
 }
 
 #[test]
+fn a_call_is_known_by_32_bits() {
+    const UPPER: u64 = 0xdead_beef << 32;
+    for profile in [Profile::Mainline72, Profile::Android618] {
+        let world = World::with(profile);
+        world.running(true);
+        world.donate(GUEST, 0x10).unwrap();
+        world.store(0x10, b"show").unwrap();
+        let call =
+            |id: u64, gfn: u64| world.el2.guest_call(0, [UPPER | id, gfn << 12, 0, 0]).unwrap();
+        assert!(matches!(call(FEATURES, 0), GuestAnswer::Resume([x0, ..]) if x0 & 0x1d == 0x1d));
+        assert!(matches!(call(HYP_MEMINFO, 0), GuestAnswer::Resume([4096, ..])));
+        assert!(matches!(call(MEM_SHARE, 0x10), GuestAnswer::Resume([0, ..])));
+        assert_eq!(world.user_load(GUEST), Ok(*b"show"));
+        assert!(matches!(call(MEM_UNSHARE, 0x10), GuestAnswer::Resume([0, ..])));
+        assert_eq!(world.user_load(GUEST), Err(Signal::SegvAccerr));
+        // What the host sees is what the guest said.
+        let x = [UPPER | 0x8400_0000, 1, 2, 3];
+        assert_eq!(world.el2.guest_call(0, x), Ok(GuestAnswer::Exit(x)));
+        world.sound();
+    }
+}
+
+#[test]
 pub(super) fn a_share_of_nothing_is_a_fault_first_and_then_made_again() {
     let world = World::new();
     world.running(true);

@@ -25,7 +25,7 @@ pub(super) fn a_vm_is_made_of_what_checks_let_through_in_order() {
     let handle = world.call(HostCall::ReserveVm, [0; 4]).unwrap();
     let kvm = world.page();
     let says = |handle, nr_vcpus| {
-        let said = world.el2.machine().host_struct(kvm);
+        let said = world.el2.host_struct(kvm);
         let mut said = said.lock();
         (said.handle, said.nr_vcpus, said.protected) = (handle, nr_vcpus, true);
     };
@@ -72,7 +72,7 @@ pub(super) fn a_vcpu_is_made_of_what_checks_let_through_in_order() {
     world.call(HostCall::ShareHyp, [at >> 12, 0, 0, 0]).unwrap();
     for idx in [0, 1, 2, u64::MAX] {
         // Taken, or too large.
-        world.el2.machine().host_struct(at).lock().vcpu_idx = idx;
+        world.el2.host_struct(at).lock().vcpu_idx = idx;
         init(guest.handle, at, frames, Errno::EINVAL);
     }
     world.sound();
@@ -134,7 +134,7 @@ pub(super) fn teardown_goes_in_one_order_and_gives_everything_back() {
     world.refused(HostCall::FinalizeTeardownVm, x, Errno::EINVAL);
     world.sound();
     assert_eq!(world.el2.orphans(), []);
-    let said = world.el2.machine().host_struct(guest.kvm);
+    let said = world.el2.host_struct(guest.kvm);
     let returned = said.lock().returned.clone();
     assert!(returned.len() > 40, "tables, metadata, the rest of the memcache: {}", returned.len());
     for page in [guest.kvm, guest.vcpus[0], guest.vcpus[1]] {
@@ -179,7 +179,7 @@ fn the_memcache_takes_what_is_the_hosts_and_nothing_else() {
     let guest = world.vm(true);
     world.load(0, guest, 0);
     let list = |nr, pages: &[u64]| {
-        let said = world.el2.machine().host_struct(guest.vcpus[0]);
+        let said = world.el2.host_struct(guest.vcpus[0]);
         let mut said = said.lock();
         (said.nr_memcache, said.memcache) = (nr, pages.to_vec());
     };
@@ -214,7 +214,7 @@ fn a_page_for_tables_is_cleared_before_it_is_one() {
         world.user_store(GUEST + nth, b"host").unwrap();
     }
     {
-        let said = world.el2.machine().host_struct(guest.vcpus[0]);
+        let said = world.el2.host_struct(guest.vcpus[0]);
         let mut said = said.lock();
         (said.nr_memcache, said.memcache) = (3, (1..4).map(|nth| (GUEST + nth) << 12).collect());
     }

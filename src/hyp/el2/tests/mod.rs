@@ -2,6 +2,7 @@
 
 mod access;
 mod android;
+mod broken;
 mod guest_tlb;
 mod guests;
 mod life;
@@ -15,14 +16,17 @@ mod pvm;
 mod random;
 mod rules;
 mod shares;
+mod structs;
 mod taint;
 mod threads;
+
+use std::collections::BTreeSet;
 
 use super::access::{Bytes, GuestStop, KernelOutcome, Signal};
 use super::guest_call::{GuestAnswer, MEM_SHARE, MEM_UNSHARE};
 use super::host_call::HostCall;
 use super::invariants::trace::{Snapshot, frame_bytes};
-use super::machine::{Machine, Region, RegionKind};
+use super::machine::{FrameBytes, Machine, Region, RegionKind};
 use super::profile::Profile;
 use super::vm::{nr_pgd_pages, nr_vcpu_pages, nr_vm_pages};
 use super::{El2, Pages, State};
@@ -30,7 +34,7 @@ use crate::addr::{Gfn, Ipa, Pa, Pfn};
 use crate::backing::Arena;
 use crate::error::Errno;
 use crate::range::PfnRange;
-use crate::sync::Mutex;
+use crate::sync::{Arc, Mutex};
 
 /// The kernel's own memory, without bytes; its end is the carve-out.
 pub(super) const KERNEL: u64 = 0x1000;
@@ -56,6 +60,40 @@ type Answer = Result<u64, Errno>;
 pub(super) struct World {
     pub(super) el2: El2,
     free: Mutex<Vec<u64>>,
+    /// Frames whose memory is broken.
+    broken: Arc<Mutex<BTreeSet<u64>>>,
+}
+
+/// Memory that breaks.
+struct Memory {
+    arena: std::sync::Arc<Arena>,
+    broken: Arc<Mutex<BTreeSet<u64>>>,
+}
+
+impl Memory {
+    fn check(&self, pfn: Pfn) -> Result<(), Errno> {
+        // The kernel's lies behind the guests' in the arena.
+        let nth = pfn.get();
+        let pfn = if nth < NR_GUEST { GUEST + nth } else { KERNEL + nth - NR_GUEST };
+        if self.broken.lock().contains(&pfn) { Err(Errno::EIO) } else { Ok(()) }
+    }
+}
+
+impl FrameBytes for Memory {
+    fn read(&self, at: Pa, buf: &mut [u8]) -> Result<(), Errno> {
+        self.check(at.pfn())?;
+        FrameBytes::read(&self.arena, at, buf)
+    }
+
+    fn write(&self, at: Pa, buf: &[u8]) -> Result<(), Errno> {
+        self.check(at.pfn())?;
+        FrameBytes::write(&self.arena, at, buf)
+    }
+
+    fn zero(&self, frames: PfnRange) -> Result<(), Errno> {
+        self.check(frames.start())?;
+        FrameBytes::zero(&self.arena, frames)
+    }
 }
 
 /// A VM that the kernel knows: its handle, and where the structures are.
@@ -97,11 +135,18 @@ impl World {
         ];
         let nr_arena = if kernel_has_bytes { NR_GUEST + NR_KERNEL } else { NR_GUEST };
         let arena = Arena::heap(nr_arena).unwrap();
-        let machine = Machine::new(regions, Some(Box::new(arena))).unwrap();
+        let broken = Arc::new(Mutex::new(BTreeSet::new()));
+        let memory = Memory { arena, broken: Arc::clone(&broken) };
+        let machine = Machine::new(regions, Some(Box::new(memory))).unwrap();
         let carveout = Pages::new(Pfn::new(KERNEL + NR_KERNEL - nr), nr);
         let el2 = El2::boot(profile, machine, carveout, NR_CPUS).unwrap();
         let free = Mutex::new((KERNEL..SPARE).rev().collect());
-        Self { el2, free }
+        Self { el2, free, broken }
+    }
+
+    /// From here on nothing is read from that frame or written to it.
+    pub(super) fn break_frame(&self, pfn: u64) {
+        self.broken.lock().insert(pfn);
     }
 
     pub(super) fn call(&self, call: HostCall, x: [u64; 4]) -> Answer {
@@ -178,7 +223,7 @@ impl World {
         let handle = self.call(HostCall::ReserveVm, [0; 4]).unwrap();
         let kvm = self.shared_page();
         {
-            let said = self.el2.machine().host_struct(kvm);
+            let said = self.el2.host_struct(kvm);
             let mut said = said.lock();
             (said.handle, said.nr_vcpus, said.protected) = (handle, 2, protected);
             said.firmware_at = firmware_at;
@@ -188,7 +233,7 @@ impl World {
         self.call(HostCall::InitVm, [kvm, vm_at, pgd_at, 0]).unwrap();
         let vcpus = [0, 1].map(|idx| {
             let at = self.shared_page();
-            self.el2.machine().host_struct(at).lock().vcpu_idx = idx;
+            self.el2.host_struct(at).lock().vcpu_idx = idx;
             self.call(HostCall::InitVcpu, [handle, at, self.pages(nr_vcpu_pages()), 0]).unwrap();
             at
         });
@@ -214,7 +259,7 @@ impl World {
     /// So many pages on the vCPU's list.
     pub(super) fn top_up(&self, guest: Guest, idx: usize, nr: u64) {
         let pages: Vec<_> = (0..nr).map(|_| self.page()).collect();
-        let said = self.el2.machine().host_struct(guest.vcpus[idx]);
+        let said = self.el2.host_struct(guest.vcpus[idx]);
         let mut said = said.lock();
         said.memcache.extend(pages);
         said.nr_memcache = said.memcache.len() as u64;

@@ -184,7 +184,7 @@ impl Play {
         let Some((vm, idx)) = self.loaded[cpu] else { return };
         let nr = self.world.el2.with_vcpu(cpu, |loaded| Ok(loaded.vcpu.memcache.len() as u64));
         if nr.unwrap_or(NR_MEMCACHE) < 6 {
-            let said = self.world.el2.machine().host_struct(self.guests[vm].vcpus[idx as usize]);
+            let said = self.world.el2.host_struct(self.guests[vm].vcpus[idx as usize]);
             let missing = NR_MEMCACHE - said.lock().memcache.len() as u64;
             self.world.top_up(self.guests[vm], idx as usize, missing);
         }
@@ -378,7 +378,7 @@ impl Play {
     ) -> (Wanted, Option<Wanted>, Kind) {
         let vm = self.vm_on(cpu);
         if let Some((vm, idx)) = self.loaded[cpu] {
-            let said = self.world.el2.machine().host_struct(self.guests[vm].vcpus[idx as usize]);
+            let said = self.world.el2.host_struct(self.guests[vm].vcpus[idx as usize]);
             let entry = |&(pfn, gfn, nr): &(u64, u64, u64)| ListedPages {
                 pfn,
                 gfn,
@@ -435,12 +435,11 @@ impl Play {
     fn end(&mut self, vm: usize) -> Wanted {
         let Guest { handle, kvm, vcpus } = self.guests[vm];
         self.call(0, HostCall::FinalizeTeardownVm, [handle, 0, 0, 0])?;
-        let machine = self.world.el2.machine();
-        let mut back = std::mem::take(&mut machine.host_struct(kvm).lock().returned);
+        let el2 = &self.world.el2;
+        let mut back = std::mem::take(&mut el2.host_struct(kvm).lock().returned);
         for at in [kvm, vcpus[0], vcpus[1]] {
+            back.append(&mut el2.host_struct(at).lock().memcache);
             self.call(0, HostCall::UnshareHyp, [at >> 12, 0, 0, 0])?;
-            back.append(&mut machine.host_struct(at).lock().memcache);
-            *machine.host_struct(at).lock() = Default::default();
             back.push(at);
         }
         self.world.free.lock().extend(back.into_iter().map(|at| at >> 12));

@@ -18,9 +18,9 @@ pub(super) fn donation_checks_the_list_then_the_host_then_the_guest_then_the_tab
     let guest = world.vm(true);
     world.load(0, guest, 0);
     // The list says more than it has, and the frame is no memory: the list comes first.
-    world.el2.machine().host_struct(guest.vcpus[0]).lock().nr_memcache = 1;
+    world.el2.host_struct(guest.vcpus[0]).lock().nr_memcache = 1;
     assert_eq!(world.donate(DEVICE, 1 << 40), Err(Errno::ENOMEM));
-    world.el2.machine().host_struct(guest.vcpus[0]).lock().nr_memcache = 0;
+    world.el2.host_struct(guest.vcpus[0]).lock().nr_memcache = 0;
     // No frames for tables; before that, the host's side and the guest's.
     for pfn in [DEVICE, NO_MAP, CARVEOUT, guest.kvm >> 12, guest.vcpus[1] >> 12] {
         world.refused(HostCall::DonateGuest, [pfn, 1 << 40, 0, 0], Errno::EPERM);

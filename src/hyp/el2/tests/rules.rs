@@ -217,7 +217,7 @@ fn every_rule_of_the_hosts_says_when_it_is_broken() {
                 books = self::books(&scene);
                 books.given.insert(page, Pfn::new(PLAIN));
             }
-            "31" => scene.world.el2.host.lock().orphans.push(Pfn::new(PRIVATE)),
+            "31" => scene.world.el2.host.lock().pages.orphan(Pages::one(Pfn::new(PRIVATE))),
             "40" => books.borrowed.push(Pfn::new(PRIVATE)),
             _ => panic!("nothing breaks {name}"),
         }

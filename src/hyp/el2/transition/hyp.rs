@@ -38,6 +38,8 @@ pub(crate) fn unshare_hyp(host: &mut HostMmu, pfn: Pfn) -> Result<(), Errno> {
     }
     host.pages.set_hyp(page, State::NoPage);
     host.pages.set_host(page, State::Owned);
+    // EL2 reads nothing there any more.
+    host.machine().structs.forget(page);
     host.spec.step(pfn, SpecPage::Host);
     touched(host, page);
     Ok(())
@@ -48,7 +50,6 @@ pub(crate) fn unshare_hyp(host: &mut HostMmu, pfn: Pfn) -> Result<(), Errno> {
 ///
 /// # Errors
 /// `EINVAL` or `EPERM` for what is no memory; `EPERM` for what is not the host's alone; `EBUSY` for too many devices.
-#[cfg(any(test, feature = "oracle"))]
 pub(crate) fn use_dma(host: &mut HostMmu, pages: Pages) -> Result<(), Errno> {
     host.check_state(pages, State::Owned)?;
     if pages.iter().any(|pfn| host.page(pfn).nr_pins == u16::MAX) {
@@ -62,7 +63,6 @@ pub(crate) fn use_dma(host: &mut HostMmu, pages: Pages) -> Result<(), Errno> {
 ///
 /// # Errors
 /// `EINVAL` or `EPERM` for what is no memory; `EINVAL` if no device used one of them.
-#[cfg(any(test, feature = "oracle"))]
 pub(crate) fn unuse_dma(host: &mut HostMmu, pages: Pages) -> Result<(), Errno> {
     host.machine().check_allowed(pages.start(), pages.nr())?;
     if pages.iter().any(|pfn| !host.page(pfn).is_for_dma()) {

@@ -2,12 +2,13 @@
 
 use std::collections::BTreeSet;
 
+use super::super::Pages;
+use super::super::firmware::Load;
 use super::super::guest_mmu::GuestMmu;
 use super::super::host_mmu::{HostMmu, Owner};
 use super::super::host_struct::ListedPages;
 use super::super::profile::Profile;
 use super::super::spec::SpecPage;
-use super::super::{Pages, State};
 use super::np::NpRange;
 use super::{check_given, frame, guest_frame, touched};
 use crate::addr::{Gfn, Pfn};
@@ -20,6 +21,8 @@ struct Gift {
     pages: Pages,
     gfn: Gfn,
     level: Level,
+    /// What of the guest's firmware goes there.
+    load: Option<Load>,
 }
 
 impl Gift {
@@ -28,7 +31,7 @@ impl Gift {
         let pages = Pages::checked(listed.pfn, nr_pages)?;
         let range = NpRange::new(guest_frame(listed.gfn), nr_pages)?;
         match frame(listed.pfn).get() % nr_pages {
-            0 => Ok(Self { pages, gfn: range.gfn, level: range.level() }),
+            0 => Ok(Self { pages, gfn: range.gfn, level: range.level(), load: None }),
             _ => Err(Errno::EINVAL),
         }
     }
@@ -62,7 +65,8 @@ impl Missing {
 /// `EINVAL` for an empty list; of the first entry that is not as it should be: `EINVAL` for frames that no address
 /// reaches, for an order that is neither a page's nor a block's, and for what is misaligned; as for
 /// [`donate_guest`](super::donate_guest) for the host's side and the guest's; `ENOMEMHOSTS2`; then `ENOMEM` for a
-/// memcache with less than all of it needs.
+/// memcache with less than all of it needs; `EIO` if memory that a firmware is in or goes to is broken, and what is broken does
+/// not go back.
 pub(crate) fn donate_list(
     profile: Profile,
     host: &mut HostMmu,
@@ -71,21 +75,27 @@ pub(crate) fn donate_list(
     list: &[ListedPages],
 ) -> Result<(), Errno> {
     let mut gifts = Vec::new();
+    let mut nr_loaded = 0;
     let taken = take(profile, host, guest, list, &mut gifts)
-        .and_then(|missing| guest.reserve(missing.0.len() as u64, memcache));
+        .and_then(|missing| guest.reserve(missing.0.len() as u64, memcache))
+        .and_then(|()| {
+            gifts.iter().try_for_each(|gift| {
+                nr_loaded += 1;
+                host.load(gift.load)
+            })
+        });
     if let Err(errno) = taken {
-        for gift in gifts {
-            // Where it was taken from, entries have room.
-            host.take_back(gift.pages, State::Owned)?;
+        for (gift, nth) in gifts.iter().zip(0..) {
+            // Where nothing was loaded the host's bytes are still there.
+            let load = gift.load.filter(|_| nth < nr_loaded);
+            host.ungive(guest.at(gift.gfn), gift.pages, load);
         }
         return Err(errno);
     }
     for gift in gifts {
-        let load = host.firmware_for(guest.firmware_at, gift.gfn, gift.pages)?;
         for (pfn, nth) in gift.pages.iter().zip(0..) {
             host.spec.step(pfn, SpecPage::Guest(guest.at(gift.gfn).after(nth)));
         }
-        host.load(load)?;
         let leaf = Leaf { pfn: gift.pages.start(), prot: Prot::RWX, state: PageState::Owned };
         guest.map(gift.gfn, gift.level, leaf, memcache)?;
         touched(host, gift.pages);
@@ -105,13 +115,13 @@ fn take(
         return Err(Errno::EINVAL);
     }
     for &listed in list {
-        let gift = Gift::new(listed)?;
+        let mut gift = Gift::new(listed)?;
         check_given(profile, host, gift.pages)?;
         guest.vacancy(gift.gfn, gift.level)?;
         if gifts.iter().any(|other| other.overlaps(&gift)) {
             return Err(Errno::EPERM);
         }
-        host.firmware_for(guest.firmware_at, gift.gfn, gift.pages)?;
+        gift.load = host.firmware_for(guest.firmware_at, gift.gfn, gift.pages)?;
         missing.add(guest, &gift)?;
         let owner = Owner::Guest(guest.at(gift.gfn));
         let given = host.give(gift.pages, owner, Level::PAGE);

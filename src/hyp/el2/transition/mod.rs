@@ -22,9 +22,9 @@ mod reclaim;
 mod run;
 
 pub(crate) use ffa::Ffa;
-pub(crate) use hyp::{donate_host, donate_hyp, pin, share_hyp, unpin, unshare_hyp};
-#[cfg(any(test, feature = "oracle"))]
-pub(crate) use hyp::{unuse_dma, use_dma};
+pub(crate) use hyp::{
+    donate_host, donate_hyp, pin, share_hyp, unpin, unshare_hyp, unuse_dma, use_dma,
+};
 pub(crate) use list::donate_list;
 pub(crate) use np::{
     Age, NpRange, make_young, relax, share_guest, test_young, unshare_guest, wrprotect,

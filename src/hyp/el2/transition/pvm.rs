@@ -19,7 +19,8 @@ use crate::stage2::{Leaf, Level, PageState, Prot};
 /// for what is no memory; `EPERM` unless they are the host's alone; `EINVAL` while a device uses them;
 /// `ERANGE` or `EPERM` unless the guest has nothing there, not even a destroyed page; `ENOMEM` for a
 /// memcache with less than a page may need; `EINVAL` for a firmware that begins within a page; `ENOMEM` or
-/// `ENOMEMHOSTS2` without tables for the host.
+/// `ENOMEMHOSTS2` without tables for the host; `EIO` if memory that its firmware is in or goes to is broken: then all but
+/// what is broken is the host's again.
 pub(crate) fn donate_guest(
     profile: Profile,
     host: &mut HostMmu,
@@ -45,10 +46,13 @@ pub(crate) fn donate_guest(
         host.give(pages, Owner::Guest(guest.at(gfn)), annotated)
     };
     given.map_err(|errno| profile.host_tables_short(errno))?;
+    if let Err(errno) = host.load(load) {
+        host.ungive(guest.at(gfn), pages, load);
+        return Err(errno);
+    }
     for (pfn, nth) in pages.iter().zip(0..) {
         host.spec.step(pfn, SpecPage::Guest(guest.at(gfn).after(nth)));
     }
-    host.load(load)?;
     let leaf = Leaf { pfn, prot: Prot::RWX, state: PageState::Owned };
     guest.fill(gfn, vacancy, level, leaf, memcache)?;
     touched(host, pages);
