@@ -21,7 +21,7 @@ pub use errno::Errno;
 pub use generate::{Seed, generate};
 pub use name::{Ipa, Name, PAGE_SIZE, Pages, Place, VcpuName};
 pub use observation::{Observation, Signal};
-pub use scenario::{Expectation, Line, Misread, Scenario, parse};
+pub use scenario::{Expectation, Line, Misread, Scenario, parse, parse_as};
 pub use step::{
     Backing, COMMAND, GuestAct, HUGE_PAGES, HostAct, MEM_SHARE, MEM_UNSHARE, MEMORY_PAGES_MAX,
     PROGRAM, PROGRAM_SLOT, Size, SlotFlags, Step, VmKind,

@@ -1,37 +1,38 @@
 //! Files of scenarios.
 
 use std::fmt;
+use std::str::FromStr;
 
 use crate::observation::Observation;
 use crate::step::Step;
 
 /// What a line says that its step shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Expectation {
+pub enum Expectation<O = Observation> {
     /// `-> this`; without an arrow, `ok`.
-    Seen(Observation),
+    Seen(O),
     /// `-> ?`: it is not known. For scenarios that a generator made.
     Unknown,
 }
 
 /// One step of a scenario.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Line {
+pub struct Line<S = Step, O = Observation> {
     /// Its line in the file, counted from 1.
     pub number: usize,
     /// What is done.
-    pub step: Step,
+    pub step: S,
     /// What is seen.
-    pub expected: Expectation,
+    pub expected: Expectation<O>,
 }
 
 /// Steps from nothing to the end of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Scenario {
+pub struct Scenario<S = Step, O = Observation> {
     /// Unlike all others.
     pub name: String,
     /// Its steps, in order.
-    pub lines: Vec<Line>,
+    pub lines: Vec<Line<S, O>>,
 }
 
 /// A line that cannot be read.
@@ -82,6 +83,18 @@ struct Draft<'a> {
 /// The first line that is no step, no expectation and no heading; a name that comes twice; a
 /// scenario without a step.
 pub fn parse(text: &str) -> Result<Vec<Scenario>, Misread> {
+    parse_as(text)
+}
+
+/// Reads all scenarios of a file whose steps, or what they show, are in another language.
+///
+/// # Errors
+/// As for [`parse`].
+pub fn parse_as<S, O>(text: &str) -> Result<Vec<Scenario<S, O>>, Misread>
+where
+    S: FromStr<Err = String>,
+    O: FromStr<Err = String>,
+{
     let mut drafts: Vec<Draft<'_>> = Vec::new();
     for (at, line) in text.lines().enumerate() {
         let number = at + 1;
@@ -98,7 +111,7 @@ pub fn parse(text: &str) -> Result<Vec<Scenario>, Misread> {
             },
         }
     }
-    let mut scenarios: Vec<Scenario> = Vec::new();
+    let mut scenarios: Vec<Scenario<S, O>> = Vec::new();
     for draft in &drafts {
         for scenario in expand(draft)? {
             if scenarios.iter().any(|other| other.name == scenario.name) {
@@ -128,7 +141,11 @@ fn draft(line: usize, heading: &str) -> Result<Draft<'_>, String> {
     Ok(Draft { line, name, variants, steps: Vec::new() })
 }
 
-fn expand(draft: &Draft<'_>) -> Result<Vec<Scenario>, Misread> {
+fn expand<S, O>(draft: &Draft<'_>) -> Result<Vec<Scenario<S, O>>, Misread>
+where
+    S: FromStr<Err = String>,
+    O: FromStr<Err = String>,
+{
     if draft.steps.is_empty() {
         return Err(Misread { line: draft.line, why: "a scenario without a step".into() });
     }
@@ -148,10 +165,14 @@ fn expand(draft: &Draft<'_>) -> Result<Vec<Scenario>, Misread> {
     draft.variants.iter().map(variant).collect()
 }
 
-fn read_line(number: usize, text: &str) -> Result<Line, Misread> {
+fn read_line<S, O>(number: usize, text: &str) -> Result<Line<S, O>, Misread>
+where
+    S: FromStr<Err = String>,
+    O: FromStr<Err = String>,
+{
     let misread = |why: String| Misread { line: number, why };
     let (step, expected) = match text.split_once("->") {
-        None => (text, Expectation::Seen(Observation::Ok)),
+        None => (text, Expectation::Seen("ok".parse().map_err(misread)?)),
         Some((step, expected)) => match expected.trim() {
             "?" => (step, Expectation::Unknown),
             seen => (step, Expectation::Seen(seen.parse().map_err(misread)?)),

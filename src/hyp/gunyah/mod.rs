@@ -16,6 +16,7 @@
 //! | `touch` | who touches bytes, and what becomes of that |
 //! | `spec` | owners and mappings again, in the plainest way |
 //! | `invariants` | what must hold, by name |
+//! | `scenarios` | for tests: files that say what hosts and guests do, and what that shows |
 //! | `hostile` | for tests: VMs that do anything |
 //! | `error` | both parts' answers |
 //!
@@ -37,6 +38,8 @@ mod invariants;
 mod machine;
 mod memdb;
 mod rm;
+#[cfg(test)]
+mod scenarios;
 mod spec;
 #[cfg(test)]
 mod tests;

@@ -101,20 +101,28 @@ impl Guest {
             gunyah.with(|world| world.reclaim_image(handle, page))?;
             return Err(errno);
         }
-        let guest =
-            Self { gunyah: Arc::clone(gunyah), vmid, resources: started?, book: Book::default() };
+        let guest = Self {
+            gunyah: Arc::clone(gunyah),
+            vmid: Some(vmid),
+            resources: started?,
+            book: Book::default(),
+        };
         gunyah.with(|world| world.reclaim_image(handle, page))?;
         Ok(guest)
     }
 
-    /// Its number.
-    pub(crate) fn vmid(&self) -> Vmid {
+    /// Its number. `None` when it is gone.
+    pub(crate) fn vmid(&self) -> Option<Vmid> {
         self.vmid
+    }
+
+    fn alive(&self) -> Result<Vmid, Errno> {
+        self.vmid.ok_or(Errno::EINVAL)
     }
 
     /// How far it has come. `None` when it is gone.
     pub(crate) fn state(&self) -> Option<VmState> {
-        self.gunyah.world.read().state(self.vmid)
+        self.gunyah.world.read().state(self.vmid?)
     }
 
     /// Halts it, or lets it go on.
@@ -122,7 +130,8 @@ impl Guest {
     /// # Errors
     /// `EINVAL` unless it runs, or is halted.
     pub(crate) fn pause(&self, pause: bool) -> Result<(), Errno> {
-        Ok(self.gunyah.with(|world| world.rm.pause_vm(Vmid::HLOS, self.vmid, pause))?)
+        let vmid = self.alive()?;
+        Ok(self.gunyah.with(|world| world.rm.pause_vm(Vmid::HLOS, vmid, pause))?)
     }
 
     /// It runs no more.
@@ -130,16 +139,17 @@ impl Guest {
     /// # Errors
     /// `EINVAL` if it does not run.
     pub(crate) fn stop(&self) -> Result<(), Errno> {
-        Ok(self.gunyah.with(|world| world.rm.stop_vm(Vmid::HLOS, self.vmid))?)
+        let vmid = self.alive()?;
+        Ok(self.gunyah.with(|world| world.rm.stop_vm(Vmid::HLOS, vmid))?)
     }
 
-    /// Ends it: takes all memory back, what was lent cleared, and has it taken apart.
+    /// Has it taken apart: it stops, all memory comes back, what was lent cleared, and then the rest goes.
     ///
     /// # Errors
-    /// `EINVAL` if it is gone already; `ENOMEM`, and it may be tried again.
-    pub(crate) fn teardown(&mut self) -> Result<(), Errno> {
+    /// `EINVAL` if it is taken apart, or gone; `ENOMEM`, and it may be tried again.
+    pub(crate) fn reset(&mut self) -> Result<(), Errno> {
         match self.state() {
-            None => return Err(Errno::EINVAL),
+            None | Some(VmState::Reset) => return Err(Errno::EINVAL),
             Some(VmState::Running | VmState::Paused) => self.stop()?,
             Some(_) => {}
         }
@@ -150,7 +160,20 @@ impl Guest {
             }
             self.reclaim(&batch, Contents::Clear)?;
         }
-        end(&self.gunyah, self.vmid)
+        reset(&self.gunyah, self.alive()?)
+    }
+
+    /// Ends it, if it is not taken apart yet, and forgets it.
+    ///
+    /// # Errors
+    /// `EINVAL` if it is gone already; `ENOMEM`, and it may be tried again.
+    pub(crate) fn teardown(&mut self) -> Result<(), Errno> {
+        if self.state() != Some(VmState::Reset) {
+            self.reset()?;
+        }
+        forget(&self.gunyah, self.alive()?)?;
+        self.vmid = None;
+        Ok(())
     }
 }
 
@@ -161,21 +184,26 @@ impl Drop for Guest {
     }
 }
 
-/// Takes a VM apart, and forgets it.
+/// Ends a VM that could not be started.
 fn end(gunyah: &Gunyah, vmid: Vmid) -> Result<(), Errno> {
-    let state = gunyah.with(|world| world.state(vmid));
-    if matches!(state, Some(VmState::Running | VmState::Paused)) {
-        gunyah.with(|world| world.rm.stop_vm(Vmid::HLOS, vmid))?;
-    }
-    let is_to_reset =
-        matches!(state, Some(state) if !matches!(state, VmState::Load | VmState::Reset));
-    if is_to_reset && state != Some(VmState::Resetting) {
-        gunyah.with(|world| world.rm.reset_vm(Vmid::HLOS, vmid))?;
-    }
-    if is_to_reset {
-        while gunyah.with(|World { hyp, rm, .. }| rm.reset_step(hyp, vmid))? {}
+    match gunyah.with(|world| world.state(vmid)) {
+        Some(VmState::Load) => {}
+        Some(VmState::Running) => {
+            gunyah.with(|world| world.rm.stop_vm(Vmid::HLOS, vmid))?;
+            reset(gunyah, vmid)?;
+        }
+        _ => reset(gunyah, vmid)?,
     }
     forget(gunyah, vmid)
+}
+
+/// Takes a VM apart, or goes on with that.
+fn reset(gunyah: &Gunyah, vmid: Vmid) -> Result<(), Errno> {
+    if gunyah.with(|world| world.state(vmid)) != Some(VmState::Resetting) {
+        gunyah.with(|world| world.rm.reset_vm(Vmid::HLOS, vmid))?;
+    }
+    while gunyah.with(|World { hyp, rm, .. }| rm.reset_step(hyp, vmid))? {}
+    Ok(())
 }
 
 fn forget(gunyah: &Gunyah, vmid: Vmid) -> Result<(), Errno> {

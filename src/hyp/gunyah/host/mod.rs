@@ -9,6 +9,7 @@
 //! | `pieces` | ranges in steps of at most 2 MiB |
 //! | `given` | what a guest was given |
 //! | `kernel` | what the host itself has of frames: direct map, mappings of user space, pins |
+//! | `process` | for tests: a VMM's process, with the kernel's guest_memfd of its time |
 //! | `calls` | hypercalls with capabilities; messages; errnos |
 //!
 //! A [`Guest`] is used by one thread at a time. Its operations are all or nothing over all of their ranges, and let go of
@@ -21,6 +22,8 @@ pub(super) mod kernel;
 mod life;
 mod machine;
 mod pieces;
+#[cfg(test)]
+pub(super) mod process;
 mod provide;
 #[cfg(test)]
 pub(super) mod tests;
@@ -38,7 +41,8 @@ pub(crate) use self::provide::Contents;
 #[derive(Debug)]
 pub(crate) struct Guest {
     gunyah: Arc<Gunyah>,
-    vmid: Vmid,
+    /// Its number; `None` when it is gone, and the number may be another's.
+    vmid: Option<Vmid>,
     resources: Resources,
     book: Book,
 }

@@ -91,3 +91,42 @@ pub(super) fn check(runs: &[GuestRun], gfn_limit: Gfn, pfn_limit: Pfn) -> Result
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::given::Side;
+    use super::*;
+
+    fn part(gfn: u64, pfn: u64, nr_pages: u64) -> Given {
+        let run = GuestRun { gfn: Gfn::new(gfn), pfn: Pfn::new(pfn), nr_pages };
+        Given { run, side: Side::Lent, writes: true }
+    }
+
+    #[test]
+    fn no_piece_is_more_than_a_block_of_the_guests() {
+        let parts = [part(0x1f0, 7, 0x20), part(0x400, 0x1000, 0x600), part(0x3ff, 3, 1)];
+        let cut: Vec<_> =
+            pieces(&parts).map(|piece| (piece.gfn.get(), piece.pfn.get(), piece.nr)).collect();
+        assert_eq!(
+            cut,
+            [
+                (0x1f0, 7, 0x10),
+                (0x200, 0x17, 0x10),
+                (0x400, 0x1000, 0x200),
+                (0x600, 0x1200, 0x200),
+                (0x800, 0x1400, 0x200),
+                (0x3ff, 3, 1)
+            ]
+        );
+    }
+
+    #[test]
+    fn tables_are_counted_once_where_parts_follow_each_other() {
+        // Three levels for either side.
+        assert_eq!(nr_tables(&[part(0, 0, 1)]), 6);
+        assert_eq!(nr_tables(&[part(0, 0, 1), part(1, 9, 1), part(2, 5, 1)]), 6);
+        assert_eq!(nr_tables(&[part(0x1ff, 0, 2)]), 7);
+        assert_eq!(nr_tables(&[part(0, 0, 1), part(0x200, 1, 1), part(0, 2, 1)]), 8);
+        assert_eq!(nr_tables(&[part(0, 0, 1 << 18)]), 2 * (512 + 1 + 1));
+    }
+}

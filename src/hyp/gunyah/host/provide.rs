@@ -315,9 +315,8 @@ fn partition(parts: &mut [Given]) -> usize {
 impl Guest {
     pub(crate) fn check(&self) -> Vec<String> {
         let world = self.gunyah.world.read();
-        let Some((home, paging)) =
-            world.rm.vms.get(&self.vmid).and_then(|vm| vm.home.zip(vm.paging))
-        else {
+        let vm = self.vmid.and_then(|vmid| world.rm.vms.get(&vmid));
+        let Some((home, paging)) = vm.and_then(|vm| vm.home.zip(vm.paging)) else {
             return match self.book.iter().next() {
                 None => Vec::new(),
                 Some(given) => vec![format!("{:?} is gone, and has {given:?}", self.vmid)],

@@ -63,9 +63,9 @@ fn a_reset_alone_gives_memory_back_as_well() {
     guest.provide(&[run(0x10, 0x10, 1)], Side::Lent, true, &mut || ()).unwrap();
     assert!(scene.store(&guest, 0x10, 7));
     scene.gunyah.with(|crate::hyp::gunyah::World { hyp, rm, .. }| {
-        rm.stop_vm(Vmid::HLOS, guest.vmid()).unwrap();
-        rm.reset_vm(Vmid::HLOS, guest.vmid()).unwrap();
-        while rm.reset_step(hyp, guest.vmid()).unwrap() {}
+        rm.stop_vm(Vmid::HLOS, guest.vmid().unwrap()).unwrap();
+        rm.reset_vm(Vmid::HLOS, guest.vmid().unwrap()).unwrap();
+        while rm.reset_step(hyp, guest.vmid().unwrap()).unwrap() {}
     });
     assert_eq!((guest.state(), scene.host_load(0x10)), (Some(VmState::Reset), Some(0)));
     assert_eq!(scene.gunyah.check(), [""; 0]);

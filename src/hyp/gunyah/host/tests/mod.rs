@@ -48,12 +48,12 @@ impl Scene {
 
     fn load(&self, guest: &Guest, gfn: u64) -> Option<u8> {
         let mut byte = [0];
-        let loaded = self.gunyah.vcpu(guest.vmid(), ipa(gfn), Bytes::Load(&mut byte));
+        let loaded = self.gunyah.vcpu(guest.vmid().unwrap(), ipa(gfn), Bytes::Load(&mut byte));
         loaded.ok().map(|()| byte[0])
     }
 
     fn store(&self, guest: &Guest, gfn: u64, byte: u8) -> bool {
-        self.gunyah.vcpu(guest.vmid(), ipa(gfn), Bytes::Store(&[byte])).is_ok()
+        self.gunyah.vcpu(guest.vmid().unwrap(), ipa(gfn), Bytes::Store(&[byte])).is_ok()
     }
 
     /// A load of the host's user space, by a mapping of its own.

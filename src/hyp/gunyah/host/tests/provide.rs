@@ -5,7 +5,7 @@ use crate::hyp::gunyah::attrs::Access;
 
 fn rights(scene: &Scene, guest: &Guest, gfn: u64) -> Option<Access> {
     let world = scene.gunyah.world.read();
-    let home = world.rm.vms[&guest.vmid()].home.unwrap();
+    let home = world.rm.vms[&guest.vmid().unwrap()].home.unwrap();
     let (_, leaf) = world.hyp.aspaces[&home.aspace].tree.translate(Gfn::new(gfn))?;
     Some(Access::from(leaf.prot))
 }
@@ -53,7 +53,7 @@ fn a_huge_folio_is_one_entry() {
     let mut guest = scene.guest();
     guest.provide(&[run(0x400, 0, 512)], Side::Lent, true, &mut || ()).unwrap();
     let world = scene.gunyah.world.read();
-    let home = world.rm.vms[&guest.vmid()].home.unwrap();
+    let home = world.rm.vms[&guest.vmid().unwrap()].home.unwrap();
     let (level, _) = world.hyp.aspaces[&home.aspace].tree.leaf(Gfn::new(0x5ff)).unwrap();
     assert_eq!(level, crate::stage2::Level::BLOCK_2M);
 }
@@ -127,13 +127,13 @@ fn what_cannot_be_mapped_goes_back() {
     let mut guest = scene.guest();
     let set_read_only = |read_only| {
         scene.gunyah.with(|world| {
-            let home = world.rm.vms[&guest.vmid()].home.unwrap();
+            let home = world.rm.vms[&guest.vmid().unwrap()].home.unwrap();
             world.hyp.aspaces.get_mut(&home.aspace).unwrap().read_only = read_only;
         });
     };
     set_read_only(true);
     let before = scene.picture(&guest);
-    let vmid = guest.vmid();
+    let vmid = guest.vmid().unwrap();
     for side in [Side::Lent, Side::Shared] {
         let refused = guest.provide(&[run(0x10, 0, 600)], side, true, &mut || ());
         assert_eq!(refused, Err(Errno::EACCES));
@@ -153,10 +153,10 @@ fn what_is_provided_is_in_no_parcel() {
     let scene = Scene::new();
     let (mut guest, other) = (scene.guest(), scene.guest());
     guest.provide(&[run(0x10, 0x10, 1)], Side::Lent, true, &mut || ()).unwrap();
-    for from in [guest.vmid(), Vmid::HLOS] {
+    for from in [guest.vmid().unwrap(), Vmid::HLOS] {
         let (lend, body) = (
             crate::hyp::gunyah::rm::message::LEND,
-            super::super::life::lend_page(other.vmid(), Pfn::new(0x10)),
+            super::super::life::lend_page(other.vmid().unwrap(), Pfn::new(0x10)),
         );
         let reply = scene.gunyah.message(from, lend, &body);
         assert_eq!(reply.error, Some(crate::hyp::gunyah::error::RmError::MemInvalid), "{from:?}");

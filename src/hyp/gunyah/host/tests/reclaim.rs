@@ -87,7 +87,7 @@ fn it_turns_and_keeps_its_bytes() {
 fn nobody_reaches_what_is_being_prepared() {
     let scene = Scene::new();
     let mut guest = lent(&scene, 0x10, 0x10, 1);
-    let vmid = guest.vmid();
+    let vmid = guest.vmid().unwrap();
     let gunyah = Arc::clone(&scene.gunyah);
     let sees = || {
         let mut byte = [0];
@@ -131,12 +131,14 @@ fn a_turn_that_is_refused_changes_nothing() {
 fn no_store_lands_behind_a_reclaim() {
     let scene = Scene::new();
     let mut guest = scene.guest();
-    let vmid = guest.vmid();
-    let done = std::sync::atomic::AtomicBool::new(false);
+    let vmid = guest.vmid().unwrap();
+    // Closed when all is done.
+    let (working, is_done) = std::sync::mpsc::channel::<()>();
     std::thread::scope(|threads| {
-        threads.spawn(|| {
-            while !done.load(std::sync::atomic::Ordering::Relaxed) {
-                let _ = scene.gunyah.vcpu(vmid, ipa(0x10), Bytes::Store(&[0xee; 64]));
+        let gunyah = &scene.gunyah;
+        threads.spawn(move || {
+            while is_done.try_recv() == Err(std::sync::mpsc::TryRecvError::Empty) {
+                let _ = gunyah.vcpu(vmid, ipa(0x10), Bytes::Store(&[0xee; 64]));
             }
         });
         for _ in 0..300 {
@@ -144,6 +146,41 @@ fn no_store_lands_behind_a_reclaim() {
             guest.reclaim(&[run(0x10, 0x10, 1)], Contents::Clear).unwrap();
             assert_eq!(scene.byte(0x10), 0);
         }
-        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        drop(working);
     });
+}
+
+/// Wherever the hypervisor runs out of tables, nothing has changed.
+#[test]
+fn without_tables_nothing_comes_back_and_nothing_turns() {
+    let all: [fn(&mut Guest) -> Result<(), Errno>; 3] = [
+        |guest| guest.reclaim(&[run(0x410, 0x10, 2), run(0x1010, 530, 2)], Contents::Clear),
+        |guest| guest.turn(&[run(0x410, 0x10, 2)], Side::Shared, &mut || ()),
+        |guest| guest.turn(&[run(0x1010, 530, 2)], Side::Lent, &mut || ()),
+    ];
+    for act in all {
+        let scene = Scene::new();
+        let mut guest = lent(&scene, 0x400, 0, 512);
+        guest.provide(&[run(0x1000, 514, 200)], Side::Shared, true, &mut || ()).unwrap();
+        assert!(scene.store(&guest, 0x410, 7));
+        let rest = scene.exhaust();
+        let before = scene.picture(&guest);
+        let mut nr_failed = 0;
+        for frame in rest {
+            match act(&mut guest) {
+                Ok(()) => {
+                    scene.give_back(frame);
+                    break;
+                }
+                Err(errno) => assert_eq!(errno, Errno::ENOMEM),
+            }
+            assert!(scene.picture(&guest) == before);
+            assert_eq!(scene.load(&guest, 0x410), Some(7));
+            nr_failed += 1;
+            scene.give_back(frame);
+        }
+        assert!(nr_failed >= 4, "{nr_failed}");
+        assert!(scene.picture(&guest) != before);
+        scene.sound(&[&guest]);
+    }
 }

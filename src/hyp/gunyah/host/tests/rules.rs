@@ -32,9 +32,11 @@ pub(in crate::hyp::gunyah) fn broken(name: &str) -> Vec<String> {
     })
 }
 
+type Spoil = fn(&mut World);
+
 #[test]
 fn what_is_lent_nobody_of_the_hosts_has() {
-    let all: [(fn(&mut World), &str); 3] = [
+    let all: [(Spoil, &str); 3] = [
         (|world| world.kernel.note_use(Pfn::new(3), |uses| uses.nr_mapped += 1), "mapped"),
         (|world| world.kernel.note_use(Pfn::new(4), |uses| uses.nr_pinned += 1), "pinned"),
         (
