@@ -16,7 +16,7 @@ use common::Capability;
 use gmem::addr::{Access, ByteSize, Ipa, Offset, Pgoff};
 use gmem::audit;
 use gmem::error::ErrorKind;
-use gmem::hyp::Hypervisor;
+use gmem::hyp::{Hypervisor, Model};
 use gmem::range::PgoffRange;
 use gmem::{
     ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, HostView, PinMode, Residency,
@@ -300,9 +300,9 @@ fn views_do_not_show_holes_and_pins_keep_their_pointers() {
 #[test]
 fn a_guest_finds_zeroes_where_its_memory_was_punched() {
     const BASE: u64 = 0x8000_0000;
-    for backing in BACKINGS {
+    for (backing, model) in BACKINGS.into_iter().flat_map(|it| Model::ALL.map(|model| (it, model))) {
         let pool = FolioPool::new(backing, pages(2 * FOLIO)).unwrap();
-        let hyp = Hypervisor::new(&pool).unwrap();
+        let hyp = Hypervisor::with(&pool, model).unwrap();
         let memfd = GuestMemfd::builder(pages(FOLIO)).create(&pool).unwrap();
         let vm = hyp.create_vm().unwrap();
         vm.bind(Ipa::new(BASE).gfn(), &memfd, memfd.pages()).unwrap();

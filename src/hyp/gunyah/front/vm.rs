@@ -37,7 +37,7 @@ pub(super) struct VmCore {
 impl VmCore {
     pub(super) fn new(host: &Arc<Machine>, book: &Arc<Book>) -> Result<Arc<Self>, Errno> {
         let guest = host::Guest::create(&host.gunyah)?;
-        let vmid = guest.vmid();
+        let vmid = guest.vmid().ok_or(Errno::EIO)?;
         let (home, paging) = {
             let world = host.gunyah.world.read();
             let vm = world.rm.vms.get(&vmid);
