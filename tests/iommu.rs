@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use gmem::addr::{Access, ByteSize, Gfn, Ipa, Offset, Pgoff};
 use gmem::error::Errno;
-use gmem::hyp::{Hypervisor, Model};
 use gmem::hyp::iommu::{DmaFaultKind, Domain, DomainState, Places};
+use gmem::hyp::{Hypervisor, Model};
 use gmem::range::PgoffRange;
 use gmem::{
     Ack, ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, HandOutRun, OnSilence, PartSpec,

@@ -15,7 +15,7 @@ use common::Capability;
 use gmem::addr::{ByteSize, Gfn, Ipa, Offset, Pgoff};
 use gmem::audit;
 use gmem::error::{Errno, ErrorKind};
-use gmem::hyp::{Exit, HvcResult, Hypercall, Hypervisor, MemslotId, Profile, Vcpu, Vm};
+use gmem::hyp::{Exit, HvcResult, Hypercall, Hypervisor, MemslotId, Model, Profile, Vcpu, Vm};
 use gmem::range::PgoffRange;
 use gmem::{ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, Visibility};
 use kvm::KernelVm;
@@ -166,9 +166,9 @@ impl Subject for Kernels {
     }
 }
 
-fn ours() -> Ours {
+fn ours(model: Model) -> Ours {
     let pool = FolioPool::new(ArenaBacking::Heap, ByteSize::from_mib(1)).unwrap();
-    let hyp = Hypervisor::new(&pool).unwrap();
+    let hyp = Hypervisor::with(&pool, model).unwrap();
     let object = || GuestMemfd::builder(ByteSize::from_pages(FILE_PAGES)).create(&pool).unwrap();
     let machines = [hyp.create_vm().unwrap(), hyp.create_vm().unwrap()];
     let objects = [object(), object(), object()];
@@ -179,9 +179,11 @@ fn ours() -> Ours {
 
 #[test]
 fn ours_follow_the_rules() {
-    let mut ours = ours();
-    for &(call, expected, _, what) in VECTORS {
-        assert_eq!(ours.set(call), expected, "{what}: {call:?}");
+    for model in Model::ALL {
+        let mut ours = ours(model);
+        for &(call, expected, _, what) in VECTORS {
+            assert_eq!(ours.set(call), expected, "{model}: {what}: {call:?}");
+        }
     }
 }
 

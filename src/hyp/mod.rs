@@ -12,6 +12,7 @@
 //! | `incidents` | what went wrong, and what was kept from it |
 //! | `monitor` | what a hypervisor does behind all that |
 //! | [`pkvm`] | one after pKVM: who owns which page; `el2` is the thing itself, `kernel` what any host kernel does to have VMs there |
+//! | [`gunyah`] | one after Gunyah: memory is lent, and comes back |
 //! | [`iommu`] | devices, and the domain that maps memory for them |
 //!
 //! ```

@@ -1,5 +1,14 @@
 //! A simulated Gunyah: ownership moves between extents, mappings follow ownership, and a resource manager brokers.
 //!
+//! Behind a [`Hypervisor`](super::Hypervisor) of this model is such a machine, whose memory is one
+//! [`FolioPool`](crate::FolioPool), and a host's kernel that provides memory of its guests when they touch it. A protected
+//! guest has what is private to itself: it is lent. What is shared it has together with the host: [`SharedMemory`] says
+//! how that comes about. The host may take memory back at any time. What a guest had to itself is cleared then,
+//! unless the guest has asked for the page to be shared.
+//!
+//! A host that touches what is lent, by itself, gets `SIGBUS` or `EFAULT`, or its kernel dies. Nothing is destroyed.
+//!
+//! # How it is made
 //! | file | one idea |
 //! |---|---|
 //! | `machine` | what is memory, and the bytes behind frames |
