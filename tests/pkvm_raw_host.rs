@@ -1,7 +1,7 @@
 //! A raw host on a pKVM: it touches what is not its own, and what becomes of that.
 
 #[path = "common/guest_world.rs"]
-#[allow(dead_code, reason = "guests here are protected")]
+#[expect(dead_code, reason = "guests here are protected")]
 mod guest_world;
 
 use std::sync::atomic::{AtomicU64, Ordering};

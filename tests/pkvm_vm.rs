@@ -1,7 +1,7 @@
 //! VMs on a pKVM, from the outside: its versions, and guests that are not protected.
 
 #[path = "common/guest_world.rs"]
-#[allow(dead_code, reason = "no host here touches what is not its own")]
+#[expect(dead_code, reason = "no host here touches what is not its own")]
 mod guest_world;
 
 use gmem::addr::{ByteSize, Gfn, Ipa};
