@@ -5,6 +5,7 @@
 
 mod access;
 mod bare;
+mod extents;
 mod growth;
 #[path = "../common/mod.rs"]
 #[expect(dead_code, reason = "the bench of state uses all of it")]
@@ -27,5 +28,6 @@ fn main() -> Outcome<()> {
     metadata::rows(bench, quick)?;
     transitions::rows(bench)?;
     access::rows(bench)?;
+    extents::rows(bench)?;
     growth::rows(bench)
 }

@@ -70,6 +70,10 @@ pub mod oracle {
     pub use super::pkvm::oracle::*;
 }
 
+#[cfg(feature = "oracle")]
+#[doc(hidden)]
+pub use gunyah::host::extents_only;
+
 pub use exit::{ConversionRequest, Exit, MmioAccess};
 pub use gunyah::SharedMemory;
 pub use hypercall::{HvcResult, Hypercall, Registers};

@@ -6,11 +6,11 @@ use super::given::Book;
 use super::provide::Contents;
 use crate::addr::Pfn;
 use crate::error::Errno;
-use crate::geometry::PAGE_SIZE;
 use crate::hyp::gunyah::rm::message::{LEND, RECLAIM, RELEASE};
 use crate::hyp::gunyah::rm::vm::{Auth, Image, VmState};
 use crate::hyp::gunyah::rm::{Vmid, release};
 use crate::hyp::gunyah::{Gunyah, World};
+use crate::range::PfnRange;
 use crate::sync::Arc;
 
 /// What a VM finds its image at. Its place is free again when it runs.
@@ -18,20 +18,20 @@ const IMAGE_AT: u64 = 0;
 /// How much a VM's end takes back at once, in pieces of what was given.
 const BATCH: usize = 64;
 
-/// A page lent to one VM, with all rights.
-pub(super) fn lend_page(to: Vmid, pfn: Pfn) -> Vec<u8> {
+/// Frames lent to one VM, with all rights.
+pub(super) fn lend(to: Vmid, frames: PfnRange) -> Vec<u8> {
     let [low, high] = to.0.to_le_bytes();
     // Memory, no wishes, no label; one VM; one piece; no attributes.
     let mut body = vec![0; 8];
     body.extend([1, 0, 0, 0, low, high, 7, 0]);
     body.extend([1, 0, 0, 0]);
-    body.extend(pfn.pa().get().to_le_bytes());
-    body.extend(PAGE_SIZE.get().to_le_bytes());
+    body.extend(frames.start().pa().get().to_le_bytes());
+    body.extend(frames.len_bytes().get().to_le_bytes());
     body.extend([0; 4]);
     body
 }
 
-fn with_flags(handle: u32, flags: u8) -> Vec<u8> {
+pub(super) fn with_flags(handle: u32, flags: u8) -> Vec<u8> {
     handle.to_le_bytes().into_iter().chain([flags, 0, 0, 0]).collect()
 }
 
@@ -42,7 +42,8 @@ impl World {
 
     /// Lends a VM the page that it begins with.
     fn lend_image(&mut self, vmid: Vmid, page: Pfn) -> Result<u32, Errno> {
-        let handle = message(self, Vmid::HLOS, LEND, &lend_page(vmid, page))?;
+        let page = PfnRange::single(page).map_err(|error| error.errno())?;
+        let handle = message(self, Vmid::HLOS, LEND, &lend(vmid, page))?;
         let handle = handle.try_into().map_err(|_| Errno::EIO)?;
         Ok(u32::from_le_bytes(handle))
     }

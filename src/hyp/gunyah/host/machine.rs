@@ -27,7 +27,11 @@ impl Gunyah {
     /// # Errors
     /// `EINVAL` for an arena larger than machines are, `ENOMEM`.
     pub(crate) fn on_arena(arena: &Arc<Arena>) -> Result<Self, Errno> {
-        let nr_pages = arena.nr_pages();
+        Self::on_machine(arena.nr_pages(), Some(Arc::clone(arena)))
+    }
+
+    /// The same with so many frames, which may have no bytes.
+    pub(super) fn on_machine(nr_pages: u64, bytes: Option<Arc<Arena>>) -> Result<Self, Errno> {
         // The host's own tables, if it had all of its memory page by page.
         let nr_tables = nr_pages.div_ceil(HUGE_PAGES) + nr_pages.div_ceil(GIANT_PAGES) + 2;
         let nr_heap = MIN_HEAP + nr_tables + nr_pages / POOL_PAGES_PER_HEAP_PAGE;
@@ -37,10 +41,10 @@ impl Gunyah {
         let heap = range(start + NR_KERNEL, nr_heap)?;
         let device = range(start + NR_KERNEL + nr_heap, 1)?;
         let banks = vec![
-            Bank { frames: range(0, nr_pages)?, bytes: Some(Pfn::new(0)) },
+            Bank { frames: range(0, nr_pages)?, bytes: bytes.as_ref().map(|_| Pfn::new(0)) },
             Bank { frames: own, bytes: None },
         ];
-        let machine = Machine::new(banks, device, heap, Some(Arc::clone(arena)))?;
+        let machine = Machine::new(banks, device, heap, bytes)?;
         let gunyah = Self::boot_with(machine, BbmLevel::default(), Fate::Host, Kernel::new(own))?;
         if !cfg!(test) {
             // It compares every frame after every call: too much for a VMM, even for one that is being debugged.

@@ -10,6 +10,7 @@
 //! | `given` | what a guest was given |
 //! | `kernel` | what the host itself has of frames: direct map, mappings of user space, pins |
 //! | `process` | for tests: a VMM's process, with the kernel's guest_memfd of its time |
+//! | `extents_only` | for benches: two VMs' memory changes hands, and who has a frame is looked up |
 //! | `calls` | hypercalls with capabilities; messages; errnos |
 //!
 //! A [`Guest`] is used by one thread at a time. Its operations are all or nothing over all of their ranges, and let go of
@@ -17,6 +18,8 @@
 //! for tables at hand before it begins.
 
 mod calls;
+#[cfg(feature = "oracle")]
+pub mod extents_only;
 mod given;
 pub(super) mod kernel;
 mod life;

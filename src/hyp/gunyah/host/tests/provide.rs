@@ -156,7 +156,10 @@ fn what_is_provided_is_in_no_parcel() {
     for from in [guest.vmid().unwrap(), Vmid::HLOS] {
         let (lend, body) = (
             crate::hyp::gunyah::rm::message::LEND,
-            super::super::life::lend_page(other.vmid().unwrap(), Pfn::new(0x10)),
+            super::super::life::lend(
+                other.vmid().unwrap(),
+                crate::range::PfnRange::single(Pfn::new(0x10)).unwrap(),
+            ),
         );
         let reply = scene.gunyah.message(from, lend, &body);
         assert_eq!(reply.error, Some(crate::hyp::gunyah::error::RmError::MemInvalid), "{from:?}");

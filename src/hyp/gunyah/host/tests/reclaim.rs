@@ -150,10 +150,12 @@ fn no_store_lands_behind_a_reclaim() {
     });
 }
 
+type Act = fn(&mut Guest) -> Result<(), Errno>;
+
 /// Wherever the hypervisor runs out of tables, nothing has changed.
 #[test]
 fn without_tables_nothing_comes_back_and_nothing_turns() {
-    let all: [fn(&mut Guest) -> Result<(), Errno>; 3] = [
+    let all: [Act; 3] = [
         |guest| guest.reclaim(&[run(0x410, 0x10, 2), run(0x1010, 530, 2)], Contents::Clear),
         |guest| guest.turn(&[run(0x410, 0x10, 2)], Side::Shared, &mut || ()),
         |guest| guest.turn(&[run(0x1010, 530, 2)], Side::Lent, &mut || ()),
