@@ -49,8 +49,8 @@ pub enum RawOutcome {
     Oops,
     /// The kernel waits for ever.
     Stuck,
-    /// The IOMMU stopped the device, or the memory is broken. In Android's profile that is every device: nobody has told
-    /// its IOMMU of any page.
+    /// The IOMMU stopped the device, or the memory is broken. [`Model::answer_to_stray`](super::Model::answer_to_stray)
+    /// says where that is so.
     DmaFault,
 }
 

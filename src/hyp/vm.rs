@@ -156,13 +156,13 @@ impl Vm {
     /// Deletes a memslot. Its vCPUs may run meanwhile: from here on they find no memory there. The pages stay in
     /// the object as they are, and can be bound again, here or elsewhere.
     ///
-    /// A protected guest loses nothing against its will. In Android's profile it may
-    /// [give up](crate::hyp::Hypercall::MemRelinquish) whatever it had been given there; in others a memslot stays in
-    /// which the guest has something. What another guest sees there it loses.
+    /// Where the hypervisor [takes memory back](crate::hyp::Model::takes_back), what a protected guest had to itself there comes
+    /// back cleared. Elsewhere it loses nothing against its will: a memslot stays in which the guest has something, unless
+    /// it may [give that up](crate::hyp::Hypercall::MemRelinquish). What another guest sees there it loses.
     ///
     /// # Errors
-    /// [`ErrorKind::HypervisorRefused`] while the guest has a page there, private or shared: with `EPERM`, and in
-    /// Android's profile with `EBUSY`, since that passes;
+    /// [`ErrorKind::HypervisorRefused`] while the guest has a page there that is not taken back, private or shared: with
+    /// `EPERM`, and with `EBUSY` where it may give pages up, since that passes;
     /// [`ErrorKind::NotFound`] (`EINVAL`) if there is no such memslot; [`ErrorKind::Busy`] while it is being
     /// bound or deleted by somebody else. Nothing has changed then.
     pub fn unbind(&self, id: MemslotId) -> Result<(), Error> {
