@@ -9,7 +9,7 @@ use std::fmt;
 use crate::addr::Pfn;
 use crate::folio::FolioPool;
 use crate::gmem::GuestMemfd;
-use crate::hyp::pkvm::Hypervisor;
+use crate::hyp::Hypervisor;
 use crate::state::Visibility;
 
 /// What an audit found.

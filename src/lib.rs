@@ -18,7 +18,7 @@
 //! | move files into it and out of it | [`GuestMemfd::read_from_file`], [`GuestMemfd::write_to_file`] |
 //! | lend it to another process | [`GuestMemfd::export`] |
 //! | decide what becomes of a `SIGBUS` in a view | [`SigbusHandler::decide_by`] |
-//! | run a protected guest without hardware for it | [`hyp::pkvm`] |
+//! | run a protected guest without hardware for it | [`hyp`] |
 //! | see what it looks like | [`GuestMemfd::stat`], [`GuestMemfd::snapshot`], [`render`] |
 //! | make sure that all is well | [`audit::check`] |
 //!

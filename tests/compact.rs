@@ -9,7 +9,7 @@ use gmem::addr::{Access, Gfn, Ipa, Offset};
 use gmem::audit;
 use gmem::error::{ErrorKind, Found};
 use gmem::geometry::FolioSize;
-use gmem::hyp::pkvm::Hypervisor;
+use gmem::hyp::Hypervisor;
 use gmem::range::PfnRange;
 use gmem::{
     ArenaBacking, Commitment, Compaction, ContentPolicy, FolioPool, GuestMemfd, HostView, PinMode,

@@ -13,8 +13,7 @@ use gmem::addr::{Access, ByteSize, Ipa, Offset, Pgoff};
 use gmem::audit;
 use gmem::error::{Errno, Error, ErrorKind, Found};
 use gmem::failpoint::{FailPoint, arm};
-use gmem::hyp::pkvm::{HostStat, Hypervisor, Vm};
-use gmem::hyp::{Exit, Hypercall, Vcpu};
+use gmem::hyp::{Exit, HostStat, Hypercall, Hypervisor, Vcpu, Vm};
 use gmem::range::PgoffRange;
 use gmem::{
     Ack, ArenaBacking, ContentPolicy, ConvertOptions, FolioPool, GuestMemfd, HandOutRun, Heard,

@@ -91,24 +91,48 @@ fn length(source: &Source) -> Vec<Breach> {
     vec![source.breach(lines, format!("{lines} lines; split it, {MAX_LINES} is the limit"))]
 }
 
-/// All of `src`, parsed.
-fn tree() -> io::Result<Vec<Source>> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let mut sources = Vec::new();
+/// Words that name a hypervisor.
+const HYPERVISORS: [&str; 2] = ["pkvm", "gunyah"];
+
+/// A hypervisor is named in `hyp` and nowhere else.
+fn names(source: &Source, text: &str) -> Vec<Breach> {
+    if source.name().starts_with("hyp/") {
+        return Vec::new();
+    }
+    let mut breaches = Vec::new();
+    for (at, line) in text.lines().enumerate() {
+        let line = line.to_ascii_lowercase();
+        for name in HYPERVISORS.into_iter().filter(|name| line.contains(name)) {
+            breaches.push(source.breach(at + 1, format!("names {name}; that is for hyp/")));
+        }
+    }
+    breaches
+}
+
+/// Every file below a folder of the repository, as its name from there and its text.
+fn texts(folder: &str) -> io::Result<Vec<(String, String)>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
+    let mut texts = Vec::new();
     let mut open = vec![root.clone()];
     while let Some(dir) = open.pop() {
         for entry in fs::read_dir(dir)? {
             let path = entry?.path();
             if path.is_dir() {
                 open.push(path);
-            } else if path.extension().is_some_and(|extension| extension == "rs") {
+            } else {
                 let name = path.strip_prefix(&root).unwrap_or(&path).display().to_string();
-                sources.push(Source::new(&name, &fs::read_to_string(&path)?));
+                texts.push((name, fs::read_to_string(&path)?));
             }
         }
     }
-    sources.sort_by(|a, b| a.name().cmp(b.name()));
-    Ok(sources)
+    texts.sort();
+    Ok(texts)
+}
+
+/// All of `src`, parsed.
+fn tree() -> io::Result<Vec<Source>> {
+    let texts = texts("src")?.into_iter().filter(|(name, _)| name.ends_with(".rs"));
+    Ok(texts.map(|(name, text)| Source::new(&name, &text)).collect())
 }
 
 #[cfg(test)]
@@ -154,6 +178,23 @@ mod the_library {
     }
 
     #[test]
+    fn names_no_hypervisor_but_where_they_are() {
+        for folder in ["src", "examples"] {
+            let texts = texts(folder).expect("it can be read");
+            assert!(texts.len() > 5, "{folder} is not what it was");
+            let of = |(name, text): &(String, String)| names(&Source::new(name, ""), text);
+            let breaches: Vec<_> = texts.iter().flat_map(of).map(|it| it.to_string()).collect();
+            assert!(breaches.is_empty(), "in {folder}\n{}\n", breaches.join("\n"));
+        }
+        // The rule is about something.
+        let sources = tree().expect("src can be read");
+        for name in HYPERVISORS {
+            let file = format!("hyp/{name}/mod.rs");
+            assert!(sources.iter().any(|source| source.name() == file), "{file}");
+        }
+    }
+
+    #[test]
     fn has_no_stale_exception() {
         let sources = tree().expect("src can be read");
         assert_eq!(signatures::stale(&sources), Vec::<String>::new());
@@ -170,6 +211,16 @@ mod seeded {
         assert_eq!(known(&Source::new("utils/mod.rs", "")).len(), 1);
         assert_eq!(known(&Source::new("state/cell.rs", "")).len(), 0);
         assert_eq!(known(&Source::new("lib.rs", "")).len(), 0);
+    }
+
+    #[test]
+    fn a_hypervisor_that_is_named_is_seen() {
+        let seen = |file: &str, text: &str| names(&Source::new(file, ""), text).len();
+        assert_eq!(seen("lib.rs", "//! After PKvM's example."), 1);
+        assert_eq!(seen("vmm/args.rs", "\nlet it = \"gunyah\";\nfn of_pkvm() {} // or Gunyah"), 3);
+        assert_eq!(seen("hyp.rs", "mod pkvm;"), 1);
+        assert_eq!(seen("hyp/model.rs", "pkvm and Gunyah"), 0);
+        assert_eq!(seen("stage2/mod.rs", "KVM, or any hypervisor"), 0);
     }
 
     #[test]

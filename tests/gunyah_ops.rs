@@ -4,7 +4,7 @@ use std::env;
 use std::fs;
 use std::path::Path;
 
-use gmem::oracle::{GunyahCoverage, GunyahFlaw, run_gunyah, run_gunyah_flawed};
+use gmem::hyp::oracle::{GunyahCoverage, GunyahFlaw, run_gunyah, run_gunyah_flawed};
 
 #[path = "common/seeded.rs"]
 mod seeded;

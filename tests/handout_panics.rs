@@ -14,7 +14,7 @@ use std::time::Duration;
 use gmem::addr::{Access, ByteSize, Gfn, Offset, Pgoff};
 use gmem::audit;
 use gmem::error::{Errno, ErrorKind};
-use gmem::hyp::pkvm::{Hypervisor, MemslotId, Vm};
+use gmem::hyp::{Hypervisor, MemslotId, Vm};
 use gmem::range::PgoffRange;
 use gmem::{
     Ack, ArenaBacking, ContentPolicy, ConvertOptions, Export, FolioPool, GuestMemfd, HandOutRun,

@@ -7,7 +7,7 @@ use std::time::Duration;
 use gmem::addr::{ByteSize, Gfn, Ipa, Offset, Pgoff};
 use gmem::error::{Errno, ErrorKind};
 use gmem::hyp::iommu::{Device, Domain, DomainState, Places};
-use gmem::hyp::pkvm::{Hypervisor, Vm};
+use gmem::hyp::{Hypervisor, Vm};
 use gmem::range::PgoffRange;
 use gmem::{
     Ack, ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, HandOutRun, OnSilence, Standing,
@@ -234,7 +234,7 @@ fn a_memslot_of_a_guest_that_lives_stays_or_goes_by_the_policy() {
         *lock(&world.keeper.fence) = Ok(());
         let (memfd, offset) = world.vm.memslot(at(0x103)).unwrap();
         assert_eq!((memfd.name(), offset), (world.memfd.name(), Offset::new(3 << 12)));
-        let id = gmem::hyp::pkvm::MemslotId::from_u16(0).unwrap();
+        let id = gmem::hyp::MemslotId::from_u16(0).unwrap();
         world.keeper.is(mood);
         let outcome = world.vm.unbind(id);
         world.keeper.is(Mood::LetGo);

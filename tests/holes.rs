@@ -16,7 +16,7 @@ use common::Capability;
 use gmem::addr::{Access, ByteSize, Ipa, Offset, Pgoff};
 use gmem::audit;
 use gmem::error::ErrorKind;
-use gmem::hyp::pkvm::Hypervisor;
+use gmem::hyp::{Hypervisor, Model, SharedMemory};
 use gmem::range::PgoffRange;
 use gmem::{
     ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, HostView, PinMode, Residency,
@@ -300,9 +300,11 @@ fn views_do_not_show_holes_and_pins_keep_their_pointers() {
 #[test]
 fn a_guest_finds_zeroes_where_its_memory_was_punched() {
     const BASE: u64 = 0x8000_0000;
-    for backing in BACKINGS {
+    // The others give a folio at once, and never take a page of it back.
+    let models = [Model::default(), SharedMemory::Dynamic.into(), SharedMemory::Static.into()];
+    for (backing, model) in BACKINGS.into_iter().flat_map(|it| models.map(|model| (it, model))) {
         let pool = FolioPool::new(backing, pages(2 * FOLIO)).unwrap();
-        let hyp = Hypervisor::new(&pool).unwrap();
+        let hyp = Hypervisor::with(&pool, model).unwrap();
         let memfd = GuestMemfd::builder(pages(FOLIO)).create(&pool).unwrap();
         let vm = hyp.create_vm().unwrap();
         vm.bind(Ipa::new(BASE).gfn(), &memfd, memfd.pages()).unwrap();
@@ -317,13 +319,22 @@ fn a_guest_finds_zeroes_where_its_memory_was_punched() {
         memfd.punch_hole(range(8, 504)).unwrap();
         memfd.punch_hole(range(0, 7)).unwrap();
         assert_eq!(memfd.stat().holes, pages(511));
-        let refused = memfd.punch_hole(range(6, 2)).unwrap_err();
-        assert_eq!(refused.kind(), ErrorKind::HypervisorRefused);
+        let kept = match (model.takes_back(), memfd.punch_hole(range(6, 2))) {
+            (true, punched) => {
+                punched.unwrap();
+                0
+            }
+            (false, refused) => {
+                assert_eq!(refused.unwrap_err().kind(), ErrorKind::HypervisorRefused);
+                77
+            }
+        };
         sound();
         assert_eq!(vcpu.load_u64(ipa(8)).unwrap(), 0);
         vcpu.store_u64(ipa(300), 3).unwrap();
-        assert_eq!([vcpu.load_u64(ipa(300)), vcpu.load_u64(ipa(7))].map(Result::unwrap), [3, 77]);
-        assert_eq!(memfd.stat().holes, pages(509));
+        assert_eq!([vcpu.load_u64(ipa(300)), vcpu.load_u64(ipa(7))].map(Result::unwrap), [3, kept]);
+        // A folio without pages is gone, and the next touch brings a whole one.
+        assert_eq!(memfd.stat().holes, pages(if kept == 77 { 509 } else { 0 }));
         sound();
         drop(vcpu);
         vm.teardown().unwrap();

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::env;
 
-use gmem::hyp::pkvm::Hypervisor;
+use gmem::hyp::Hypervisor;
 use gmem::oracle::{
     HostAction, HostCoverage, HostDisagreement, HostMistake, run_host, run_host_mistaken,
     shrink_host,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use gmem::addr::{Access, ByteSize, Gfn, Ipa, Offset, Pgoff};
 use gmem::error::Errno;
 use gmem::hyp::iommu::{DmaFaultKind, Domain, DomainState, Places};
-use gmem::hyp::pkvm::Hypervisor;
+use gmem::hyp::{Hypervisor, Model};
 use gmem::range::PgoffRange;
 use gmem::{
     Ack, ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, HandOutRun, OnSilence, PartSpec,
@@ -149,6 +149,10 @@ fn a_device_follows_pages_that_move_to_other_frames() {
 
 #[test]
 fn devices_of_a_guest_find_pages_where_it_sees_them() {
+    Model::ALL.into_iter().for_each(devices_of_a_guest);
+}
+
+fn devices_of_a_guest(model: Model) {
     let pool = pool();
     let memfd = GuestMemfd::builder(ByteSize::from_pages(64)).create(&pool).unwrap();
     let trusted = Domain::new(&pool, Places::Guest).unwrap();
@@ -156,7 +160,7 @@ fn devices_of_a_guest_find_pages_where_it_sees_them() {
     let private = SubscribeOptions::default().side(Visibility::Private).name("tdisp");
     let _trusted = memfd.subscribe_with(Arc::new(trusted.clone()), private).unwrap();
     let _host = memfd.subscribe(Arc::new(host.clone())).unwrap();
-    let vm = Hypervisor::new(&pool).unwrap().create_vm().unwrap();
+    let vm = Hypervisor::with(&pool, model).unwrap().create_vm().unwrap();
     vm.bind(Gfn::new(0x80000), &memfd, memfd.pages()).unwrap();
     let mut vcpu = vm.create_vcpu().unwrap();
     vcpu.store(at(0x80003), b"to a device that I trust").unwrap();

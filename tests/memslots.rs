@@ -15,8 +15,7 @@ use common::Capability;
 use gmem::addr::{ByteSize, Gfn, Ipa, Offset, Pgoff};
 use gmem::audit;
 use gmem::error::{Errno, ErrorKind};
-use gmem::hyp::pkvm::{Hypervisor, MemslotId, Profile, Vm};
-use gmem::hyp::{Exit, HvcResult, Hypercall, Vcpu};
+use gmem::hyp::{Exit, HvcResult, Hypercall, Hypervisor, MemslotId, Model, Profile, Vcpu, Vm};
 use gmem::range::PgoffRange;
 use gmem::{ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, Visibility};
 use kvm::KernelVm;
@@ -167,9 +166,9 @@ impl Subject for Kernels {
     }
 }
 
-fn ours() -> Ours {
+fn ours(model: Model) -> Ours {
     let pool = FolioPool::new(ArenaBacking::Heap, ByteSize::from_mib(1)).unwrap();
-    let hyp = Hypervisor::new(&pool).unwrap();
+    let hyp = Hypervisor::with(&pool, model).unwrap();
     let object = || GuestMemfd::builder(ByteSize::from_pages(FILE_PAGES)).create(&pool).unwrap();
     let machines = [hyp.create_vm().unwrap(), hyp.create_vm().unwrap()];
     let objects = [object(), object(), object()];
@@ -180,9 +179,11 @@ fn ours() -> Ours {
 
 #[test]
 fn ours_follow_the_rules() {
-    let mut ours = ours();
-    for &(call, expected, _, what) in VECTORS {
-        assert_eq!(ours.set(call), expected, "{what}: {call:?}");
+    for model in Model::ALL {
+        let mut ours = ours(model);
+        for &(call, expected, _, what) in VECTORS {
+            assert_eq!(ours.set(call), expected, "{model}: {what}: {call:?}");
+        }
     }
 }
 
@@ -218,7 +219,7 @@ fn page(at: u64, nr_pages: u64) -> PgoffRange {
 
 fn world(profile: Profile) -> (FolioPool, Hypervisor, GuestMemfd, Vm) {
     let pool = FolioPool::new(ArenaBacking::Heap, ByteSize::from_mib(4)).unwrap();
-    let hyp = Hypervisor::with_profile(&pool, profile).unwrap();
+    let hyp = Hypervisor::with(&pool, profile).unwrap();
     let memfd = GuestMemfd::builder(ByteSize::from_mib(2)).create(&pool).unwrap();
     let vm = hyp.create_vm().unwrap();
     (pool, hyp, memfd, vm)

@@ -16,7 +16,7 @@ use gmem::addr::{Access, ByteSize, Gfn, Ipa, Offset};
 use gmem::audit;
 use gmem::error::{Errno, ErrorKind, Found};
 use gmem::geometry::FolioSize;
-use gmem::hyp::pkvm::Hypervisor;
+use gmem::hyp::Hypervisor;
 use gmem::range::PgoffRange;
 use gmem::{
     Ack, ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, HandOutRun, Heard, HostView, PartSpec,

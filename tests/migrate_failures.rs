@@ -15,7 +15,7 @@ use gmem::audit;
 use gmem::error::{Error, ErrorKind};
 use gmem::failpoint::{FailPoint, arm};
 use gmem::geometry::FolioSize;
-use gmem::hyp::pkvm::{Hypervisor, Vm};
+use gmem::hyp::{Hypervisor, Vm};
 use gmem::range::PgoffRange;
 use gmem::{
     AccountStat, Ack, ArenaBacking, Commitment, ContentPolicy, FolioPool, GuestMemfd, HandOutRun,

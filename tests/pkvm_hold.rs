@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use gmem::addr::{ByteSize, Gfn};
-use gmem::hyp::pkvm::{Hypervisor, Vm};
+use gmem::hyp::{Hypervisor, Vm};
 use gmem::{ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, Visibility};
 
 type Outcome = Result<(), Box<dyn Error>>;

@@ -4,7 +4,7 @@ use std::env;
 use std::fs;
 use std::path::Path;
 
-use gmem::oracle::{PkvmCoverage, PkvmFlaw, PkvmProfile, run_pkvm, run_pkvm_flawed};
+use gmem::hyp::oracle::{PkvmCoverage, PkvmFlaw, PkvmProfile, run_pkvm, run_pkvm_flawed};
 
 #[path = "common/seeded.rs"]
 mod seeded;

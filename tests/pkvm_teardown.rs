@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::time::Duration;
 
 use gmem::addr::{ByteSize, Gfn, Pgoff};
-use gmem::hyp::pkvm::Hypervisor;
+use gmem::hyp::Hypervisor;
 use gmem::range::PgoffRange;
 use gmem::{
     Ack, ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, HandOutRun, SubscribeOptions,

@@ -1,122 +1,20 @@
-//! VMs on a pKVM, from the outside: its versions, guests that are not protected, and hosts that touch what is not theirs.
+//! VMs on a pKVM, from the outside: its versions, and guests that are not protected.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+#[path = "common/guest_world.rs"]
+#[expect(dead_code, reason = "no host here touches what is not its own")]
+mod guest_world;
 
-use gmem::addr::{ByteSize, Gfn, Ipa, Offset, Pgoff};
+use gmem::addr::{ByteSize, Gfn, Ipa};
 use gmem::audit;
 use gmem::error::{Errno, ErrorKind};
 use gmem::geometry::FolioSize;
-use gmem::hyp::pkvm::{
-    HostStat, Hypervisor, IncidentStat, Profile, RawHost, RawOutcome, RawPath, Vm, VmKind,
-};
-use gmem::hyp::{Exit, HvcResult, Hypercall, Vcpu};
-use gmem::range::PgoffRange;
-use gmem::{
-    ArenaBacking, ContentPolicy, FolioPool, GuestMemfd, PartSpec, PinMode, Visibility, Zone,
-};
+use gmem::hyp::{Exit, HvcResult, Hypercall, Profile, VmKind};
+use gmem::{GuestMemfd, PinMode, Visibility, Zone};
 
-const PAGE: u64 = 4096;
+use guest_world::{PAGE, World, agreed, at, ipa, pages, range};
+
 const HUGE: u64 = 512;
-/// Where guests see their objects: a block may begin there.
-const BASE: u64 = 0x4000_0000;
 const PROFILES: [Profile; 3] = [Profile::Mainline72, Profile::Android618, Profile::HugeProtected];
-
-struct World {
-    pool: FolioPool,
-    hyp: Hypervisor,
-    memfd: GuestMemfd,
-    vm: Vm,
-}
-
-impl World {
-    fn new(profile: Profile, kind: VmKind, folio: FolioSize, initial: Visibility) -> Self {
-        let part = |mib| PartSpec::new([ArenaBacking::Heap], ByteSize::from_mib(mib));
-        let pool = FolioPool::builder()
-            .part(part(12), Zone::Normal)
-            .part(part(8), Zone::Movable)
-            .create()
-            .unwrap();
-        let hyp = Hypervisor::with_profile(&pool, profile).unwrap();
-        let memfd = GuestMemfd::builder(ByteSize::from_mib(4))
-            .folio_size(folio)
-            .initial(initial)
-            .zones(&[Zone::Normal, Zone::Movable])
-            .create(&pool)
-            .unwrap();
-        let vm = match kind {
-            VmKind::Protected => hyp.create_vm().unwrap(),
-            VmKind::NonProtected => hyp.create_non_protected_vm().unwrap(),
-        };
-        assert_eq!((vm.kind(), hyp.profile()), (kind, profile));
-        vm.bind(Ipa::new(BASE).gfn(), &memfd, memfd.pages()).unwrap();
-        Self { pool, hyp, memfd, vm }
-    }
-
-    fn protected(profile: Profile) -> Self {
-        Self::new(profile, VmKind::Protected, FolioSize::Base, Visibility::Private)
-    }
-
-    fn plain(folio: FolioSize) -> Self {
-        let kind = VmKind::NonProtected;
-        Self::new(Profile::Mainline72, kind, folio, Visibility::Shared)
-    }
-
-    fn vcpu(&self) -> Vcpu {
-        self.vm.create_vcpu().unwrap()
-    }
-
-    fn raw(&self) -> RawHost {
-        self.hyp.raw_host()
-    }
-
-    fn convert(&self, range: PgoffRange, to: Visibility) -> Result<(), gmem::error::Error> {
-        self.memfd.convert(range, to, ContentPolicy::Preserve).map(|_| ())
-    }
-
-    #[track_caller]
-    fn sound(&self) {
-        let report = audit::check_under(&self.pool, &[&self.memfd], &self.hyp);
-        assert_eq!(report.to_string(), "clean");
-    }
-
-    /// Nothing is left, and nothing of anybody in it.
-    #[track_caller]
-    fn end(self) {
-        let Self { pool, hyp, memfd, vm } = self;
-        drop(vm);
-        assert_eq!(hyp.stat(), HostStat::default());
-        assert_eq!(audit::check_under(&pool, &[&memfd], &hyp).to_string(), "clean");
-        drop(memfd);
-        assert_eq!(pool.stat().free, pool.stat().capacity);
-        assert_eq!(pool.verify_scrubbed().unwrap(), pool.stat().capacity);
-    }
-}
-
-fn range(page: u64, nr: u64) -> PgoffRange {
-    PgoffRange::new(Pgoff::new(page), nr).unwrap()
-}
-
-fn ipa(page: u64) -> Ipa {
-    Ipa::new(BASE + page * PAGE)
-}
-
-fn at(page: u64) -> Offset {
-    Pgoff::new(page).offset()
-}
-
-fn pages(nr: u64) -> ByteSize {
-    ByteSize::from_pages(nr)
-}
-
-/// The guest asks, and the VMM does it.
-#[track_caller]
-fn agreed(vcpu: &mut Vcpu, call: impl Into<gmem::hyp::Registers>) -> HvcResult {
-    match vcpu.hvc(call) {
-        Err(Exit::Conversion(request)) => drop(request.convert().unwrap()),
-        other => panic!("no conversion was asked for: {other:?}"),
-    }
-    vcpu.answer().unwrap()
-}
 
 #[test]
 fn each_version_answers_what_it_has() {
@@ -134,7 +32,7 @@ fn each_version_answers_what_it_has() {
         let expected = if is_android { HvcResult::SUCCESS } else { HvcResult::NOT_SUPPORTED };
         assert_eq!(gone, expected);
         assert_eq!(world.vm.stat().owned, pages(if is_android { 0 } else { 1 }));
-        let refused = world.vm.unbind(gmem::hyp::pkvm::MemslotId::from_u16(0).unwrap());
+        let refused = world.vm.unbind(gmem::hyp::MemslotId::from_u16(0).unwrap());
         assert_eq!(refused.is_ok(), is_android, "{profile:?}");
         world.sound();
         drop(vcpu);
@@ -245,7 +143,7 @@ fn a_fault_brings_a_block_if_all_of_it_is_there() {
 
 #[test]
 fn a_guest_that_is_not_protected_sees_what_the_host_sees() {
-    let world = World::plain(FolioSize::Base);
+    let world = World::plain(Profile::Mainline72, FolioSize::Base);
     let mut vcpu = world.vcpu();
     world.memfd.write(at(2), b"from the host").unwrap();
     let mut seen = [0; 13];
@@ -267,7 +165,7 @@ fn a_guest_that_is_not_protected_sees_what_the_host_sees() {
     vcpu.load(ipa(2), &mut seen).unwrap();
     assert_eq!(seen, [0; 13]);
     world.sound();
-    let slot = gmem::hyp::pkvm::MemslotId::from_u16(0).unwrap();
+    let slot = gmem::hyp::MemslotId::from_u16(0).unwrap();
     world.vm.unbind(slot).unwrap();
     assert_eq!(world.hyp.stat().shown, pages(0));
     assert!(matches!(vcpu.load(ipa(2), &mut seen), Err(Exit::Mmio { .. })));
@@ -277,7 +175,7 @@ fn a_guest_that_is_not_protected_sees_what_the_host_sees() {
 
 #[test]
 fn huge_folios_are_shown_by_blocks() {
-    let world = World::plain(FolioSize::Huge2M);
+    let world = World::plain(Profile::Mainline72, FolioSize::Huge2M);
     let mut vcpu = world.vcpu();
     vcpu.store(ipa(7), b"one").unwrap();
     assert_eq!(world.hyp.stat().shown, pages(HUGE));
@@ -302,7 +200,7 @@ fn huge_folios_are_shown_by_blocks() {
 #[test]
 fn what_is_shown_can_move() {
     for folio in [FolioSize::Base, FolioSize::Huge2M] {
-        let world = World::plain(folio);
+        let world = World::plain(Profile::Mainline72, folio);
         let mut vcpu = world.vcpu();
         vcpu.store(ipa(0), b"moving").unwrap();
         let before: Vec<_> = world.memfd.frames_of(range(0, 1)).unwrap().collect();
@@ -322,7 +220,7 @@ fn what_is_shown_can_move() {
 
 #[test]
 fn nothing_turns_private_under_a_guest_that_is_not_protected() {
-    let world = World::plain(FolioSize::Base);
+    let world = World::plain(Profile::Mainline72, FolioSize::Base);
     let mut vcpu = world.vcpu();
     vcpu.store(ipa(1), b"shown").unwrap();
     for page in [1, 2] {
@@ -355,232 +253,6 @@ fn nothing_turns_private_under_a_guest_that_is_not_protected() {
     world.sound();
     drop(vcpu);
     world.end();
-}
-
-#[test]
-fn a_raw_host_meets_el2_where_the_object_would_have_refused() {
-    let world = World::protected(Profile::Mainline72);
-    let mut vcpu = world.vcpu();
-    vcpu.store(ipa(1), b"secret").unwrap();
-    let mut seen = [0xee; 6];
-    assert_eq!(world.memfd.read(at(1), &mut seen).unwrap_err().kind(), ErrorKind::NotShared);
-    let raw = world.raw();
-    let by = |path, seen: &mut [u8]| raw.load(path, &world.memfd, at(1), seen).unwrap();
-    assert_eq!(by(RawPath::User, &mut seen), RawOutcome::Sigsegv);
-    assert_eq!(by(RawPath::Uaccess, &mut seen), RawOutcome::Efault);
-    assert_eq!(seen, [0xee; 6], "not a byte");
-    let none = raw.load(RawPath::User, &world.memfd, at(9), &mut seen).unwrap_err();
-    assert_eq!(none.kind(), ErrorKind::NotFound, "nobody has touched it");
-    // A device is stopped by nobody, and it is counted.
-    assert_eq!(by(RawPath::Dma, &mut seen), RawOutcome::Done);
-    assert_eq!(&seen, b"secret");
-    assert_eq!(world.hyp.incidents().nr_dma_into_private, 1);
-    // What the guest shares is the host's to see, by any way.
-    agreed(&mut vcpu, Hypercall::MemShare(ipa(1)));
-    for path in [RawPath::User, RawPath::Uaccess, RawPath::KernelAlias, RawPath::Dma] {
-        seen = [0; 6];
-        assert_eq!(by(path, &mut seen), RawOutcome::Done);
-        assert_eq!(&seen, b"secret", "{path:?}");
-    }
-    world.sound();
-    drop(vcpu);
-    world.end();
-    // In Android's, EL2's own IOMMU stops it.
-    let world = World::protected(Profile::Android618);
-    let mut vcpu = world.vcpu();
-    vcpu.store(ipa(1), b"secret").unwrap();
-    let stopped = world.raw().load(RawPath::Dma, &world.memfd, at(1), &mut seen).unwrap();
-    assert_eq!(stopped, RawOutcome::DmaFault);
-}
-
-/// The hazard, and what is left of it: the bytes, and nothing else that anybody trusts in.
-#[test]
-fn a_kernels_pointer_destroys_a_page_and_no_more() {
-    for (profile, folio) in [
-        (Profile::Mainline72, FolioSize::Base),
-        (Profile::Mainline72, FolioSize::Huge2M),
-        (Profile::Android618, FolioSize::Huge2M),
-        (Profile::HugeProtected, FolioSize::Huge2M),
-    ] {
-        let world = World::new(profile, VmKind::Protected, folio, Visibility::Private);
-        let mut vcpu = world.vcpu();
-        vcpu.store(ipa(1), b"secret").unwrap();
-        vcpu.store(ipa(2), b"neighbour").unwrap();
-        vcpu.store(ipa(HUGE), b"far away").unwrap();
-        let donated = world.hyp.stat().donated;
-        let by_blocks = profile != Profile::Mainline72;
-        let nr_lost = if by_blocks { HUGE } else { 1 };
-
-        let mut seen = [0xee; 6];
-        let raw = world.raw();
-        let outcome = raw.load(RawPath::KernelAlias, &world.memfd, at(1), &mut seen).unwrap();
-        assert_eq!((outcome, seen), (RawOutcome::Destroyed, [0; 6]), "zeroes, not the secret");
-        assert_eq!(world.hyp.incidents().nr_destroyed, 1);
-        assert_eq!(world.hyp.stat().donated, pages(donated.whole_pages() - nr_lost));
-        world.sound();
-
-        // The guest learns of it, as often as it asks.
-        for _ in 0..2 {
-            match vcpu.load(ipa(1), &mut seen) {
-                Err(Exit::Poisoned { ipa: found }) => assert_eq!(found, ipa(1)),
-                other => panic!("{other:?}"),
-            }
-        }
-        assert!(matches!(vcpu.store_u64(ipa(1), 1), Err(Exit::Poisoned { .. })));
-        let share = vcpu.hvc(Hypercall::MemShare(ipa(1))).unwrap();
-        assert_eq!(share, HvcResult::INVALID_PARAMETER);
-        let neighbour = vcpu.load(ipa(2), &mut seen);
-        match by_blocks {
-            true => assert!(matches!(neighbour, Err(Exit::Poisoned { .. }))),
-            false => assert_eq!((neighbour.is_ok(), &seen), (true, b"neighb")),
-        }
-        vcpu.load(ipa(HUGE), &mut seen).unwrap();
-        assert_eq!(&seen, b"far aw");
-
-        // To the object the page is as private as before, and stays so.
-        assert_eq!(world.memfd.read(at(1), &mut seen).unwrap_err().kind(), ErrorKind::NotShared);
-        let refused = world.convert(range(1, 1), Visibility::Shared).unwrap_err();
-        assert_eq!(
-            (refused.kind(), refused.errno()),
-            (ErrorKind::HypervisorRefused, Errno::EHWPOISON)
-        );
-        world.convert(range(1, 1), Visibility::Private).unwrap();
-        // The kernel has its page by now, and nothing is destroyed a second time.
-        let again = raw.store(RawPath::KernelAlias, &world.memfd, at(1), b"kernel's").unwrap();
-        assert_eq!((again, world.hyp.incidents().nr_destroyed), (RawOutcome::Done, 1));
-        assert!(matches!(vcpu.load(ipa(1), &mut seen), Err(Exit::Poisoned { .. })));
-        world.sound();
-
-        // It goes back to the pool like any other, cleared.
-        drop(vcpu);
-        world.end();
-    }
-}
-
-#[test]
-fn a_destroyed_page_can_be_punched_and_its_frame_used_again() {
-    let world = World::protected(Profile::Mainline72);
-    let mut vcpu = world.vcpu();
-    vcpu.store(ipa(1), b"secret").unwrap();
-    let raw = world.raw();
-    raw.store(RawPath::KernelAlias, &world.memfd, at(1), b"kernel's").unwrap();
-    world.memfd.punch_hole(range(1, 1)).unwrap();
-    // Another page of the guest's gets the frame, and finds zeroes.
-    for page in 2..64 {
-        let mut seen = [1; 8];
-        vcpu.load(ipa(page), &mut seen).unwrap();
-        assert_eq!(seen, [0; 8]);
-    }
-    assert!(matches!(vcpu.load(ipa(1), &mut [0]), Err(Exit::Poisoned { .. })));
-    world.sound();
-    drop(vcpu);
-    world.end();
-}
-
-#[test]
-fn pins_keep_what_a_kernel_would_destroy() {
-    let world = World::protected(Profile::Mainline72);
-    let mut vcpu = world.vcpu();
-    vcpu.store(ipa(1), b"buffer").unwrap();
-    let owner = world.memfd.register_owner("virtio-blk").unwrap();
-    let incidents = || world.hyp.incidents();
-    assert_eq!(incidents(), IncidentStat::default());
-
-    // Without gmem's rules: the kernel reads a buffer that the guest has not shared, and destroys it.
-    // With them it does not come to that: there is no pin to be had.
-    let refused = world.memfd.pin(range(1, 1), owner, PinMode::Counted).unwrap_err();
-    assert_eq!((refused.kind(), incidents().nr_pins_prevented), (ErrorKind::NotShared, 1));
-    assert!(world.memfd.read(at(1), &mut [0; 6]).is_err());
-    assert!(world.memfd.load_u64(at(1)).is_err());
-    assert_eq!(incidents().nr_accesses_prevented, 2);
-
-    // Shared and pinned, it stays shared as long as the kernel may come to it by its own pointer.
-    agreed(&mut vcpu, Hypercall::MemShare(ipa(1)));
-    let pin = world.memfd.pin(range(1, 1), owner, PinMode::Counted).unwrap();
-    match vcpu.hvc(Hypercall::MemUnshare(ipa(1))) {
-        Err(Exit::Conversion(request)) => {
-            assert_eq!(request.convert().unwrap_err().kind(), ErrorKind::Busy);
-        }
-        other => panic!("{other:?}"),
-    }
-    assert_eq!(vcpu.answer().unwrap(), HvcResult::INVALID_PARAMETER);
-    let mut seen = [0; 6];
-    let by_kernel = world.raw().load(RawPath::KernelAlias, &world.memfd, at(1), &mut seen);
-    assert_eq!((by_kernel.unwrap(), &seen), (RawOutcome::Done, b"buffer"));
-    let counts = incidents();
-    assert_eq!((counts.nr_conversions_prevented, counts.nr_destroyed), (1, 0));
-    drop(pin);
-    // Accesses that succeed are counted nowhere.
-    world.memfd.read(at(1), &mut seen).unwrap();
-    assert_eq!(incidents(), counts);
-    drop(vcpu);
-    world.end();
-}
-
-/// Whatever a kernel destroys in which moment, nobody is left with half of a page.
-#[test]
-fn a_raw_host_gets_in_everybodys_way() {
-    const NR: u64 = 200;
-    for (profile, folio) in [
-        (Profile::Mainline72, FolioSize::Base),
-        (Profile::Android618, FolioSize::Huge2M),
-        (Profile::HugeProtected, FolioSize::Huge2M),
-    ] {
-        let world = &World::new(profile, VmKind::Protected, folio, Visibility::Private);
-        // The page that all of them are at.
-        let now = &AtomicU64::new(0);
-        std::thread::scope(|scope| {
-            for _ in 0..2 {
-                scope.spawn(move || {
-                    let mut vcpu = world.vcpu();
-                    let (mut nr_lost, mut nr_converted) = (0, 0);
-                    loop {
-                        let page = now.load(Ordering::Relaxed);
-                        if page == NR {
-                            break;
-                        }
-                        match vcpu.store_u64(ipa(page), page) {
-                            Ok(()) => {}
-                            Err(Exit::Poisoned { .. }) => nr_lost += 1,
-                            Err(other) => panic!("{other:?}"),
-                        }
-                        for call in
-                            [Hypercall::MemShare(ipa(page)), Hypercall::MemUnshare(ipa(page))]
-                        {
-                            if let Err(Exit::Conversion(request)) = vcpu.hvc(call) {
-                                // Refused if the page was destroyed, or the other vCPU was faster.
-                                let _ = request.convert();
-                                nr_converted += u64::from(vcpu.answer().unwrap().is_success());
-                            }
-                        }
-                    }
-                    println!("{profile:?}: {nr_lost} lost, {nr_converted} conversions");
-                });
-            }
-            scope.spawn(move || {
-                let raw = world.raw();
-                let mut nr_destroyed = 0;
-                for page in 0..NR {
-                    std::thread::sleep(std::time::Duration::from_micros(300));
-                    let mut seen = [0; 8];
-                    match raw.load(RawPath::KernelAlias, &world.memfd, at(page), &mut seen) {
-                        // It was shared just then, or nobody has it.
-                        Ok(RawOutcome::Done) => {}
-                        Ok(RawOutcome::Destroyed) => {
-                            nr_destroyed += 1;
-                            assert_eq!(seen, [0; 8]);
-                        }
-                        Ok(other) => panic!("{other:?}"),
-                        Err(error) => assert_eq!(error.kind(), ErrorKind::NotFound),
-                    }
-                    now.store(page + 1, Ordering::Relaxed);
-                }
-                assert_eq!(world.hyp.incidents().nr_destroyed, nr_destroyed);
-                assert!(nr_destroyed > 0);
-            });
-        });
-        world.sound();
-    }
 }
 
 #[test]

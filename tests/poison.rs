@@ -11,7 +11,7 @@ use gmem::addr::{Access, ByteSize, Gfn, Ipa, Offset, Pfn};
 use gmem::audit;
 use gmem::error::{Errno, Error, ErrorKind, Found};
 use gmem::geometry::FolioSize;
-use gmem::hyp::pkvm::Hypervisor;
+use gmem::hyp::Hypervisor;
 use gmem::{
     Ack, ArenaBacking, CancelToken, Commitment, ContentPolicy, ConvertOptions, FolioPool,
     GuestMemfd, HandOutRun, Heard, HostView, PageStatus, PartSpec, PinGuard, PinMode,

@@ -13,7 +13,7 @@ use common::Capability;
 use gmem::addr::{ByteSize, Gfn, Hva, Ipa, Offset, Pgoff};
 use gmem::audit;
 use gmem::error::Errno;
-use gmem::hyp::pkvm::{Hypervisor, Vm};
+use gmem::hyp::{Hypervisor, Vm};
 use gmem::range::PgoffRange;
 use gmem::{
     ArenaBacking, ContentPolicy, FaultAnswer, FolioPool, GuestMemfd, HostFault, PinMode,

@@ -11,7 +11,7 @@ use gmem::addr::{ByteSize, Gfn, Ipa, Offset};
 use gmem::audit;
 use gmem::error::ErrorKind;
 use gmem::geometry::{FolioSize, NumaNode};
-use gmem::hyp::pkvm::Hypervisor;
+use gmem::hyp::Hypervisor;
 use gmem::{
     ArenaBacking, Commitment, ContentPolicy, ConvertOptions, FolioPool, GuestMemfd,
     GuestMemfdBuilder, PartSpec, PinMode, PrivatePlacement, Visibility, Wait, Zone,

@@ -1,7 +1,7 @@
 //! What is left when all is over: nothing, if all went well.
 
 use gmem::addr::ByteSize;
-use gmem::hyp::pkvm::{HostStat, Hypervisor, IncidentStat, Vm, VmKind};
+use gmem::hyp::{HostStat, Hypervisor, IncidentStat, Vm, VmKind};
 use gmem::{FolioPool, GuestMemfd, ObjectStat, audit};
 
 use crate::Fallible;
@@ -24,6 +24,8 @@ pub(crate) struct Aftermath {
 pub(crate) struct Guest {
     pub(crate) vm: Vm,
     pub(crate) memfd: GuestMemfd,
+    /// What of a protected guest's memory is shared for good.
+    pub(crate) for_good: ByteSize,
 }
 
 /// Tears the guests down, and looks at everything before and after.
@@ -71,12 +73,15 @@ impl Guest {
         let ObjectStat { shared, private, pinned, quarantined, .. } = self.memfd.stat();
         // What a guest of its kind never has, or has taken back by now.
         let other_side = match self.vm.kind() {
-            VmKind::Protected => (shared, "shared"),
-            VmKind::NonProtected => (private, "private"),
+            VmKind::Protected => (shared, "shared", self.for_good),
+            VmKind::NonProtected => (private, "private", ByteSize::default()),
         };
-        let found = [other_side, (pinned, "pinned"), (quarantined, "quarantined")].into_iter();
-        let found = found.filter(|(amount, _)| *amount != ByteSize::default());
+        let none = ByteSize::default();
+        let found = [other_side, (pinned, "pinned", none), (quarantined, "quarantined", none)];
+        let found = found.into_iter().filter(|(amount, _, wanted)| amount != wanted);
         let name = self.memfd.name();
-        found.map(|(amount, what)| format!("{amount} bytes of {name} are still {what}")).collect()
+        found
+            .map(|(amount, what, _)| format!("{amount} bytes of {name} are still {what}"))
+            .collect()
     }
 }

@@ -4,16 +4,18 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use gmem::ArenaBacking;
-use gmem::hyp::pkvm::VmKind;
+use gmem::hyp::{Model, VmKind};
 
-/// What `--help` prints.
-pub(crate) const USAGE: &str = "\
+const USAGE: &str = "\
 Boots a guest on gmem and lets it read FILE from a virtio disk, with everything that can be tried
 against its memory being tried meanwhile.
 
-usage: vmm [--guest KIND] [--backing KIND] [--json] [--map FILE.svg] [FILE]
+usage: vmm [--hypervisor NAME] [--guest KIND] [--backing KIND] [--json] [--map FILE.svg]
+           [FILE]
 
   FILE             what the disk holds; a regular file of any size (default: this program itself)
+  --hypervisor NAME
+                   what runs the guest: HYPERVISORS
   --guest KIND     protected or non-protected: whether its memory is its own (default: protected)
   --backing KIND   what its memory is made of: hugetlb, thp, memfd, or the best that is to be had
                    (default: auto)
@@ -24,11 +26,18 @@ usage: vmm [--guest KIND] [--backing KIND] [--json] [--map FILE.svg] [FILE]
 
 Exit status: 0 if everything held, 1 if something did not, 2 for a wrong command line.";
 
+/// What `--help` prints.
+pub(crate) fn usage() -> String {
+    let names = Model::ALL.map(Model::name).join(", ");
+    USAGE.replace("HYPERVISORS", &format!("{names} (default: {})", Model::default()))
+}
+
 /// What to run.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Args {
     pub(crate) json: bool,
     pub(crate) map: Option<PathBuf>,
+    pub(crate) hypervisor: Model,
     pub(crate) guest: VmKind,
     pub(crate) backing: Backing,
     pub(crate) file: Option<PathBuf>,
@@ -65,6 +74,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command,
     let mut out = Args {
         json: false,
         map: None,
+        hypervisor: Model::default(),
         guest: VmKind::Protected,
         backing: Backing::Auto,
         file: None,
@@ -84,6 +94,9 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command,
             Some("--help" | "-h") if is_option => return Ok(Command::Help),
             Some("--json") if is_option && !has_value => out.json = true,
             Some("--map") if is_option => out.map = Some(value_of("--map")?.into()),
+            Some("--hypervisor") if is_option => {
+                out.hypervisor = hypervisor(&value_of("--hypervisor")?)?;
+            }
             Some("--guest") if is_option => out.guest = guest(&value_of("--guest")?)?,
             Some("--backing") if is_option => out.backing = backing(&value_of("--backing")?)?,
             _ if is_option => return Err(format!("unknown option {}", Path::new(&arg).display())),
@@ -106,6 +119,14 @@ fn split_value(arg: &OsStr) -> (OsString, Option<OsString>) {
         Some((name, value)) => (name.into(), Some(value.into())),
         None => (arg.into(), None),
     }
+}
+
+fn hypervisor(value: &OsStr) -> Result<Model, String> {
+    let name = value.to_string_lossy();
+    name.parse().map_err(|_| {
+        let names = Model::ALL.map(Model::name).join(", ");
+        format!("--hypervisor is one of {names}, not {name}")
+    })
 }
 
 fn guest(value: &OsStr) -> Result<VmKind, String> {
@@ -149,15 +170,21 @@ mod tests {
         let expected = Command::Run(Args {
             json: true,
             map: Some("m.svg".into()),
+            hypervisor: Model::ALL[3],
             guest: VmKind::NonProtected,
             backing: Backing::Only(ArenaBacking::Memfd),
             file: Some("f".into()),
         });
         let (guest, backing) = (["--guest", "non-protected"], ["--backing", "memfd"]);
-        let spaced =
-            parsed(&[&["--map", "m.svg", "f", "--json"], &guest[..], &backing[..]].concat());
+        let hypervisor = ["--hypervisor", Model::ALL[3].name()];
+        let spaced = parsed(
+            &[&["--map", "m.svg", "f", "--json"], &guest[..], &backing[..], &hypervisor[..]]
+                .concat(),
+        );
         assert_eq!(spaced.as_ref(), Ok(&expected));
-        let joined = ["--backing=memfd", "--json", "--guest=non-protected", "--map=m.svg", "f"];
+        let hypervisor = format!("--hypervisor={}", Model::ALL[3]);
+        let joined =
+            ["--backing=memfd", "--json", "--guest=non-protected", &hypervisor, "--map=m.svg", "f"];
         assert_eq!(parsed(&joined), spaced);
         assert_eq!(parsed(&["--json", "--help", "--nonsense"]), Ok(Command::Help));
     }
@@ -167,7 +194,22 @@ mod tests {
         let Ok(Command::Run(args)) = parsed(&["--", "--json"]) else { panic!("should parse") };
         assert_eq!((args.json, args.file), (false, Some("--json".into())));
         assert_eq!(args.guest, VmKind::Protected, "unless something else is said");
+        assert_eq!(args.hypervisor, Model::default());
         assert_eq!(parsed(&["a=b"]).map(|c| matches!(c, Command::Run(_))), Ok(true));
+    }
+
+    #[test]
+    fn every_hypervisor_has_its_name() {
+        for model in Model::ALL {
+            let Ok(Command::Run(args)) = parsed(&["--hypervisor", model.name()]) else {
+                panic!("{model} should parse")
+            };
+            assert_eq!(args.hypervisor, model);
+            assert!(usage().contains(model.name()));
+        }
+        let complaint = parsed(&["--hypervisor=none"]).unwrap_err();
+        assert!(complaint.starts_with("--hypervisor is one of "), "{complaint}");
+        assert!(complaint.ends_with(", not none"), "{complaint}");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use gmem::addr::Ipa;
-use gmem::hyp::{Exit, HvcResult, Hypercall, MmioAccess, Vcpu};
+use gmem::hyp::{Exit, Hypercall, MmioAccess, Vcpu};
 
 use crate::Fallible;
 use crate::board::Board;
@@ -116,7 +116,7 @@ impl Cpu {
         };
         self.board.run.beat();
         match result {
-            HvcResult::SUCCESS => Ok(()),
+            done if done.is_success() => Ok(()),
             refused => Err(format!("{call:x?} was refused: {:#x?}", refused.regs()).into()),
         }
     }

@@ -1,7 +1,7 @@
 //! What the guest finds in its memory when it boots.
 
 use gmem::addr::ByteSize;
-use gmem::hyp::pkvm::VmKind;
+use gmem::hyp::VmKind;
 use gmem::range::PgoffRange;
 use gmem::{ContentPolicy, GuestMemfd, Visibility};
 use sha2::{Digest, Sha256};
@@ -16,6 +16,7 @@ pub(crate) fn preload(
     kind: VmKind,
     disk_bytes: u64,
     share_unit: ByteSize,
+    stays_shared: bool,
 ) -> Fallible<u64> {
     let payload = make_payload();
     let mut raw = [0; params::BYTES];
@@ -25,6 +26,8 @@ pub(crate) fn preload(
     raw[params::AT_DISK_BYTES..][..8].copy_from_slice(&disk_bytes.to_le_bytes());
     raw[params::AT_SHARE_UNIT..][..8].copy_from_slice(&share_unit.get().to_le_bytes());
     raw[params::AT_PAYLOAD_SHA256..][..32].copy_from_slice(&Sha256::digest(&payload));
+
+    raw[params::AT_STAYS_SHARED..][..8].copy_from_slice(&u64::from(stays_shared).to_le_bytes());
 
     let mut conversions = 0;
     for (start, data) in [(params::BASE, &raw[..]), (PAYLOAD, &payload[..])] {
@@ -41,6 +44,15 @@ pub(crate) fn preload(
         }
     }
     Ok(conversions)
+}
+
+/// Shares for good what the guest and the device will work in. Returns how many conversions that took.
+pub(crate) fn share_areas(memfd: &GuestMemfd, share_unit: ByteSize) -> Fallible<u64> {
+    let areas = layout::shared_areas(share_unit.get());
+    for &(start, nr_pages) in &areas {
+        turn(memfd, layout::pages_of(layout::frames(start, nr_pages)?)?, Visibility::Shared)?;
+    }
+    Ok(areas.len() as u64)
 }
 
 /// Converts pages, all of which are on the other side.

@@ -7,10 +7,9 @@ use std::sync::Arc;
 
 use gmem::addr::{ByteSize, Ipa};
 use gmem::error::{Error, ErrorKind, Found};
-use gmem::hyp::pkvm::{Hypervisor, RawHost, RawOutcome, RawPath};
-use gmem::hyp::{Exit, HvcResult, Hypercall, Vcpu};
+use gmem::hyp::{Exit, Hypercall, Hypervisor, Model, RawHost, RawOutcome, RawPath, Vcpu};
 use gmem::range::PgoffRange;
-use gmem::{FolioPool, GuestMemfd, PinMode};
+use gmem::{ContentPolicy, FolioPool, GuestMemfd, PinMode, Visibility};
 
 use crate::Fallible;
 use crate::aftermath::Guest;
@@ -36,10 +35,12 @@ pub(crate) struct HazardStat {
     /// Pages destroyed under the guest, and its exits because of that.
     pub(crate) destroyed: u64,
     pub(crate) poisoned_exits: u64,
+    /// Times that the host's kernel would have died.
+    pub(crate) fatal: u64,
     /// Reads of private memory by a device.
     pub(crate) dma_into_private: u64,
-    /// Touches of private memory that EL2 stopped, by user space and by a copy of the kernel's.
-    pub(crate) sigsegv: u64,
+    /// Touches of private memory that the hypervisor stopped, by user space and by a copy of the kernel's.
+    pub(crate) signals: u64,
     pub(crate) efault: u64,
     /// What gmem refused.
     pub(crate) accesses_prevented: u64,
@@ -62,6 +63,7 @@ struct Scene {
     memfd: GuestMemfd,
     vcpu: Vcpu,
     raw: RawHost,
+    model: Model,
     console: Arc<Console>,
     stat: HazardStat,
 }
@@ -72,37 +74,65 @@ impl Hazard {
         let size = ByteSize::from_bytes(RAM_BYTES);
         let memfd = GuestMemfd::builder(size).name("small guest").create(&self.pool)?;
         let vm = self.hypervisor.create_vm()?;
+        let model = self.hypervisor.model();
+        if model.fixes_sides() {
+            // Now or never.
+            let _ = memfd.convert(page(KEPT)?, Visibility::Shared, ContentPolicy::Preserve)?;
+        }
+        let for_good = memfd.stat().shared;
         vm.bind(Ipa::new(RAM).gfn(), &memfd, memfd.pages())?;
         let mut scene = Scene {
             name: "hazard",
             memfd: memfd.clone(),
             vcpu: vm.create_vcpu()?,
             raw: self.hypervisor.raw_host(),
+            model,
             console: self.console,
             stat: HazardStat::default(),
         };
         scene.without_a_pin()?;
         scene.name = "rescue";
         scene.with_a_pin()?;
-        Ok((scene.stat, Guest { vm, memfd }))
+        Ok((scene.stat, Guest { vm, memfd, for_good }))
     }
 }
 
 impl Scene {
     /// The hazard: a pointer, and no pin.
     fn without_a_pin(&mut self) -> Fallible<()> {
-        self.share(LOST)?;
-        self.expect_raw(RawPath::KernelAlias, LOST + KERNEL_AT, LATE, RawOutcome::Done)?;
-        self.say("a small guest shares a page; the host's kernel writes there by a pointer and keeps that");
-        self.ask(Hypercall::MemUnshare(Ipa::new(LOST)))??;
+        if self.model.fixes_sides() {
+            self.say(
+                "a small guest's page was never shared; the host's kernel has a pointer to it",
+            );
+        } else {
+            self.share(LOST)?;
+            self.expect_raw(RawPath::KernelAlias, LOST + KERNEL_AT, LATE, RawOutcome::Done)?;
+            self.say("a small guest shares a page; the host's kernel writes there by a pointer and keeps that");
+            self.ask(Hypercall::MemUnshare(Ipa::new(LOST)))??;
+        }
         self.vcpu.store(Ipa::new(LOST + WORDS_AT), WORDS)?;
-        self.say("the guest takes the page back: nothing is pinned, so nothing is in the way");
+        self.say("the guest has the page to itself: nothing is pinned, so nothing is in the way");
 
         self.go_at_private()?;
 
-        self.expect_raw(RawPath::KernelAlias, LOST + KERNEL_AT, LATE, RawOutcome::Destroyed)?;
+        let outcome = self.model.answer_to_stray(RawPath::KernelAlias);
+        self.expect_raw(RawPath::KernelAlias, LOST + KERNEL_AT, LATE, outcome)?;
+        match outcome {
+            RawOutcome::Destroyed => self.page_is_destroyed(),
+            RawOutcome::Oops => {
+                self.stat.fatal += 1;
+                self.say("the kernel writes by the pointer it has kept: a real one dies here");
+                self.expect_words(LOST + WORDS_AT, WORDS)?;
+                self.say("the guest's bytes are whole");
+                Ok(())
+            }
+            other => Err(format!("nobody knows how to go on after {other:?}").into()),
+        }
+    }
+
+    fn page_is_destroyed(&mut self) -> Fallible<()> {
         self.stat.destroyed += 1;
-        self.say("the kernel writes by the pointer it has kept: EL2 gives it the page, destroyed");
+        self.say("the kernel writes by the pointer it has kept: it is given the page, destroyed");
         match self.vcpu.load(Ipa::new(LOST + WORDS_AT), &mut [0]) {
             Err(exit @ Exit::Poisoned { ipa }) if ipa == Ipa::new(LOST + WORDS_AT) => {
                 self.stat.poisoned_exits += 1;
@@ -123,22 +153,29 @@ impl Scene {
     /// Everything else that a host may try at a private page, past gmem and through it.
     fn go_at_private(&mut self) -> Fallible<()> {
         let at = layout::offset(LOST + WORDS_AT)?;
-        self.expect_raw(RawPath::User, LOST + WORDS_AT, LATE, RawOutcome::Sigsegv)?;
-        self.stat.sigsegv += 1;
-        self.expect_raw(RawPath::Uaccess, LOST + WORDS_AT, LATE, RawOutcome::Efault)?;
+        let signal = self.model.answer_to_stray(RawPath::User);
+        self.expect_raw(RawPath::User, LOST + WORDS_AT, LATE, signal)?;
+        self.stat.signals += 1;
+        let refusal = self.model.answer_to_stray(RawPath::Uaccess);
+        self.expect_raw(RawPath::Uaccess, LOST + WORDS_AT, LATE, refusal)?;
         self.stat.efault += 1;
         self.expect_words(LOST + WORDS_AT, WORDS)?;
-        self.say(
-            "a store by user space gets SIGSEGV, a copy by the kernel EFAULT; the bytes are whole",
-        );
+        self.say(&format!(
+            "a store by user space gets {signal:?}, a copy by the kernel {refusal:?}; the bytes are whole"
+        ));
 
         let mut seen = [0; WORDS.len()];
+        let wanted = self.model.answer_to_stray(RawPath::Dma);
         let dma = self.raw.load(RawPath::Dma, &self.memfd, at, &mut seen)?;
-        if (dma, &seen[..]) != (RawOutcome::Done, WORDS) {
+        let reached = dma == RawOutcome::Done;
+        if dma != wanted || (seen == WORDS) != reached {
             return Err(format!("DMA from a private page: {dma:?}, {seen:?}").into());
         }
-        self.stat.dma_into_private += 1;
-        self.say("a device reads them: no IOMMU of EL2's stands between");
+        self.stat.dma_into_private += u64::from(reached);
+        self.say(match reached {
+            true => "a device reads them: no IOMMU of the hypervisor's stands between",
+            false => "a device is stopped by the hypervisor",
+        });
 
         let read = expect_refused(self.memfd.read(at, &mut seen), ErrorKind::NotShared)?;
         self.stat.accesses_prevented += 1;
@@ -173,6 +210,13 @@ impl Scene {
         self.say("the kernel writes by its pointer; the guest finds that, and its own bytes whole");
 
         drop(pin);
+        if self.model.fixes_sides() {
+            let refused = expect_refused(self.ask(take_back)?, ErrorKind::HypervisorRefused)?;
+            self.say(&format!(
+                "the pin is gone, and the page stays shared all the same: {refused}"
+            ));
+            return Ok(());
+        }
         self.ask(take_back)??;
         self.expect_words(KEPT + WORDS_AT, WORDS)?;
         self.say("the pin is gone, the guest asks again and has the page to itself");
@@ -187,15 +231,13 @@ impl Scene {
     /// Asks the VMM for a page, which tries; the guest has to be told what came of that.
     fn ask(&mut self, call: Hypercall) -> Fallible<Result<(), Error>> {
         let converted = match self.vcpu.hvc(call) {
+            // It was so from the beginning.
+            Ok(told) if told.is_success() && self.model.fixes_sides() => return Ok(Ok(())),
             Err(Exit::Conversion(request)) => request.convert().map(drop),
             other => return Err(format!("{call:x?} does not reach the VMM: {other:?}").into()),
         };
-        let wanted = match converted {
-            Ok(()) => HvcResult::SUCCESS,
-            Err(_) => HvcResult::INVALID_PARAMETER,
-        };
         match self.vcpu.answer()? {
-            told if told == wanted => Ok(converted),
+            told if told.is_success() == converted.is_ok() => Ok(converted),
             told => Err(format!("the guest is told {told:x?} of {converted:?}").into()),
         }
     }

@@ -16,7 +16,7 @@ use std::time::Duration;
 use gmem::addr::{Access, ByteSize, Hva, Offset, Pgoff};
 use gmem::error::{Error, ErrorKind, Found};
 use gmem::geometry::PAGE_SIZE;
-use gmem::hyp::pkvm::VmKind;
+use gmem::hyp::VmKind;
 use gmem::range::PgoffRange;
 use gmem::{
     ContentPolicy, FaultCause, GuestMemfd, HostView, PageInfo, SigbusHandler, Touch, Visibility,

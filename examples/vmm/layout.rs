@@ -17,15 +17,16 @@ pub(crate) const RAM_BYTES: u64 = 64 * MIB;
 /// What the VMM leaves for the guest before it boots.
 pub(crate) mod params {
     pub(crate) const BASE: u64 = super::RAM;
-    pub(crate) const BYTES: usize = 64;
+    pub(crate) const BYTES: usize = 72;
     pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"gmemboot");
     // Offsets: magic, lengths of payload and disk in bytes, the unit in which memory can be shared,
-    // and the payload's SHA-256.
+    // the payload's SHA-256, and whether what is shared stays so for good.
     pub(crate) const AT_MAGIC: usize = 0;
     pub(crate) const AT_PAYLOAD_BYTES: usize = 8;
     pub(crate) const AT_DISK_BYTES: usize = 16;
     pub(crate) const AT_SHARE_UNIT: usize = 24;
     pub(crate) const AT_PAYLOAD_SHA256: usize = 32;
+    pub(crate) const AT_STAYS_SHARED: usize = 64;
 }
 
 /// Guest-private words through which the two vCPUs work together.

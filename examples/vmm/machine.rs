@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use gmem::addr::ByteSize;
 use gmem::geometry::FolioSize;
-use gmem::hyp::pkvm::{Hypervisor, VmKind};
+use gmem::hyp::{Hypervisor, VmKind};
 use gmem::vm_memory::{AddressSpace, Slot};
 use gmem::{ArenaBacking, FolioPool, GuestMemfd, HostView, SigbusHandler, Visibility};
 
@@ -19,7 +19,7 @@ use crate::console::Console;
 use crate::cpu::Cpu;
 use crate::device::{Device, DeviceStat, OWNER};
 use crate::disk::Disk;
-use crate::firmware::preload;
+use crate::firmware::{preload, share_areas};
 use crate::guest;
 use crate::hazard::{self, Hazard, HazardStat};
 use crate::intruder::{self, Attempt, IntruderStat, Intrusion, Snapshot};
@@ -39,7 +39,7 @@ pub(crate) fn run(
 ) -> Fallible<(Outcome, Snapshot)> {
     let kind = args.guest;
     let pool = make_pool(args.backing, console)?;
-    let hypervisor = Hypervisor::new(&pool)?;
+    let hypervisor = Hypervisor::with(&pool, args.hypervisor)?;
     let (vm, initial) = match kind {
         VmKind::Protected => (hypervisor.create_vm()?, Visibility::Private),
         VmKind::NonProtected => (hypervisor.create_non_protected_vm()?, Visibility::Shared),
@@ -48,18 +48,33 @@ pub(crate) fn run(
         .name("guest")
         .initial(initial)
         .create(&pool)?;
-    vm.bind(layout::ram()?.start(), &memfd, memfd.pages())?;
-    let mut conversions = preload(&memfd, kind, disk.len_bytes(), share_unit(&pool))?;
+    let at = layout::ram()?.start();
+    let stays_shared = args.hypervisor.fixes_sides() && kind == VmKind::Protected;
+    let preload = || preload(&memfd, kind, disk.len_bytes(), share_unit(&pool), stays_shared);
+    let (mut conversions, mut for_good) = (0, ByteSize::default());
+    match stays_shared {
+        // What is bound stays as it is.
+        true => {
+            conversions += preload()? + share_areas(&memfd, share_unit(&pool))?;
+            for_good = memfd.stat().shared;
+            vm.bind(at, &memfd, memfd.pages())?;
+        }
+        false => {
+            vm.bind(at, &memfd, memfd.pages())?;
+            conversions += preload()?;
+        }
+    }
     console.say(
         "vmm",
         &format!(
-            "a {} guest of {} MiB; payload of {PAYLOAD_BYTES} bytes loaded, and {initial} from here on",
+            "a {} guest of {} MiB under {}; payload of {PAYLOAD_BYTES} bytes loaded, and {initial} from here on",
             name_of(kind),
-            RAM_BYTES >> 20
+            RAM_BYTES >> 20,
+            args.hypervisor
         ),
     );
 
-    let guest = Guest { vm, memfd };
+    let guest = Guest { vm, memfd, for_good };
     let machine = Machine::new(&guest, disk, console, run)?;
     let board = machine.board.clone();
     console.expect_bytes(disk.len_bytes());
@@ -79,6 +94,7 @@ pub(crate) fn run(
     let guests = [Some(guest), small_guest].into_iter().flatten().collect();
     let outcome = Outcome {
         kind,
+        hypervisor: args.hypervisor,
         backing: pool.backing().to_string(),
         disk_bytes: disk.len_bytes(),
         guest: report,
@@ -146,7 +162,7 @@ struct Ran {
 
 impl Machine {
     fn new(guest: &Guest, disk: &Disk, console: &Arc<Console>, run: &Arc<Run>) -> Fallible<Self> {
-        let Guest { vm, memfd } = guest;
+        let Guest { vm, memfd, .. } = guest;
         let sigbus = SigbusHandler::install()?;
         let view: Arc<HostView> = Arc::new(memfd.map_view()?);
         let slot = Slot { gfn: layout::ram()?.start(), view: view.clone(), pages: memfd.pages() };

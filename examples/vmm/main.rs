@@ -69,7 +69,7 @@ fn main() -> ExitCode {
     let args = match args::parse(std::env::args_os().skip(1)) {
         Ok(Command::Run(args)) => args,
         Ok(Command::Help) => {
-            let _ = writeln!(std::io::stdout(), "{}", args::USAGE);
+            let _ = writeln!(std::io::stdout(), "{}", args::usage());
             return ExitCode::SUCCESS;
         }
         Err(complaint) => {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use gmem::hyp::pkvm::{IncidentStat, VmKind};
+use gmem::hyp::{IncidentStat, Model, VmKind};
 
 use crate::aftermath::Aftermath;
 use crate::device::DeviceStat;
@@ -13,6 +13,7 @@ use crate::intruder::IntruderStat;
 #[derive(Debug)]
 pub(crate) struct Outcome {
     pub(crate) kind: VmKind,
+    pub(crate) hypervisor: Model,
     pub(crate) backing: String,
     pub(crate) disk_bytes: u64,
     pub(crate) guest: Option<GuestReport>,
@@ -55,6 +56,7 @@ impl Outcome {
         let hazard = self.hazard.unwrap_or_default();
         let (_, descriptors) = self.malicious();
         expected.nr_destroyed = hazard.destroyed;
+        expected.nr_oopses = hazard.fatal;
         expected.nr_dma_into_private = hazard.dma_into_private;
         expected.nr_accesses_prevented = self.intruder.reads_refused + hazard.accesses_prevented;
         expected.nr_pins_prevented = descriptors + hazard.pins_prevented;
@@ -114,6 +116,7 @@ pub(crate) mod tests {
         incidents.nr_conversions_prevented = 2;
         Outcome {
             kind: VmKind::Protected,
+            hypervisor: Model::default(),
             backing: "memfd".into(),
             disk_bytes: 3,
             guest: Some(GuestReport { disk_bytes: 3, sha256: [0xab; 32] }),
@@ -129,7 +132,8 @@ pub(crate) mod tests {
                 destroyed: 1,
                 dma_into_private: 1,
                 poisoned_exits: 1,
-                sigsegv: 1,
+                fatal: 0,
+                signals: 1,
                 efault: 1,
                 accesses_prevented: 1,
                 pins_prevented: 1,

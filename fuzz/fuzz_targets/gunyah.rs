@@ -2,7 +2,7 @@
 
 #![no_main]
 
-use gmem::oracle::run_gunyah;
+use gmem::hyp::oracle::run_gunyah;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {

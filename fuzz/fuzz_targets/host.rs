@@ -2,7 +2,7 @@
 
 #![no_main]
 
-use gmem::hyp::pkvm::Hypervisor;
+use gmem::hyp::Hypervisor;
 use gmem::oracle::{HostAction, run_host};
 use gmem::{ArenaBacking, FolioPool, GuestMemfd, audit};
 use libfuzzer_sys::fuzz_target;

@@ -2,7 +2,7 @@
 
 #![no_main]
 
-use gmem::oracle::{PkvmProfile, run_pkvm};
+use gmem::hyp::oracle::{PkvmProfile, run_pkvm};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {

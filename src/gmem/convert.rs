@@ -425,7 +425,7 @@ impl Inner {
         content: ContentPolicy,
     ) -> Result<Settled, Error> {
         self.check_placed(op, frozen.runs())?;
-        self.check_may_be_private(op, layout, frozen.runs())?;
+        self.check_may_turn(op, layout, frozen.runs(), Visibility::Private)?;
         let guest = self.guest_runs(op, layout, frozen.runs())?;
         if fails(FailPoint::Barrier) || !frozen.wait_for_sections(reader) {
             return Err(no_barrier(op));
@@ -457,7 +457,9 @@ impl Inner {
         mut frozen: Frozen<'_>,
         content: ContentPolicy,
     ) -> Result<(), Error> {
-        let outcome = self.guest_runs(op, layout, frozen.runs()).and_then(|guest| {
+        let checked = self.check_may_turn(op, layout, frozen.runs(), Visibility::Shared);
+        let outcome = checked.and_then(|()| {
+            let guest = self.guest_runs(op, layout, frozen.runs())?;
             self.take_back(op, layout, frozen.runs())?;
             let moved =
                 self.move_pages(op, layout, &guest, &frozen, content, |hypervisor, prepare| {

@@ -127,7 +127,7 @@ impl GuestMemfd {
         // No more bound, here or below: who looks again finds that.
         let Some(hypervisor) = layout.hypervisor() else { return Ok(Faulted::Mapped) };
         let side = word.visibility();
-        if (side == Visibility::Private) != hypervisor.has_private() {
+        if !hypervisor.takes(side) {
             return Ok(Faulted::OtherSide);
         }
         object.populate(op, &mut layout, range)?;
@@ -213,25 +213,20 @@ impl Inner {
         }
     }
 
-    /// Refuses to turn pages private that a guest sees which can have none to itself, with memory or without.
-    pub(super) fn check_may_be_private(
+    /// Refuses to turn pages that a guest sees where it cannot have them so, with memory or without.
+    #[inline]
+    pub(super) fn check_may_turn(
         &self,
         op: Op,
         layout: &Layout,
         ranges: &[PgoffRange],
+        to: Visibility,
     ) -> Result<(), Error> {
-        if layout.hypervisor().is_none_or(|hypervisor| hypervisor.has_private()) {
-            return Ok(());
-        }
-        let bound = |range: &&PgoffRange| {
-            layout.bindings.iter().any(|(_, binding)| binding.pages.intersection(range).is_some())
-        };
-        match ranges.iter().find(bound) {
-            Some(&range) => Err(Error::new(op, ErrorKind::HypervisorRefused)
-                .errno_is(Errno::EOPNOTSUPP)
-                .because("the guest is not protected")
-                .on(range)),
-            None => Ok(()),
+        match layout.hypervisor() {
+            Some(hypervisor) if hypervisor.fixes_sides() => {
+                check_sides(&*hypervisor, op, layout, ranges, to)
+            }
+            _ => Ok(()),
         }
     }
 
@@ -253,4 +248,28 @@ impl Inner {
             hypervisor.note_prevented(what);
         }
     }
+}
+
+fn check_sides(
+    hypervisor: &dyn Stage2,
+    op: Op,
+    layout: &Layout,
+    ranges: &[PgoffRange],
+    to: Visibility,
+) -> Result<(), Error> {
+    for range in ranges {
+        for (_, Binding { pages, gfn }) in &layout.bindings {
+            let Some(part) = pages.intersection(range) else { continue };
+            let skip = part.start().get() - pages.start().get();
+            let start = gfn.checked_add(skip);
+            let gfns = start.and_then(|start| GfnRange::new(start, part.nr_pages()).ok());
+            if gfns.is_none_or(|gfns| !hypervisor.may_be(gfns, to)) {
+                return Err(Error::new(op, ErrorKind::HypervisorRefused)
+                    .errno_is(Errno::EOPNOTSUPP)
+                    .because("the guest cannot have all of it on that side")
+                    .on(*range));
+            }
+        }
+    }
+    Ok(())
 }

@@ -109,6 +109,11 @@ pub(super) enum Asked {
     Other,
 }
 
+/// The bit that says in the answer to `FEATURES` that there is such a call.
+pub(super) const fn feature(id: u64) -> u64 {
+    1 << (id & 0x3f)
+}
+
 /// How EL2 sees the registers: an identifier has 32 bits; what else register 0 holds is not looked at.
 pub(super) const fn seen(Registers([x0, x1, x2, x3]): Registers) -> [u64; 4] {
     [x0 & 0xffff_ffff, x1, x2, x3]

@@ -2,18 +2,24 @@
 //!
 //! | file | holds |
 //! |---|---|
+//! | `hypervisor` | a hypervisor in front of a pool |
+//! | `model` | which one it is, by name |
+//! | `vm`, `memslot` | a guest's life, and which of its frames are which pages of an object |
 //! | `vcpu` | a virtual CPU: the guest's loads, stores and atomics, and its hypercalls |
 //! | `exit` | why a vCPU stops, and what its VMM can do about it |
 //! | `hypercall` | what a guest's registers ask for |
 //! | `choices` | for tests and fuzzers: bytes as what somebody hostile does |
-//! | `kernel` | what any host kernel does to have VMs at EL2 |
-//! | [`pkvm`] | the hypervisor behind them, after pKVM: who owns which page |
+//! | `raw_host` | a host that asks nobody |
+//! | `incidents` | what went wrong, and what was kept from it |
+//! | `order` | which locks come before which, watched over |
+//! | `monitor` | what a hypervisor does behind all that |
+//! | [`pkvm`] | one after pKVM: who owns which page; `el2` is the thing itself, `kernel` what any host kernel does to have VMs there |
+//! | [`gunyah`] | one after Gunyah: memory is lent, and comes back |
 //! | [`iommu`] | devices, and the domain that maps memory for them |
 //!
 //! ```
 //! use gmem::addr::{ByteSize, Gfn, Ipa, Offset};
-//! use gmem::hyp::pkvm::Hypervisor;
-//! use gmem::hyp::{Exit, Hypercall, HvcResult};
+//! use gmem::hyp::{Exit, Hypercall, HvcResult, Hypervisor};
 //! use gmem::{ArenaBacking, FolioPool, GuestMemfd};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -45,20 +51,43 @@
 pub(crate) mod choices;
 pub(crate) mod el2;
 mod exit;
-#[cfg_attr(not(test), expect(dead_code, reason = "until a front is built on it"))]
-pub(crate) mod gunyah;
+#[cfg_attr(not(test), expect(dead_code, reason = "VMs can ask for more than a VMM's guests do"))]
+pub mod gunyah;
 mod hypercall;
+mod hypervisor;
+mod incidents;
 pub mod iommu;
 mod kernel;
 #[cfg(feature = "oracle")]
 pub mod linux;
+mod memslot;
+mod model;
+mod monitor;
+mod order;
 pub mod pkvm;
+mod raw_host;
 mod vcpu;
+mod vm;
+
+/// Hostile hosts and guests for the simulated hypervisors, which are their own judges: for fuzzers.
+#[cfg(feature = "oracle")]
+pub mod oracle {
+    pub use super::gunyah::oracle::*;
+    pub use super::pkvm::oracle::*;
+}
 
 #[cfg(feature = "oracle")]
 #[doc(hidden)]
 pub use gunyah::host::extents_only;
 
 pub use exit::{ConversionRequest, Exit, MmioAccess};
+pub use gunyah::SharedMemory;
 pub use hypercall::{HvcResult, Hypercall, Registers};
+pub use hypervisor::{HostStat, Hypervisor};
+pub use incidents::IncidentStat;
+pub use memslot::MemslotId;
+pub use model::Model;
+pub use pkvm::Profile;
+pub use raw_host::{RawHost, RawOutcome, RawPath};
 pub use vcpu::Vcpu;
+pub use vm::{Vm, VmKind, VmStat};

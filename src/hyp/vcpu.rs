@@ -2,20 +2,20 @@
 
 use std::sync::Arc;
 
-use super::el2::{GuestAnswer, GuestStop, GuestTlb, HostCall, State};
 use super::exit::{ConversionRequest, Exit, MmioAccess};
-use super::hypercall::{
-    Asked, FEATURES, HYP_MEMINFO, HvcResult, MEM_RELINQUISH, MEM_SHARE, MEM_UNSHARE,
-    PLAIN_FEATURES, Registers, decode, seen,
-};
-use super::pkvm::{LastCpu, Lease, Request, SlotPage, VmKind, may_call_objects};
+use super::hypercall::{Asked, HvcResult, Registers, decode};
+use super::memslot::SlotPage;
+use super::monitor::Has;
+use super::order::may_call_objects;
+use super::vm::{Lease, Request, VmKind};
+use super::{gunyah, pkvm};
 use crate::addr::{Access, ByteSize, Gfn, Ipa, Pa};
 use crate::backing::Arena;
 use crate::error::{Errno, Error, ErrorKind, Op};
 use crate::geometry::{PAGE_BYTES, index};
 use crate::range::{GfnRange, PgoffRange};
 use crate::stage2::Faulted;
-use crate::state::{Reader, Visibility};
+use crate::state::Visibility;
 
 /// How often a fault is resolved for one access before it is called hopeless. One is enough unless
 /// somebody takes the page away between the fault and the retry.
@@ -33,11 +33,15 @@ const MAX_FAULTS: usize = 16;
 pub struct Vcpu {
     lease: Arc<Lease>,
     index: usize,
-    last_cpu: LastCpu,
     pending: Option<Request>,
-    /// What EL2 remembers for it, and this thread's place among those who use that.
-    tlb: GuestTlb,
-    reader: Reader,
+    cpu: Cpu,
+}
+
+/// The vCPU as its hypervisor has it. Not behind a pointer: what a guest does to its bytes is compiled into it.
+#[derive(Debug)]
+pub(super) enum Cpu {
+    Pkvm(pkvm::Vcpu),
+    Gunyah(gunyah::Vcpu),
 }
 
 /// What came of a stage-2 fault.
@@ -51,19 +55,18 @@ enum Resolved {
 }
 
 /// Why an attempt has not touched anything.
-enum Stop {
+pub(super) enum Stop {
     /// Nothing is mapped.
     Fault,
     /// Nothing is, and nothing will be: the host has destroyed the page.
     Poisoned,
-    /// EL2 has not got the vCPU.
+    /// The hypervisor has not got the vCPU.
     Invalid,
 }
 
 impl Vcpu {
-    pub(super) fn new(lease: Arc<Lease>, index: usize, last_cpu: LastCpu, tlb: GuestTlb) -> Self {
-        let reader = tlb.reader();
-        Self { lease, index, last_cpu, pending: None, tlb, reader }
+    pub(super) fn new(lease: Arc<Lease>, index: usize, cpu: Cpu) -> Self {
+        Self { lease, index, pending: None, cpu }
     }
 
     /// Loads bytes.
@@ -185,40 +188,15 @@ impl Vcpu {
         access: Access,
         act: &mut impl FnMut(&Arena, Pa) -> Result<T, Error>,
     ) -> Result<Result<T, Error>, Stop> {
-        let arena = self.lease.core.arena();
-        let hit = self.tlb.hit(&self.reader, at, access, |pa| act(arena, pa));
-        let done = hit.or_else(|| self.tlb.walk(at, access, |pa| act(arena, pa)));
-        // A fault is a CPU's, which EL2 is asked about.
-        done.map_or_else(|| self.attempt_on_cpu(at, access, act), Ok)
-    }
-
-    fn attempt_on_cpu<T>(
-        &mut self,
-        at: Ipa,
-        access: Access,
-        act: &mut impl FnMut(&Arena, Pa) -> Result<T, Error>,
-    ) -> Result<Result<T, Error>, Stop> {
-        let core = &self.lease.core;
-        core.on_cpu(self.index, &mut self.last_cpu, |el2, cpu| {
-            let acted = el2.vcpu_act(cpu, at, access, |pa| act(core.arena(), pa));
-            acted.map_err(|stop| match stop {
-                // While the vCPU is still there, for its fault is what EL2 is asked about.
-                GuestStop::Fault(_) => match el2.call(cpu, HostCall::VcpuInPoisonFault, [0; 4]) {
-                    Ok(1) => Stop::Poisoned,
-                    // Android's has no answer about a block that was destroyed.
-                    Err(_) if core.look_at_guest().guest(at.gfn()) == Err(Errno::EHWPOISON) => {
-                        Stop::Poisoned
-                    }
-                    _ => Stop::Fault,
-                },
-                _ => Stop::Invalid,
-            })
-        })
+        match &mut self.cpu {
+            Cpu::Pkvm(cpu) => cpu.attempt(at, access, act),
+            Cpu::Gunyah(cpu) => cpu.attempt(at, access, act),
+        }
     }
 
     /// Resolves a stage-2 fault. The object is asked with no lock of ours held.
     fn resolve(&self, gfn: Gfn) -> Result<Resolved, Error> {
-        let slot = self.lease.core.read().slot(gfn);
+        let slot = self.lease.book.read().slot(gfn);
         let Some(SlotPage { memfd, page }) = slot else { return Ok(Resolved::NoSlot) };
         may_call_objects();
         Ok(match memfd.guest_fault(page)? {
@@ -241,44 +219,19 @@ impl Vcpu {
     pub fn hvc(&mut self, regs: impl Into<Registers>) -> Result<HvcResult, Exit> {
         self.withdraw();
         let regs = regs.into();
-        let is_protected = self.lease.core.kind() == VmKind::Protected;
-        match decode(regs, self.lease.core.profile().is_android()) {
+        let is_protected = self.lease.book.kind == VmKind::Protected;
+        match decode(regs, self.lease.host.model.takes_runs()) {
             Asked::Share(ipa, most) if is_protected => self.share(ipa, most),
             Asked::Unshare(ipa, most) if is_protected => {
                 self.ask(ipa.gfn(), most, Visibility::Private)
             }
-            Asked::Relinquish(ipa) if is_protected => {
-                let (core, last) = (&self.lease.core, &mut self.last_cpu);
-                let answer = core.relinquish(self.index, last, ipa.gfn(), seen(regs));
-                self.answered(regs, answer)
+            asked => {
+                let answer = match &mut self.cpu {
+                    Cpu::Pkvm(cpu) => cpu.call(regs, asked)?,
+                    Cpu::Gunyah(cpu) => cpu.call(regs),
+                };
+                answer.ok_or(Exit::Hypercall { regs })
             }
-            _ => {
-                let core = &self.lease.core;
-                let answer = core.on_cpu(self.index, &mut self.last_cpu, |el2, cpu| {
-                    el2.guest_call(cpu, seen(regs))
-                });
-                self.answered(regs, answer)
-            }
-        }
-    }
-
-    /// What EL2 has said, or leaves to the host.
-    fn answered(
-        &self,
-        regs: Registers,
-        answer: Result<GuestAnswer, Errno>,
-    ) -> Result<HvcResult, Exit> {
-        let x = match answer.map_err(|_| not_loaded())? {
-            GuestAnswer::Resume(x) => return Ok(HvcResult::of(x)),
-            GuestAnswer::Exit(x) => x,
-            GuestAnswer::Fault(_) | GuestAnswer::WantsSplit(_) | GuestAnswer::WantsMemory => {
-                return Err(hopeless());
-            }
-        };
-        match x[0] {
-            FEATURES => Ok(HvcResult::value(PLAIN_FEATURES)),
-            HYP_MEMINFO | MEM_SHARE | MEM_UNSHARE | MEM_RELINQUISH => Ok(HvcResult::NOT_SUPPORTED),
-            _ => Err(Exit::Hypercall { regs }),
         }
     }
 
@@ -286,9 +239,12 @@ impl Vcpu {
     fn share(&mut self, ipa: Ipa, most: u64) -> Result<HvcResult, Exit> {
         let gfn = ipa.gfn();
         for _ in 0..MAX_FAULTS {
-            let has = self.lease.core.look_at_guest().guest(gfn);
-            match has {
-                Err(Errno::ENOENT) => {}
+            match self.lease.guest.has(gfn) {
+                Has::Nothing => {}
+                // Where nothing is ever converted, a guest may ask for what is so in any case.
+                Has::Shared if self.lease.host.model.fixes_sides() => {
+                    return Ok(HvcResult::SUCCESS);
+                }
                 _ => return self.ask(gfn, most, Visibility::Shared),
             }
             match self.resolve(gfn)? {
@@ -305,16 +261,22 @@ impl Vcpu {
     /// Leaves with the guest's request for as many pages from `gfn` on as can change sides. While it is pending, the
     /// hypervisor goes along with it.
     fn ask(&mut self, gfn: Gfn, most: u64, to: Visibility) -> Result<HvcResult, Exit> {
-        let core = &self.lease.core;
+        let Lease { book, guest, host } = &*self.lease;
+        if host.model.fixes_sides() && to == Visibility::Private && guest.has(gfn) == Has::Own {
+            return Ok(HvcResult::SUCCESS);
+        }
         let (slot, nr_in_slot) = {
-            let state = core.read();
+            let state = book.read();
             (state.slot(gfn), state.nr_in_slot(gfn))
         };
         let from = match to {
-            Visibility::Shared => State::Owned,
-            Visibility::Private => State::SharedOwned,
+            Visibility::Shared => Has::Own,
+            Visibility::Private => Has::Shared,
         };
-        let nr_pages = self.nr_in_state(gfn, most.min(nr_in_slot), from);
+        let nr_pages = match most.min(nr_in_slot) {
+            0 => 0,
+            most => guest.nr_having(GfnRange::new(gfn, most)?, from),
+        };
         // Another vCPU may have given the page up meanwhile, and the VMM taken the memslot away.
         let Some(SlotPage { memfd, page }) = slot.filter(|_| nr_pages > 0) else {
             return Ok(HvcResult::INVALID_PARAMETER);
@@ -322,19 +284,9 @@ impl Vcpu {
         let gfns = GfnRange::new(gfn, nr_pages)?;
         let pages = PgoffRange::new(page, nr_pages)?;
         let request = Request { gfns, to };
-        core.set_request(self.index, Some(request));
+        book.set_request(self.index, Some(request));
         self.pending = Some(request);
         Err(Exit::Conversion(ConversionRequest { gfns, memfd, pages, to }))
-    }
-
-    /// How many pages from there on the guest has in this state, up to so many.
-    fn nr_in_state(&self, gfn: Gfn, most: u64, state: State) -> u64 {
-        let look = self.lease.core.look_at_guest();
-        let is_so = |nth: &u64| {
-            let has = gfn.checked_add(*nth).map(|gfn| look.guest(gfn));
-            matches!(has, Some(Ok(has)) if has.state == state)
-        };
-        (0..most).take_while(is_so).count() as u64
     }
 
     /// Ends the request that an [`Exit::Conversion`] carried, and says what the guest gets: success
@@ -354,13 +306,12 @@ impl Vcpu {
         // First: what is found after this, no conversion can change any more.
         self.withdraw();
         let wanted = match request.to {
-            Visibility::Private => State::Owned,
-            Visibility::Shared => State::SharedOwned,
+            Visibility::Private => Has::Own,
+            Visibility::Shared => Has::Shared,
         };
-        let Request { gfns, .. } = request;
-        Ok(match self.nr_in_state(gfns.start(), gfns.nr_pages(), wanted) {
+        Ok(match self.lease.guest.nr_having(request.gfns, wanted) {
             0 => HvcResult::INVALID_PARAMETER,
-            nr if self.lease.core.profile().is_android() => HvcResult::of([0, nr, 0, 0]),
+            nr if self.lease.host.model.takes_runs() => HvcResult::of([0, nr, 0, 0]),
             _ => HvcResult::SUCCESS,
         })
     }
@@ -368,13 +319,13 @@ impl Vcpu {
     /// Ends the request, if one is pending.
     fn withdraw(&mut self) {
         if self.pending.take().is_some() {
-            self.lease.core.set_request(self.index, None);
+            self.lease.book.set_request(self.index, None);
         }
     }
 
     /// The exit for memory that is on the side where this guest cannot have it.
     fn other_side_expected(&self, ipa: Ipa, size: ByteSize, access: Access) -> Exit {
-        let expected = match self.lease.core.kind() {
+        let expected = match self.lease.book.kind {
             VmKind::Protected => Visibility::Private,
             VmKind::NonProtected => Visibility::Shared,
         };
@@ -384,15 +335,15 @@ impl Vcpu {
 
 impl Drop for Vcpu {
     fn drop(&mut self) {
-        self.lease.core.forget_vcpu(self.index);
+        self.lease.forget_vcpu(self.index);
     }
 }
 
-fn not_loaded() -> Error {
+pub(super) fn not_loaded() -> Error {
     Error::new(Op::Hypervisor, ErrorKind::HypervisorRefused).errno_is(Errno::EINVAL)
 }
 
-fn hopeless() -> Exit {
+pub(super) fn hopeless() -> Exit {
     Error::new(Op::GuestFault, ErrorKind::Busy)
         .because("the page was taken away as often as it was given")
         .into()

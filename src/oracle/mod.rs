@@ -19,7 +19,6 @@
 //! | `compare`, `run` | the comparison, and what drives it |
 //! | `pool` | the same for pools that several objects draw from |
 //! | `host` | the same for the host's side of one object: views, exports, memslots, subscribers |
-//! | `pkvm` | hostile hosts and guests for the simulated EL2, which is its own judge |
 
 mod action;
 mod answer;
@@ -30,21 +29,18 @@ mod ledger;
 mod mistake;
 mod model;
 mod object;
-mod pkvm;
 mod pool;
 mod real;
 mod run;
 mod shrink;
 mod step;
 
-pub use crate::hyp::gunyah::oracle::{GunyahCoverage, GunyahFlaw, run_gunyah, run_gunyah_flawed};
 pub use action::{Action, ByteClaim, Door, Patience, Question, RangeClaim, SizeClaim, ViewChange};
 pub use host::{
     GuestAct, HostAction, HostCoverage, HostDisagreement, HostInspect, HostMistake, Mood, Silence,
     Spot, Terms, Time, run_host, run_host_mistaken, shrink_host,
 };
 pub use mistake::Mistake;
-pub use pkvm::{PkvmCoverage, PkvmFlaw, PkvmProfile, run_pkvm, run_pkvm_flawed};
 pub use pool::{
     Amount, FrameClaim, Limit, PoolAction, PoolCoverage, PoolDisagreement, PoolInspect,
     PoolMistake, Zones, compare_frames, run_pool, run_pool_mistaken, shrink_pool,

@@ -16,6 +16,7 @@ pub(crate) use walk::{TableError, TableShape};
 
 use crate::addr::{Gfn, Pfn};
 use crate::error::Errno;
+use crate::range::GfnRange;
 use crate::state::Visibility;
 
 /// Pages that are consecutive both in guest frames and in the arena.
@@ -117,8 +118,20 @@ pub trait Stage2: Send + Sync + std::fmt::Debug {
         }
     }
 
-    /// Whether the guest may have memory to itself.
-    fn has_private(&self) -> bool {
+    /// Whether a guest that touches memory on this side is given it.
+    fn takes(&self, side: Visibility) -> bool {
+        side == Visibility::Private
+    }
+
+    /// Whether there is memory that may not change sides, guest or not, resident or not: then
+    /// [`may_be`](Self::may_be) says which.
+    fn fixes_sides(&self) -> bool {
+        false
+    }
+
+    /// Whether all of these guest frames may be on this side.
+    fn may_be(&self, gfns: GfnRange, side: Visibility) -> bool {
+        let _ = (gfns, side);
         true
     }
 

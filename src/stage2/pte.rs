@@ -1,4 +1,4 @@
-//! One stage-2 descriptor: a word in Arm's layout, and what pKVM keeps in the bits Arm leaves free.
+//! One stage-2 descriptor: a word in Arm's layout, and what a hypervisor keeps in the bits Arm leaves free.
 //!
 //! | bits  | valid page, block           | valid table        | not valid, not zero        |
 //! |-------|-----------------------------|--------------------|----------------------------|
@@ -166,7 +166,7 @@ impl fmt::Debug for Prot {
     }
 }
 
-/// Whose page this is, as the owner of the table sees it. The names are pKVM's.
+/// Whose page this is, as the owner of the table sees it. The names are those of the kernel's page-table code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum PageState {
     /// Its own, nobody else's.

@@ -1,6 +1,6 @@
 //! The tree as a hypervisor keeps it: tables are frames that somebody gave, and blocks are split and merged.
 //!
-//! Where [`Table`](super::Table) refuses, this does what pKVM's page-table code does:
+//! Where [`Table`](super::Table) refuses, this does what the kernel's page-table code for EL2 does:
 //!
 //! - **A page inside of a block**: the block goes, an empty table takes its place, and the other pages
 //!   of the block are not mapped any more. The host finds its own again when it next touches them.

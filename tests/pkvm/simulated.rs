@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 
 use gmem::addr;
+use gmem::hyp::MemslotId;
 use gmem::hyp::linux::{
     Alias, GuestAct as Act, Linux, MemoryId, PageKind, Place, Raised, Ran, Slot, SlotAccess,
     SlotLog, UserSignal, VcpuId, VcpuNumber, VmId, VmKind as Kind,
 };
-use gmem::hyp::pkvm::MemslotId;
 use pkvm_oracle::{
     Backing, Errno, GuestAct, HostAct, Ipa, MEM_SHARE, MEM_UNSHARE, Machine, Name, Observation,
     Size, SlotFlags, Step, VcpuName, VmKind,

@@ -27,6 +27,8 @@ struct Params {
     payload_bytes: u64,
     disk_bytes: u64,
     share_unit: u64,
+    /// What is shared stays so for good.
+    stays_shared: bool,
     payload_sha256: [u8; 32],
 }
 
@@ -65,10 +67,13 @@ pub(crate) fn boot(cpu: &mut Cpu) -> Fallible<()> {
     send_report(cpu, params.disk_bytes)?;
 
     disk.stop(cpu)?;
-    for page in shared.iter().flat_map(pages) {
-        cpu.unshare_page(page)?;
+    if !params.stays_shared {
+        for page in shared.iter().flat_map(pages) {
+            cpu.unshare_page(page)?;
+        }
     }
     cpu.print(match is_protected {
+        true if params.stays_shared => "what was shared stays so; powering off",
         true => "took back every shared page; powering off",
         false => "powering off",
     })
@@ -114,6 +119,7 @@ fn read_params(cpu: &mut Cpu) -> Fallible<Params> {
         payload_bytes: word(&raw, params::AT_PAYLOAD_BYTES),
         disk_bytes: word(&raw, params::AT_DISK_BYTES),
         share_unit: word(&raw, params::AT_SHARE_UNIT),
+        stays_shared: word(&raw, params::AT_STAYS_SHARED) != 0,
         payload_sha256,
     })
 }

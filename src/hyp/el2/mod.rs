@@ -86,9 +86,11 @@ pub use profile::Profile;
 /// Pages for tables that a vCPU must have at hand, whether it needs them or not.
 pub(crate) const MIN_MEMCACHE: u64 = guest_mmu::GuestMmu::MIN_MEMCACHE as u64;
 
+#[cfg(test)]
+pub(crate) use vm::MAX_VMS;
 #[cfg(feature = "oracle")]
 pub(crate) use vm::{Fault, FaultKind};
-pub(crate) use vm::{MAX_VMS, Vm, nr_pgd_pages, nr_vcpu_pages, nr_vm_pages};
+pub(crate) use vm::{Vm, nr_pgd_pages, nr_vcpu_pages, nr_vm_pages};
 
 use crate::addr::{Gfn, Pfn};
 use crate::error::Errno;

@@ -1,5 +1,14 @@
 //! A simulated Gunyah: ownership moves between extents, mappings follow ownership, and a resource manager brokers.
 //!
+//! Behind a [`Hypervisor`](super::Hypervisor) of this model is such a machine, whose memory is one
+//! [`FolioPool`](crate::FolioPool), and a host's kernel that provides memory of its guests when they touch it. A protected
+//! guest has what is private to itself: it is lent. What is shared it has together with the host: [`SharedMemory`] says
+//! how that comes about. The host may take memory back at any time. What a guest had to itself is cleared then,
+//! unless the guest has asked for the page to be shared.
+//!
+//! A host that touches what is lent, by itself, gets `SIGBUS` or `EFAULT`, or its kernel dies. Nothing is destroyed.
+//!
+//! # How it is made
 //! | file | one idea |
 //! |---|---|
 //! | `machine` | what is memory, and the bytes behind frames |
@@ -12,6 +21,7 @@
 //! | `hyp` | its objects in one place |
 //! | `rm` | the resource manager: parcels and VMs |
 //! | `host` | the host's kernel: memory of VMs on demand |
+//! | `front` | a VMM's way to all this |
 //! | `touch` | who touches bytes, and what becomes of that |
 //! | `vmmio` | addresses that a VM leaves to its VMM, and what stops a vCPU |
 //! | `spec` | owners and mappings again, in the plainest way |
@@ -29,6 +39,7 @@ mod attrs;
 mod cspace;
 mod error;
 mod extent;
+mod front;
 pub(crate) mod host;
 #[cfg(any(test, feature = "oracle"))]
 mod hostile;
@@ -57,6 +68,9 @@ use hyp::Hyp;
 use machine::Machine;
 use rm::message::Notification;
 use rm::{Fate, Reply, Rm, Vmid};
+
+pub use front::SharedMemory;
+pub(super) use front::{Machine as FrontMachine, Vcpu};
 
 /// Both parts, and the host's kernel.
 #[derive(Debug)]

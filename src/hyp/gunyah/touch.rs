@@ -3,11 +3,12 @@
 //! A page that is not mapped for who touches it is nobody's concern here: the access is answered with a synchronous
 //! external abort, the host's as well as a guest's. Nothing is taken back by force, and nothing is poisoned.
 
-use super::Gunyah;
+use super::aspace::Aspace;
 use super::attrs::Access;
 use super::hyp::Hyp;
 use super::rm::Vmid;
 use super::rm::vm::VmState;
+use super::{Gunyah, World};
 use crate::addr::{Ipa, Pa};
 use crate::error::Errno;
 use crate::geometry::PAGE_BYTES;
@@ -83,6 +84,14 @@ impl Hyp {
     }
 }
 
+impl World {
+    /// What a VM that runs sees.
+    pub(super) fn space_of_running(&self, vmid: Vmid) -> Option<&Aspace> {
+        let vm = self.rm.vms.get(&vmid).filter(|vm| vm.state == VmState::Running)?;
+        self.hyp.aspaces.get(&vm.home?.aspace)
+    }
+}
+
 impl Gunyah {
     /// A vCPU of a VM's.
     ///
@@ -93,6 +102,27 @@ impl Gunyah {
         let vm = world.rm.vms.get(&vmid).filter(|vm| vm.state == VmState::Running);
         let home = vm.and_then(|vm| vm.home).ok_or(Abort::NotRunning)?;
         world.hyp.touch(home.aspace, at, bytes)
+    }
+
+    /// The same for whoever acts on the bytes: where they are stays so until it has acted. That must be short, and ask
+    /// nothing of the hypervisor.
+    ///
+    /// # Errors
+    /// The abort that the guest sees.
+    pub(super) fn vcpu_act<T>(
+        &self,
+        vmid: Vmid,
+        at: Ipa,
+        access: crate::addr::Access,
+        act: impl FnOnce(Pa) -> T,
+    ) -> Result<T, Abort> {
+        let world = self.world.read();
+        let space = world.space_of_running(vmid).ok_or(Abort::NotRunning)?;
+        let (pfn, leaf) = space.tree.translate(at.gfn()).ok_or(Abort::External)?;
+        match leaf.prot.allows(access) {
+            true => Ok(act(Pa::new(pfn.pa().get() + at.in_page().get()))),
+            false => Err(Abort::External),
+        }
     }
 
     /// User space of the host, by a mapping of that memory.

@@ -9,9 +9,9 @@ use super::{CPU, Linux, PROGRAM};
 use crate::addr::{Gfn, Ipa, Pfn};
 use crate::error::Errno;
 use crate::geometry::{HUGE_PAGES, PAGE_BYTES};
+use crate::hyp::MemslotId;
 use crate::hyp::el2::HostCall;
 use crate::hyp::kernel::{Calls, Made};
-use crate::hyp::pkvm::MemslotId;
 
 /// A VM of the process's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::addr::Ipa;
-use crate::hyp::pkvm::MemslotId;
+use crate::hyp::MemslotId;
 
 const BASE: Ipa = Ipa::new(0x8000_0000);
 

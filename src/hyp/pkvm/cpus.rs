@@ -3,8 +3,8 @@
 //! A CPU is taken for one call to EL2 or a few, by whoever holds its lock; meanwhile nobody calls an object. What
 //! it has loaded stays loaded until another one needs it.
 
-use super::order::{Kind, hold};
 use crate::hyp::el2::{El2, HostCall};
+use crate::hyp::order::{Kind, hold};
 use crate::sync::{Mutex, MutexGuard};
 
 /// How many the machine has. To ask how many there are here would take system calls that a VMM has shut off.

@@ -2,12 +2,14 @@
 //! memory it may need, and then acts, all with the guest's lock held for writing: nothing changes in between.
 
 use super::plan::{Plan, Step, Terms};
-use super::vm::{Life, VmCore, VmKind, VmState};
+use super::vm::VmCore;
 use crate::addr::Gfn;
 use crate::error::Errno;
 use crate::geometry::{HUGE_PAGES, index};
 use crate::hyp::el2::{El2, GuestAnswer, HostCall, Mapped, PIECE};
 use crate::hyp::hypercall::{MEM_SHARE, MEM_UNSHARE};
+use crate::hyp::vm::{Life, VmKind, VmState};
+use crate::range::GfnRange;
 use crate::stage2::{Faulted, GuestMove, GuestRun, Prevented, Stage2};
 use crate::state::Visibility;
 
@@ -17,7 +19,7 @@ const PROT_RWX: u64 = 0b111;
 impl VmCore {
     fn convert(
         &self,
-        state: &mut VmState,
+        state: &VmState,
         runs: &[GuestRun],
         to: Visibility,
         prepare: &mut dyn FnMut(GuestRun),
@@ -29,7 +31,7 @@ impl VmCore {
         };
         let plan = Plan::new(self, runs, &terms)?;
         if !plan.parts.is_empty() {
-            self.top_up(state, plan.nr_tables)?;
+            self.top_up(plan.nr_tables)?;
         }
         for piece in runs.iter().flat_map(|&run| pieces(run)) {
             self.give_way();
@@ -47,9 +49,9 @@ impl VmCore {
                 let nr_pages = (HUGE_PAGES - gfn % HUGE_PAGES).min(run.nr_pages - at);
                 let by_block = nr_pages == HUGE_PAGES
                     && pfn % HUGE_PAGES == 0
-                    && self.profile().donates(HUGE_PAGES)
+                    && self.host.profile.donates(HUGE_PAGES)
                     && state.is_huge(run.gfn);
-                let made = self.on_loader(state, |el2, cpu| match step {
+                let made = self.on_loader(|el2, cpu| match step {
                     Step::Donate if by_block => {
                         el2.call(cpu, HostCall::DonateGuest, [pfn, gfn, HUGE_PAGES, 0]).map(drop)
                     }
@@ -66,9 +68,9 @@ impl VmCore {
     }
 
     /// Splits the block around a page of a guest's.
-    pub(super) fn split(&self, state: &mut VmState, gfn: Gfn) -> Result<(), Errno> {
-        self.top_up(state, 1)?;
-        self.on_loader(state, |el2, cpu| split(el2, cpu, gfn))
+    pub(super) fn split(&self, gfn: Gfn) -> Result<(), Errno> {
+        self.top_up(1)?;
+        self.on_loader(|el2, cpu| split(el2, cpu, gfn))
     }
 
     /// Does something with what the guest has in a range, leaf by leaf: some are looked at, then it is done with no lock of
@@ -116,7 +118,7 @@ impl VmCore {
     /// Shows a guest that is not protected a page of the host's, or the 2 MiB around it.
     fn show(
         &self,
-        state: &mut VmState,
+        state: &VmState,
         page: GuestRun,
         block: Option<GuestRun>,
     ) -> Result<Faulted, Errno> {
@@ -131,9 +133,9 @@ impl VmCore {
             }
             block.filter(|block| look.is_vacant_block(block.gfn)).unwrap_or(page)
         };
-        self.top_up(state, 2)?;
+        self.top_up(2)?;
         let x = [run.pfn.get(), run.gfn.get(), run.nr_pages, PROT_RWX];
-        self.on_loader(state, |el2, cpu| el2.call(cpu, HostCall::ShareGuest, x))?;
+        self.on_loader(|el2, cpu| el2.call(cpu, HostCall::ShareGuest, x))?;
         Ok(Faulted::Mapped)
     }
 }
@@ -182,9 +184,9 @@ impl Stage2 for VmCore {
         runs: &[GuestRun],
         prepare: &mut dyn FnMut(GuestRun),
     ) -> Result<(), Errno> {
-        match self.kind {
+        match self.kind() {
             VmKind::Protected => {
-                self.convert(&mut self.state.write(), runs, Visibility::Private, prepare)
+                self.convert(&self.book.state.write(), runs, Visibility::Private, prepare)
             }
             VmKind::NonProtected => Err(Errno::EOPNOTSUPP),
         }
@@ -195,9 +197,9 @@ impl Stage2 for VmCore {
         runs: &[GuestRun],
         prepare: &mut dyn FnMut(GuestRun),
     ) -> Result<(), Errno> {
-        let mut state = self.state.write();
-        match self.kind {
-            VmKind::Protected => self.convert(&mut state, runs, Visibility::Shared, prepare),
+        let state = self.book.state.write();
+        match self.kind() {
+            VmKind::Protected => self.convert(&state, runs, Visibility::Shared, prepare),
             VmKind::NonProtected => {
                 runs.iter().flat_map(|&run| pieces(run)).for_each(prepare);
                 Ok(())
@@ -211,49 +213,58 @@ impl Stage2 for VmCore {
         page: GuestRun,
         block: Option<GuestRun>,
     ) -> Result<Faulted, Errno> {
-        let mut state = self.state.write();
-        match (self.kind, side) {
-            (VmKind::NonProtected, Visibility::Shared) => self.show(&mut state, page, block),
+        let state = self.book.state.write();
+        match (self.kind(), side) {
+            (VmKind::NonProtected, Visibility::Shared) => self.show(&state, page, block),
             (VmKind::Protected, Visibility::Private) => {
                 if self.look_at_guest().guest(page.gfn) == Err(Errno::EHWPOISON) {
                     // Destroyed since the guest touched it. When it looks again it finds that.
                     return Ok(Faulted::Mapped);
                 }
                 let block = block.filter(|block| {
-                    let donates = self.profile().donates(HUGE_PAGES);
+                    let donates = self.host.profile.donates(HUGE_PAGES);
                     donates && self.look_at_guest().is_vacant_block(block.gfn)
                 });
                 let run = block.unwrap_or(page);
-                self.convert(&mut state, &[run], side, &mut |_| ())?;
+                self.convert(&state, &[run], side, &mut |_| ())?;
                 Ok(Faulted::Mapped)
             }
             _ => Ok(Faulted::OtherSide),
         }
     }
 
-    fn has_private(&self) -> bool {
-        self.kind == VmKind::Protected
+    /// What is not protected has nothing to itself.
+    fn takes(&self, side: Visibility) -> bool {
+        (side == Visibility::Private) == (self.kind() == VmKind::Protected)
+    }
+
+    fn fixes_sides(&self) -> bool {
+        self.kind() == VmKind::NonProtected
+    }
+
+    fn may_be(&self, _: GfnRange, side: Visibility) -> bool {
+        self.kind() == VmKind::Protected || side == Visibility::Shared
     }
 
     fn note_prevented(&self, what: Prevented) {
-        self.host.prevented.note(what);
+        self.book.prevented.note(what);
     }
 
     /// A protected guest maps no page that is not its own, and what it owns nobody takes out of its table while it
     /// lives.
     fn invalidate_range(&self, runs: &[GuestRun]) {
-        if self.kind == VmKind::NonProtected {
-            let _state = self.state.write();
+        if self.kind() == VmKind::NonProtected {
+            let _state = self.book.state.write();
             let hidden = self.take_all_back(runs.iter().copied());
             debug_assert_eq!(hidden, Ok(()), "what is shown can be hidden");
         }
     }
 
     fn reclaim(&self, runs: &[GuestRun]) -> Result<(), Errno> {
-        if self.kind == VmKind::NonProtected {
+        if self.kind() == VmKind::NonProtected {
             return Ok(());
         }
-        let state = self.state.write();
+        let state = self.book.state.write();
         runs.iter().try_for_each(|run| self.check_memory(*run))?;
         let runs = runs.iter().copied();
         match state.life {
@@ -265,10 +276,10 @@ impl Stage2 for VmCore {
     /// What a protected guest has been given, or shares, stays where it is: pKVM has no hypercall that would move such a
     /// page. What another is shown is hidden, and it faults on the new frames.
     fn migrate(&self, moves: &[GuestMove], copy: &mut dyn FnMut()) -> Result<(), Errno> {
-        let _state = self.state.write();
+        let _state = self.book.state.write();
         moves.iter().try_for_each(|it| self.check_memory(it.from))?;
         let from = moves.iter().map(|one| one.from);
-        match self.kind {
+        match self.kind() {
             VmKind::Protected => self.check_has_none(from, Errno::EPERM)?,
             VmKind::NonProtected => self.take_all_back(from)?,
         }

@@ -18,8 +18,7 @@ use crate::gmem::{
     Subscription, ViewOptions, ViewPath,
 };
 use crate::hyp::iommu::{Device, Domain};
-use crate::hyp::pkvm::{Hypervisor, MemslotId, Profile, Vm};
-use crate::hyp::{Exit, Hypercall, Vcpu};
+use crate::hyp::{Exit, Hypercall, Hypervisor, MemslotId, Profile, Vcpu, Vm};
 use crate::range::PgoffRange;
 use crate::state::Visibility;
 
@@ -83,7 +82,7 @@ impl Real {
             .name("host oracle")
             .create(&pool)?;
         // The only one in which guests give pages up.
-        let hypervisor = Hypervisor::with_profile(&pool, Profile::Android618)?;
+        let hypervisor = Hypervisor::with(&pool, Profile::Android618)?;
         let vm = hypervisor.create_vm()?;
         Ok(Self {
             vcpu: Some(vm.create_vcpu()?),

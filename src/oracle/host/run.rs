@@ -13,7 +13,7 @@ use super::step::{Answer, Step, pages_of};
 use crate::backing::ArenaBacking;
 use crate::folio::{FolioPool, Zone};
 use crate::gmem::{ContentPolicy, GuestMemfd};
-use crate::hyp::pkvm::Hypervisor;
+use crate::hyp::Hypervisor;
 use crate::state::{Standing, Visibility};
 
 /// So many steps from one look at everything to the next.

@@ -25,6 +25,7 @@ const HUGE_BYTES: u64 = 1 << 30;
 /// One run of the example.
 struct Job {
     name: &'static str,
+    hypervisor: Hypervisor,
     guest: Guest,
     file: Option<PathBuf>,
     end: End,
@@ -34,6 +35,38 @@ struct Job {
 enum Guest {
     Protected,
     NonProtected,
+}
+
+/// What runs the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Hypervisor {
+    Pkvm,
+    Android,
+    HugePkvm,
+    Gunyah,
+    StaticGunyah,
+}
+
+impl Hypervisor {
+    /// What the example calls it.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Pkvm => "pkvm",
+            Self::Android => "pkvm-android",
+            Self::HugePkvm => "pkvm-huge",
+            Self::Gunyah => "gunyah",
+            Self::StaticGunyah => "gunyah-static",
+        }
+    }
+
+    /// Whether a page is destroyed that the host's kernel touches, and whether a device reaches it.
+    fn loses(self) -> (bool, bool) {
+        match self {
+            Self::Pkvm | Self::HugePkvm => (true, true),
+            Self::Android => (true, false),
+            Self::Gunyah | Self::StaticGunyah => (false, false),
+        }
+    }
 }
 
 impl Guest {
@@ -74,7 +107,7 @@ pub(super) fn vmm(context: &Context) -> Outcome {
     let mut nr_served = 0;
     let mut said = Vec::new();
     for job in &jobs {
-        let finished = run(context, job.guest, job.file.as_deref());
+        let finished = run(context, job);
         match judge(&finished, job) {
             Ok(()) => {
                 counts += Counts::ONE_PASSED;
@@ -95,39 +128,50 @@ pub(super) fn vmm(context: &Context) -> Outcome {
 
 fn jobs(scratch: &Path) -> Result<Vec<Job>, String> {
     use Guest::{NonProtected, Protected};
-    let served = |name, guest, file: fn(u64, &Path) -> io::Result<()>, bytes| {
+    use Hypervisor::{Android, Gunyah, HugePkvm, Pkvm, StaticGunyah};
+    let served = |name, (hypervisor, guest), file: fn(u64, &Path) -> io::Result<()>, bytes| {
         let path = scratch.join(name);
         file(bytes, &path).map_err(|e| format!("{}: {e}", path.display()))?;
         let end = End::Served(Bytes::Exactly(bytes));
-        Ok::<_, String>(Job { name, guest, file: Some(path), end })
+        Ok::<_, String>(Job { name, hypervisor, guest, file: Some(path), end })
     };
     Ok(vec![
-        served("an empty file", Protected, noise, 0)?,
-        served("5 MB and a bit", Protected, noise, ODD_BYTES)?,
-        served("200 MiB", Protected, noise, LARGE_BYTES)?,
-        served("1 GiB", Protected, hole, HUGE_BYTES)?,
+        served("an empty file", (Pkvm, Protected), noise, 0)?,
+        served("5 MB and a bit", (Pkvm, Protected), noise, ODD_BYTES)?,
+        served("200 MiB", (Pkvm, Protected), noise, LARGE_BYTES)?,
+        served("1 GiB", (Pkvm, Protected), hole, HUGE_BYTES)?,
         Job {
             name: "its own executable",
+            hypervisor: Pkvm,
             guest: Protected,
             file: None,
             end: End::Served(Bytes::Some),
         },
-        served("an empty file, not protected", NonProtected, noise, 0)?,
-        served("200 MiB, not protected", NonProtected, noise, LARGE_BYTES)?,
+        served("an empty file, not protected", (Pkvm, NonProtected), noise, 0)?,
+        served("200 MiB, not protected", (Pkvm, NonProtected), noise, LARGE_BYTES)?,
+        served("5 MB on pkvm-android", (Android, Protected), noise, ODD_BYTES)?,
+        served("5 MB on pkvm-huge", (HugePkvm, Protected), noise, ODD_BYTES)?,
+        served("200 MiB on gunyah", (Gunyah, Protected), noise, LARGE_BYTES)?,
+        served("5 MB on gunyah, not protected", (Gunyah, NonProtected), noise, ODD_BYTES)?,
+        served("5 MB on gunyah-static", (StaticGunyah, Protected), noise, ODD_BYTES)?,
+        served("an empty file on gunyah-static", (StaticGunyah, Protected), noise, 0)?,
         Job {
             name: "its own executable, not protected",
+            hypervisor: Pkvm,
             guest: NonProtected,
             file: None,
             end: End::Served(Bytes::Some),
         },
         Job {
             name: "no file refused",
+            hypervisor: Pkvm,
             guest: Protected,
             file: Some(scratch.join("there is none")),
             end: End::Refused("No such file"),
         },
         Job {
             name: "a directory refused",
+            hypervisor: Pkvm,
             guest: NonProtected,
             file: Some(scratch.to_path_buf()),
             end: End::Refused("is a directory"),
@@ -151,12 +195,12 @@ fn hole(bytes: u64, path: &Path) -> io::Result<()> {
     fs::File::create(path)?.set_len(bytes)
 }
 
-fn run(context: &Context, guest: Guest, file: Option<&Path>) -> Finished {
+fn run(context: &Context, job: &Job) -> Finished {
     let cmd = Cmd::cargo(&context.root)
         .args(&["run", "--quiet", "--release", "--example", "vmm", "--", "--json"])
-        .args(&["--guest", guest.name()])
+        .args(&["--hypervisor", job.hypervisor.name(), "--guest", job.guest.name()])
         .limit(LIMIT);
-    match file {
+    match &job.file {
         Some(file) => cmd.path(file).run(),
         None => cmd.run(),
     }
@@ -166,7 +210,10 @@ fn judge(finished: &Finished, job: &Job) -> Result<(), String> {
     let last = finished.stdout.lines().last();
     match job.end {
         End::Served(_) if !finished.success => Err(finished.status.clone()),
-        End::Served(bytes) => judge_line(last.ok_or("it printed nothing")?, job.guest, bytes),
+        End::Served(bytes) => {
+            let of = (job.hypervisor, job.guest);
+            judge_line(last.ok_or("it printed nothing")?, of, bytes)
+        }
         End::Refused(_) if finished.success => Err("it went through".into()),
         End::Refused(words) => judge_refusal(last.ok_or("it printed nothing")?, words),
     }

@@ -37,9 +37,7 @@ use super::Gunyah;
 use super::rm::Vmid;
 use crate::sync::Arc;
 
-#[cfg_attr(not(test), expect(unused_imports, reason = "until a front is built on it"))]
 pub(crate) use self::given::Side;
-#[cfg_attr(not(test), expect(unused_imports, reason = "until a front is built on it"))]
 pub(crate) use self::provide::Contents;
 
 /// A VM as the host's kernel has it.

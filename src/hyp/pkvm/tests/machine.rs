@@ -1,11 +1,12 @@
 //! The machine behind the guests: its kernel's pages, its CPUs, its limits, and what tells that something is wrong.
 
 use super::*;
+use crate::hyp::el2::MAX_VMS;
 use crate::hyp::kernel::KernelPages;
 
 /// All of the kernel's own pages, taken by somebody else.
-fn kernel_pages(hyp: &Hypervisor, left: u64) -> Vec<u64> {
-    let mut kernel = hyp.0.kernel.lock();
+fn kernel_pages(machine: &Machine, left: u64) -> Vec<u64> {
+    let mut kernel = machine.kernel.lock();
     (left..kernel.nr()).map(|_| kernel.take(1).unwrap()).collect()
 }
 
@@ -13,7 +14,7 @@ fn kernel_pages(hyp: &Hypervisor, left: u64) -> Vec<u64> {
 fn without_memory_for_tables_nothing_is_given() {
     let world = World::with(Visibility::Shared);
     world.memfd.allocate(world.memfd.pages()).unwrap();
-    let taken = kernel_pages(&world.hyp, 1);
+    let taken = kernel_pages(&world.machine, 1);
     let error = world.convert(0, NR_PAGES, Visibility::Private).unwrap_err();
     assert_eq!((error.kind(), error.errno()), (ErrorKind::HypervisorRefused, Errno::ENOMEM));
     assert_eq!((world.donated(), world.host_reads(0)), (0, Ok(0)));
@@ -21,7 +22,7 @@ fn without_memory_for_tables_nothing_is_given() {
     assert_eq!((error.kind(), error.errno()), (ErrorKind::Exhausted, Errno::ENOMEM));
     assert_eq!(world.vm.create_vcpu().unwrap_err().kind(), ErrorKind::Exhausted);
     world.sound();
-    taken.into_iter().for_each(|at| world.hyp.0.kernel.lock().give(at));
+    taken.into_iter().for_each(|at| world.machine.kernel.lock().give(at));
     world.convert(0, 16, Visibility::Private).unwrap();
     let mut vcpu = world.vcpu();
     vcpu.store(ipa(15), &[1]).unwrap();
@@ -31,8 +32,8 @@ fn without_memory_for_tables_nothing_is_given() {
 #[test]
 fn the_kernel_has_all_of_its_pages_back() {
     let pool = FolioPool::new(ArenaBacking::Heap, ByteSize::from_mib(4)).unwrap();
-    let hyp = Hypervisor::new(&pool).unwrap();
-    let before = hyp.0.kernel.lock().nr();
+    let (machine, hyp) = boot(&pool);
+    let before = machine.kernel.lock().nr();
     for make in [Hypervisor::create_vm, Hypervisor::create_non_protected_vm] {
         let initial = Visibility::Shared;
         let object = GuestMemfd::builder(ByteSize::from_mib(2)).initial(initial).create(&pool);
@@ -49,10 +50,10 @@ fn the_kernel_has_all_of_its_pages_back() {
         for page in 0..64 {
             vcpus[4].store(Gfn::new(page << 18).ipa(), &[1]).unwrap();
         }
-        assert!(hyp.0.kernel.lock().nr() < before - 128);
+        assert!(machine.kernel.lock().nr() < before - 128);
         drop(vcpus);
         drop(vm);
-        assert_eq!((hyp.0.kernel.lock().nr(), hyp.stat()), (before, HostStat::default()));
+        assert_eq!((machine.kernel.lock().nr(), hyp.stat()), (before, HostStat::default()));
         assert_eq!(hyp.check_invariants(Vec::new()), Vec::<String>::new());
     }
 }
@@ -112,7 +113,7 @@ fn the_invariants_notice_what_is_wrong() {
         let mut frames = Vec::new();
         world.hyp.each_frame_of_guests(|pfn, _| frames.push(pfn));
         let [pfn] = frames[..] else { panic!("{frames:?}") };
-        world.hyp.0.el2.mistake(pfn, state);
+        world.machine.el2.mistake(pfn, state);
         assert_ne!(world.hyp.check_invariants(Vec::new()), Vec::<String>::new(), "{state:?}");
     }
 }
@@ -128,8 +129,9 @@ fn handles_are_used_again_while_machines_come_and_go() {
                 for _ in 0..60 {
                     let vm = hyp.create_vm().unwrap();
                     std::thread::yield_now();
-                    // It is there, and nobody else has taken its entry away.
-                    assert!(hyp.0.vms.lock().contains_key(&vm.0.core.handle()));
+                    // It is there, and nobody else has taken it away.
+                    assert_ne!(hyp.stat().nr_vms, 0);
+                    assert_eq!(vm.create_vcpu().map(drop).map_err(|error| error.errno()), Ok(()));
                     drop(vm);
                 }
             });

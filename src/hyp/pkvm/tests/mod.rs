@@ -7,10 +7,15 @@ mod random;
 use super::*;
 use crate::addr::{Access, Gfn, Ipa, Offset, Pgoff};
 use crate::backing::ArenaBacking;
+use crate::error::{Error, ErrorKind};
+use crate::folio::FolioPool;
 use crate::gmem::{ContentPolicy, GuestMemfd, PinMode};
-use crate::hyp::{ConversionRequest, Exit, HvcResult, Hypercall, MmioAccess, Vcpu};
+use crate::hyp::{
+    ConversionRequest, Exit, HostStat, HvcResult, Hypercall, Hypervisor, MmioAccess, Model, Vcpu,
+    Vm, VmKind, VmStat,
+};
 use crate::range::PgoffRange;
-use crate::stage2::{GuestRun, Stage2};
+use crate::stage2::GuestRun;
 
 const PRESERVE: ContentPolicy = ContentPolicy::Preserve;
 const NR_PAGES: u64 = 32;
@@ -20,6 +25,7 @@ const BASE: u64 = 0x80;
 /// A pool, a hypervisor, an object that is private at first, and a guest that has all of it.
 struct World {
     pool: FolioPool,
+    machine: Arc<Machine>,
     hyp: Hypervisor,
     memfd: GuestMemfd,
     vm: Vm,
@@ -32,14 +38,14 @@ impl World {
 
     fn with(initial: Visibility) -> Self {
         let pool = FolioPool::new(ArenaBacking::Heap, ByteSize::from_pages(2 * NR_PAGES)).unwrap();
-        let hyp = Hypervisor::new(&pool).unwrap();
+        let (machine, hyp) = boot(&pool);
         let memfd = GuestMemfd::builder(ByteSize::from_pages(NR_PAGES))
             .initial(initial)
             .create(&pool)
             .unwrap();
         let vm = hyp.create_vm().unwrap();
         vm.bind(Gfn::new(BASE), &memfd, memfd.pages()).unwrap();
-        Self { pool, hyp, memfd, vm }
+        Self { pool, machine, hyp, memfd, vm }
     }
 
     fn vcpu(&self) -> Vcpu {
@@ -74,6 +80,22 @@ impl World {
     fn borrowed(&self) -> u64 {
         self.hyp.stat().borrowed.whole_pages()
     }
+}
+
+/// A hypervisor, and what is behind it.
+fn boot(pool: &FolioPool) -> (Arc<Machine>, Hypervisor) {
+    let mut behind = None;
+    let hyp = Hypervisor::of(pool, Model::default(), |arena| {
+        let machine = Machine::boot(Profile::default(), arena)?;
+        behind = Some(Arc::clone(&machine));
+        Ok(machine)
+    });
+    (behind.unwrap(), hyp.unwrap())
+}
+
+/// A guest as this hypervisor has it.
+fn core_of(vm: &Vm) -> Arc<VmCore> {
+    Arc::clone(&vm.0.guest).as_any().downcast().unwrap()
 }
 
 fn range(page: u64, nr: u64) -> PgoffRange {
@@ -312,7 +334,7 @@ fn a_page_is_prepared_before_its_guest_can_store() {
     world.memfd.allocate(world.memfd.pages()).unwrap();
     let pfn = world.memfd.frames()[0].0;
     let runs = [GuestRun { gfn: Gfn::new(BASE), pfn, nr_pages: 1 }];
-    let core = world.hyp.0.vms.lock().iter().find_map(|(_, vm)| vm.upgrade()).unwrap();
+    let core = Arc::clone(&world.vm.0.guest);
     let mut vcpu = Some(world.vcpu());
     let stored = std::sync::OnceLock::new();
     let mut nr_prepared = 0;
@@ -464,7 +486,7 @@ fn teardown_zeroes_what_was_private_and_returns_everything() {
 #[test]
 fn the_last_handle_tears_down() {
     let world = World::new();
-    let World { pool, hyp, memfd, vm } = world;
+    let World { pool, hyp, memfd, vm, machine: _ } = world;
     let clone = vm.clone();
     let mut vcpu = vm.create_vcpu().unwrap();
     vcpu.store(ipa(1), &[9]).unwrap();

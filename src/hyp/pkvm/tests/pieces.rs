@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::hyp::el2::{Look, stretch};
+use crate::stage2::Stage2;
 
 /// Of one object: some pieces, and a bit.
 const MANY: u64 = 3 * PIECE + 100;
@@ -37,7 +38,7 @@ fn run_of(memfd: &GuestMemfd) -> Vec<GuestRun> {
 fn locks_are_held_for_a_piece() {
     for profile in [Profile::Mainline72, Profile::HugeProtected] {
         let pool = FolioPool::new(ArenaBacking::Heap, ByteSize::from_pages(2 * MANY)).unwrap();
-        let hyp = Hypervisor::with_profile(&pool, profile).unwrap();
+        let hyp = Hypervisor::with(&pool, profile).unwrap();
         let memfd = object(&pool, MANY, Visibility::Shared);
         let vm = hyp.create_vm().unwrap();
         vm.bind(Gfn::new(BASE), &memfd, memfd.pages()).unwrap();
@@ -46,7 +47,7 @@ fn locks_are_held_for_a_piece() {
         assert_eq!(for_a_piece(|| vm.stat()).owned, ByteSize::from_pages(MANY));
         assert_eq!(for_a_piece(|| hyp.stat()).donated, ByteSize::from_pages(MANY));
         // The guest has all of it, so it stands still where the bytes change: for a piece.
-        let (runs, core) = (run_of(&memfd), &vm.0.core);
+        let (runs, core) = (run_of(&memfd), core_of(&vm));
         let whole = [GuestRun { nr_pages: MANY, ..runs[0] }];
         let is_one = runs.windows(2).all(|two| two[0].pfn.checked_add(1) == Some(two[1].pfn));
         assert!(is_one, "this pool gives consecutive frames");
@@ -93,9 +94,9 @@ fn what_is_shown_is_hidden_in_pieces() {
 fn tables_come_and_go_in_pieces() {
     const NR_TABLES: u64 = PIECE + 100;
     let pool = FolioPool::new(ArenaBacking::Heap, ByteSize::from_pages(NR_TABLES)).unwrap();
-    let hyp = Hypervisor::new(&pool).unwrap();
+    let (machine, hyp) = boot(&pool);
     let memfd = object(&pool, NR_TABLES, Visibility::Shared);
-    let nr_free = hyp.0.kernel.lock().nr();
+    let nr_free = machine.kernel.lock().nr();
     let vm = hyp.create_vm().unwrap();
     for page in 0..NR_TABLES {
         let pages = PgoffRange::single(Pgoff::new(page)).unwrap();
@@ -106,7 +107,7 @@ fn tables_come_and_go_in_pieces() {
     let nr_above = NR_TABLES.div_ceil(PIECE);
     assert_eq!(vm.stat().nr_tables as u64, NR_TABLES + nr_above + 2);
     for_a_piece(|| vm.teardown().unwrap());
-    assert_eq!(hyp.0.kernel.lock().nr(), nr_free);
+    assert_eq!(machine.kernel.lock().nr(), nr_free);
     assert_eq!(hyp.check_invariants(Vec::new()), Vec::<String>::new());
 }
 
@@ -115,16 +116,16 @@ fn tables_come_and_go_in_pieces() {
 fn frames_of_guests_are_all_found() {
     let nr_pages = 5 * PIECE + 17;
     let pool = FolioPool::new(ArenaBacking::Heap, ByteSize::from_pages(nr_pages)).unwrap();
-    let hyp = Hypervisor::new(&pool).unwrap();
+    let (machine, _hyp) = boot(&pool);
     let found = || {
         let mut found = Vec::new();
-        hyp.0.each_frame_of_guests(|pfn, state| found.push((pfn, state)));
-        assert_eq!(found, hyp.0.el2.all_frames_of_guests(Pfn::new(nr_pages)));
+        machine.each_state_of_guests(|pfn, state| found.push((pfn, state)));
+        assert_eq!(found, machine.el2.all_frames_of_guests(Pfn::new(nr_pages)));
         found
     };
     assert_eq!(found(), []);
     let state = |pages: &mut dyn Iterator<Item = u64>, state| {
-        pages.for_each(|pfn| hyp.0.el2.mistake(Pfn::new(pfn), state));
+        pages.for_each(|pfn| machine.el2.mistake(Pfn::new(pfn), state));
     };
     // The last frame alone: all before it was never touched.
     state(&mut (nr_pages - 1..nr_pages), State::NoPage);
@@ -159,12 +160,12 @@ fn leaves_are_all_found() {
             found.extend(leaves.iter().map(|leaf| leaf.start.get()));
             Ok(())
         };
-        vm.0.core.each_leaf(Gfn::new(start), nr, add).unwrap();
+        core_of(&vm).each_leaf(Gfn::new(start), nr, add).unwrap();
         let wanted = touched.iter().map(|page| BASE + page);
         let wanted: Vec<u64> = wanted.filter(|gfn| (start..start + nr).contains(gfn)).collect();
         assert_eq!(found, wanted, "{start:#x} {nr}");
     }
-    let stops = vm.0.core.each_leaf(Gfn::new(BASE), MANY, |_| Err(Errno::EBUSY));
+    let stops = core_of(&vm).each_leaf(Gfn::new(BASE), MANY, |_| Err(Errno::EBUSY));
     assert_eq!(stops, Err(Errno::EBUSY));
 }
 
@@ -175,9 +176,10 @@ fn a_look_counts_its_pages() {
     let look_at = |look: Look<'_>, nr: u64| {
         (0..nr).for_each(|nth| assert_eq!(look.guest(Gfn::new(nth)), Err(Errno::ENOENT)));
     };
+    let core = core_of(&world.vm);
     let ((), nr_pages) = longest(|| {
-        look_at(world.vm.0.core.look(), 5);
-        look_at(world.vm.0.core.look(), 3);
+        look_at(core.look(), 5);
+        look_at(core.look(), 3);
     });
     assert_eq!(nr_pages, 5);
 }

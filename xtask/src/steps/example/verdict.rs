@@ -1,6 +1,6 @@
 //! What the example's last line has to say.
 
-use super::{Bytes, Guest};
+use super::{Bytes, Guest, Hypervisor};
 use crate::json::{Object, Value, parse_object};
 
 /// A run that could not begin still has every key, and says why.
@@ -16,13 +16,18 @@ pub(super) fn judge_refusal(line: &str, words: &str) -> Result<(), String> {
 }
 
 /// Everything that the example promises was tried, and came out as it should.
-pub(super) fn judge_line(line: &str, guest: Guest, bytes: Bytes) -> Result<(), String> {
+pub(super) fn judge_line(
+    line: &str,
+    (hypervisor, guest): (Hypervisor, Guest),
+    bytes: Bytes,
+) -> Result<(), String> {
     let object = parse_object(line)?;
     expect(&object, "sha256_match", &Value::Bool(true))?;
     expect(&object, "audit", &Value::Text("clean".into()))?;
     expect(&object, "leaked_frames", &Value::Number(0.0))?;
     expect(&object, "ok", &Value::Bool(true))?;
     expect(&object, "guest", &Value::Text(guest.name().into()))?;
+    expect(&object, "hypervisor", &Value::Text(hypervisor.name().into()))?;
     let read = number(&object, "bytes")?;
     match bytes {
         Bytes::Exactly(wanted) if read != wanted as f64 => {
@@ -31,8 +36,7 @@ pub(super) fn judge_line(line: &str, guest: Guest, bytes: Bytes) -> Result<(), S
         Bytes::Some if read <= 0.0 => return Err("bytes is 0".into()),
         _ => {}
     }
-    let of_private =
-        &["sigbus", "reads_refused", "conversions", "sigsegv", "efault", "poisoned_exits"][..];
+    let of_private = &["sigbus", "reads_refused", "conversions", "signals", "efault"][..];
     let of_open = &["private_refused", "open_touches"][..];
     let (tried, does_not_apply) = match guest {
         Guest::Protected => (of_private, of_open),
@@ -44,17 +48,25 @@ pub(super) fn judge_line(line: &str, guest: Guest, bytes: Bytes) -> Result<(), S
     for key in does_not_apply {
         expect(&object, key, &Value::Number(0.0))?;
     }
-    judge_incidents(object_at(&object, "incidents")?, guest)
+    let (destroys, _) = hypervisor.loses();
+    expect(&object, "poisoned_exits", &once(destroys && guest == Guest::Protected))?;
+    judge_incidents(object_at(&object, "incidents")?, hypervisor, guest)
+}
+
+fn once(seen: bool) -> Value {
+    Value::Number(f64::from(u8::from(seen)))
 }
 
 /// The hazard and the rescue are shown to a protected guest, once each, and nothing else goes wrong.
-fn judge_incidents(incidents: &Object, guest: Guest) -> Result<(), String> {
+fn judge_incidents(incidents: &Object, hypervisor: Hypervisor, guest: Guest) -> Result<(), String> {
     let caused = object_at(incidents, "caused")?;
-    let shown = Value::Number(if guest == Guest::Protected { 1.0 } else { 0.0 });
-    for key in ["destroyed", "dma_into_private"] {
-        expect(caused, key, &shown)?;
-    }
-    for key in ["oopses", "stuck", "orphaned"] {
+    let shown = guest == Guest::Protected;
+    let (destroys, dma) = hypervisor.loses();
+    expect(caused, "destroyed", &once(shown && destroys))?;
+    expect(caused, "dma_into_private", &once(shown && dma))?;
+    // Where the page is not destroyed, the kernel dies.
+    expect(caused, "oopses", &once(shown && !destroys))?;
+    for key in ["stuck", "orphaned"] {
         expect(caused, key, &Value::Number(0.0))?;
     }
     let prevented = object_at(incidents, "prevented")?;
@@ -106,19 +118,19 @@ mod unit {
 
     const GOOD: &str = r#"{"sha256_match":true,"bytes":12,"sigbus":1,"busy_refused":2,
         "bad_descriptors":2,"conversions":9,"audit":"clean","leaked_frames":0,"ok":true,
-        "guest":"protected","incidents":{"caused":{"destroyed":1,"dma_into_private":1,
+        "guest":"protected","hypervisor":"pkvm","incidents":{"caused":{"destroyed":1,"dma_into_private":1,
         "oopses":0,"stuck":0,"orphaned":0},"prevented":{"accesses":4,"pins":3,
         "conversions":2}},"reads_refused":5,"private_refused":0,"open_touches":0,
-        "sigsegv":1,"efault":1,"poisoned_exits":1}"#;
+        "signals":1,"efault":1,"poisoned_exits":1}"#;
     const OPEN: &str = r#"{"sha256_match":true,"bytes":12,"sigbus":0,"busy_refused":2,
         "bad_descriptors":2,"conversions":0,"audit":"clean","leaked_frames":0,"ok":true,
-        "guest":"non-protected","incidents":{"caused":{"destroyed":0,"dma_into_private":0,
+        "guest":"non-protected","hypervisor":"pkvm","incidents":{"caused":{"destroyed":0,"dma_into_private":0,
         "oopses":0,"stuck":0,"orphaned":0},"prevented":{"accesses":0,"pins":0,
         "conversions":2}},"reads_refused":0,"private_refused":1,"open_touches":4,
-        "sigsegv":0,"efault":0,"poisoned_exits":0}"#;
+        "signals":0,"efault":0,"poisoned_exits":0}"#;
 
     fn judged(line: &str, bytes: Bytes) -> Result<(), String> {
-        judge_line(line, Guest::Protected, bytes)
+        judge_line(line, (Hypervisor::Pkvm, Guest::Protected), bytes)
     }
 
     #[test]
@@ -127,13 +139,36 @@ mod unit {
         assert_eq!(judged(GOOD, Bytes::Some), Ok(()));
         let empty = GOOD.replace("\"bytes\":12", "\"bytes\":0");
         assert_eq!(judged(&empty, Bytes::Exactly(0)), Ok(()));
-        assert_eq!(judge_line(OPEN, Guest::NonProtected, Bytes::Exactly(12)), Ok(()));
+        assert_eq!(
+            judge_line(OPEN, (Hypervisor::Pkvm, Guest::NonProtected), Bytes::Exactly(12)),
+            Ok(())
+        );
     }
 
     #[test]
     fn one_kind_of_guest_does_not_pass_for_the_other() {
-        assert!(judge_line(GOOD, Guest::NonProtected, Bytes::Some).is_err());
-        assert!(judge_line(OPEN, Guest::Protected, Bytes::Some).is_err());
+        assert!(judge_line(GOOD, (Hypervisor::Pkvm, Guest::NonProtected), Bytes::Some).is_err());
+        assert!(judge_line(OPEN, (Hypervisor::Pkvm, Guest::Protected), Bytes::Some).is_err());
+    }
+
+    /// Where nothing is destroyed the kernel dies, and devices are stopped.
+    #[test]
+    fn each_hypervisor_has_its_own_end() {
+        let dies = [
+            ("\"hypervisor\":\"pkvm\"", "\"hypervisor\":\"gunyah\""),
+            ("\"destroyed\":1", "\"destroyed\":0"),
+            ("\"dma_into_private\":1", "\"dma_into_private\":0"),
+            ("\"oopses\":0", "\"oopses\":1"),
+            ("\"poisoned_exits\":1", "\"poisoned_exits\":0"),
+        ];
+        let gunyah = (Hypervisor::Gunyah, Guest::Protected);
+        let line = dies.iter().fold(GOOD.to_owned(), |line, (from, to)| line.replace(from, to));
+        assert_eq!(judge_line(&line, gunyah, Bytes::Some), Ok(()));
+        for (from, to) in dies {
+            let bad = line.replace(to, from);
+            assert!(judge_line(&bad, gunyah, Bytes::Some).is_err(), "{to} -> {from} passed");
+        }
+        assert!(judged(&line, Bytes::Some).is_err());
     }
 
     #[test]
@@ -148,7 +183,8 @@ mod unit {
         for (from, to) in spoilt {
             let bad = good.replacen(from, to, 1);
             assert_ne!(bad, good, "{from}");
-            assert!(judge_line(&bad, guest, Bytes::Exactly(12)).is_err(), "{from} -> {to} passed");
+            let judged = judge_line(&bad, (Hypervisor::Pkvm, guest), Bytes::Exactly(12));
+            assert!(judged.is_err(), "{from} -> {to} passed");
         }
     }
 
@@ -156,6 +192,7 @@ mod unit {
     fn each_promise_is_looked_at() {
         let spoilt = [
             ("true", "false"),
+            ("\"hypervisor\":\"pkvm\"", "\"hypervisor\":\"gunyah\""),
             ("\"ok\":true", "\"ok\":false"),
             ("\"bytes\":12", "\"bytes\":11"),
             ("\"sigbus\":1", "\"sigbus\":0"),
@@ -165,7 +202,7 @@ mod unit {
             ("clean", "dirty"),
             ("\"leaked_frames\":0", "\"leaked_frames\":1"),
             ("\"open_touches\":0", "\"open_touches\":1"),
-            ("\"sigsegv\":1", "\"sigsegv\":0"),
+            ("\"signals\":1", "\"signals\":0"),
             ("\"efault\":1", "\"efault\":0"),
             ("\"poisoned_exits\":1", "\"poisoned_exits\":0"),
             ("\"destroyed\":1", "\"destroyed\":0"),

@@ -1,6 +1,5 @@
 //! What went wrong because of a host that does as it likes, and what did not because it was asked to stop.
 
-use crate::hyp::el2::IncidentCounts;
 use crate::stage2::Prevented;
 use crate::sync::Mutex;
 
@@ -28,21 +27,10 @@ pub struct IncidentStat {
 }
 
 impl IncidentStat {
-    pub(super) fn new(caused: IncidentCounts, prevented: &PreventedCounts) -> Self {
-        let IncidentCounts { nr_oopses, nr_stuck, nr_destroyed, nr_orphaned, nr_dma_into_private } =
-            caused;
+    pub(super) fn with_prevented(self, prevented: &PreventedCounts) -> Self {
         let [nr_accesses_prevented, nr_pins_prevented, nr_conversions_prevented] =
             *prevented.0.lock();
-        Self {
-            nr_oopses,
-            nr_destroyed,
-            nr_stuck,
-            nr_orphaned,
-            nr_dma_into_private,
-            nr_accesses_prevented,
-            nr_pins_prevented,
-            nr_conversions_prevented,
-        }
+        Self { nr_accesses_prevented, nr_pins_prevented, nr_conversions_prevented, ..self }
     }
 }
 

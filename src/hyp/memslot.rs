@@ -8,7 +8,8 @@ use std::fmt;
 use crate::addr::{Gfn, Pgoff};
 use crate::error::{Errno, Error, ErrorKind, Op};
 use crate::gmem::{BindingId, GuestMemfd};
-use crate::range::GfnRange;
+use crate::range::{GfnRange, PgoffRange};
+use crate::state::Visibility;
 
 /// How many memslots a guest may have: KVM's limit.
 const MAX_SLOTS: u16 = 32_764;
@@ -42,8 +43,30 @@ pub(super) struct Slot {
     pub(super) gfns: GfnRange,
     pub(super) first: Pgoff,
     pub(super) memfd: GuestMemfd,
+    /// What of it was shared when it was made, ascending; kept where sides are fixed.
+    pub(super) shared: Box<[GfnRange]>,
     /// None while the object is being asked, be it to enter the slot or to let it go.
     pub(super) binding: Option<BindingId>,
+}
+
+/// What of a memslot-to-be is shared.
+///
+/// # Errors
+/// [`ErrorKind::OutOfRange`]; [`ErrorKind::Exhausted`].
+pub(super) fn shared_part(
+    memfd: &GuestMemfd,
+    gfn: Gfn,
+    pages: PgoffRange,
+) -> Result<Box<[GfnRange]>, Error> {
+    let mut shared = Vec::new();
+    let sides = memfd.visibility(pages).map_err(|error| error.of(Op::BindSlot).on(pages))?;
+    for (part, _) in sides.filter(|(_, side)| *side == Visibility::Shared) {
+        let start = gfn.checked_add(part.start().get() - pages.start().get());
+        let start = start.ok_or_else(|| Error::new(Op::BindSlot, ErrorKind::Overflow))?;
+        shared.try_reserve(1).map_err(|_| Error::new(Op::BindSlot, ErrorKind::Exhausted))?;
+        shared.push(GfnRange::new(start, part.nr_pages())?);
+    }
+    Ok(shared.into_boxed_slice())
 }
 
 /// A page of an object that a memslot puts at a guest frame.
@@ -95,6 +118,19 @@ impl Memslots {
         let at = self.slots.partition_point(|other| other.gfns.start() < slot.gfns.start());
         self.slots.insert(at, slot);
         Ok(())
+    }
+
+    /// Whether frames are in one memslot, and were all on this side when it was made.
+    pub(super) fn were_all(&self, gfns: GfnRange, side: Visibility) -> bool {
+        let Some(slot) = self.slots.iter().find(|slot| slot.gfns.covers(&gfns)) else {
+            return false;
+        };
+        let next = slot.shared.partition_point(|shared| shared.end() <= gfns.start());
+        let shared = slot.shared.get(next);
+        match side {
+            Visibility::Shared => shared.is_some_and(|shared| shared.covers(&gfns)),
+            Visibility::Private => shared.is_none_or(|shared| shared.start() >= gfns.end()),
+        }
     }
 
     /// How many pages from a guest frame on are in its memslot.

@@ -1,14 +1,14 @@
 //! The host as it is without this library: whatever it touches, it touches by itself.
 //!
 //! A VMM that uses pointers of its own, a kernel that copies through its linear map, a device behind no IOMMU: none of
-//! them asks the object. Here they meet EL2, and what becomes of that is what a real machine shows.
+//! them asks the object. Here they meet the hypervisor, and what becomes of that is what a real machine shows.
 
-use super::Hypervisor;
+use super::el2::Bytes;
+use super::hypervisor::Hypervisor;
 use crate::addr::{Offset, Pa, Pgoff};
 use crate::error::{Error, ErrorKind, Op};
 use crate::geometry::{PAGE_SIZE, index};
 use crate::gmem::GuestMemfd;
-use crate::hyp::el2::{Bytes, KernelOutcome, Signal};
 
 /// The host's bare hands: accesses to an object's bytes that ask neither the object nor anybody else.
 ///
@@ -49,8 +49,8 @@ pub enum RawOutcome {
     Oops,
     /// The kernel waits for ever.
     Stuck,
-    /// The IOMMU stopped the device, or the memory is broken. In Android's profile that is every device: nobody has told
-    /// its IOMMU of any page.
+    /// The IOMMU stopped the device, or the memory is broken. [`Model::answer_to_stray`](super::Model::answer_to_stray)
+    /// says where that is so.
     DmaFault,
 }
 
@@ -114,41 +114,18 @@ impl RawHost {
         at: Offset,
         bytes: Bytes<'_>,
     ) -> Result<RawOutcome, Error> {
-        /// None of these asks on which CPU it happens but for what that one remembers.
-        const CPU: usize = 0;
         let host = &*self.0.0;
         let error = |kind| Error::new(Op::Hypervisor, kind);
         if !std::sync::Arc::ptr_eq(memfd.pool().arena(), &host.arena) {
             return Err(error(ErrorKind::Unsupported).because("the object is of another pool"));
         }
         let page: Pgoff = at.pgoff();
-        let el2 = &host.el2;
         // The page stays where it is meanwhile, so that nobody else's is touched; and what a conversion has found at
-        // EL2 it still finds when it acts.
+        // the hypervisor it still finds when it acts.
         memfd.with_frame(page, |pfn| {
             let pfn = pfn.ok_or_else(|| error(ErrorKind::NotFound).because("no memory there"))?;
             let at = Pa::new(pfn.pa().get() + at.in_page().get());
-            Ok(match by {
-                RawPath::User => match el2.user(CPU, at, bytes) {
-                    Ok(()) => RawOutcome::Done,
-                    Err(Signal::SegvAccerr) => RawOutcome::Sigsegv,
-                    Err(Signal::Bus) => RawOutcome::Sigbus,
-                },
-                RawPath::Uaccess => match el2.uaccess(CPU, at, bytes) {
-                    Ok(()) => RawOutcome::Done,
-                    Err(_) => RawOutcome::Efault,
-                },
-                RawPath::KernelAlias => match el2.kernel_alias(CPU, at, bytes) {
-                    KernelOutcome::Done => RawOutcome::Done,
-                    KernelOutcome::DoneAfterReclaim => RawOutcome::Destroyed,
-                    KernelOutcome::Oops => RawOutcome::Oops,
-                    KernelOutcome::Stuck => RawOutcome::Stuck,
-                },
-                RawPath::Dma => match el2.dma(at, bytes) {
-                    Ok(()) => RawOutcome::Done,
-                    Err(_) => RawOutcome::DmaFault,
-                },
-            })
+            Ok(host.monitor.touch(by, at, bytes))
         })?
     }
 }

@@ -30,7 +30,7 @@ mod held {
     }
 
     /// The thread is about to wait for one.
-    pub(in crate::hyp::pkvm) fn hold(kind: Kind) -> Held {
+    pub(in crate::hyp) fn hold(kind: Kind) -> Held {
         assert!(!CPU.get(), "who has a CPU asks for {kind:?}");
         match kind {
             Kind::State => assert!(!STATE.replace(true), "who has a VM's state asks for another"),
@@ -59,7 +59,7 @@ mod held {
     use super::{Held, Kind};
 
     #[inline(always)]
-    pub(in crate::hyp::pkvm) fn hold(kind: Kind) -> Held {
+    pub(in crate::hyp) fn hold(kind: Kind) -> Held {
         Held(kind)
     }
 
@@ -67,8 +67,7 @@ mod held {
     pub(in crate::hyp) fn may_call_objects() {}
 }
 
-pub(super) use held::hold;
-pub(in crate::hyp) use held::may_call_objects;
+pub(super) use held::{hold, may_call_objects};
 
 /// The lock of a VM's state.
 #[derive(Debug)]
@@ -76,7 +75,7 @@ pub(super) struct StateLock<T>(RwLock<T>);
 
 /// A state that nobody changes meanwhile.
 #[derive(Debug)]
-pub(in crate::hyp) struct Reading<'a, T> {
+pub(super) struct Reading<'a, T> {
     state: RwLockReadGuard<'a, T>,
     _held: Held,
 }
