@@ -1,6 +1,7 @@
 //! The hypervisor's objects in one place, and how an operation that fails is taken back.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::aspace::{Aspace, AspaceId, BbmLevel, Heap, Undo};
 use super::error::HypError;
@@ -8,7 +9,6 @@ use super::extent::Extent;
 use super::machine::Machine;
 use super::memdb::{ExtentId, Memdb, Owner};
 use super::spec::Spec;
-use crate::sync::Arc;
 
 /// Memory, extents and address spaces. Whoever holds it alone may change it.
 #[derive(Debug)]

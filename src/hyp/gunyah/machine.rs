@@ -2,13 +2,13 @@
 //! frames, or none of them, so that a machine of a TiB is a few numbers.
 
 use std::fmt;
+use std::sync::Arc;
 
 use super::error::HypError;
 use crate::addr::{Pa, Pfn};
 use crate::backing::Arena;
 use crate::geometry::PAGE_BYTES;
 use crate::range::PfnRange;
-use crate::sync::Arc;
 
 /// Memory in one piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

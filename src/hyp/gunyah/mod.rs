@@ -59,7 +59,7 @@ mod tests;
 mod touch;
 mod vmmio;
 
-use crate::sync::{Arc, RwLock};
+use std::sync::Arc;
 
 use aspace::{BbmLevel, Purse};
 use error::HypError;

@@ -51,7 +51,7 @@ pub enum SharedMemory {
 pub(in crate::hyp) struct Machine {
     policy: SharedMemory,
     arena: Arc<Arena>,
-    gunyah: crate::sync::Arc<Gunyah>,
+    gunyah: Arc<Gunyah>,
     guests: Mutex<Vec<Weak<VmCore>>>,
     /// How often the kernel used a pointer of its own, and died.
     nr_fatal: Mutex<u64>,
@@ -67,7 +67,7 @@ impl Machine {
         Ok(Arc::new(Self {
             policy,
             arena: Arc::clone(arena),
-            gunyah: crate::sync::Arc::new(Gunyah::on_arena(arena)?),
+            gunyah: Arc::new(Gunyah::on_arena(arena)?),
             guests: Mutex::new(Vec::new()),
             nr_fatal: Mutex::new(0),
         }))

@@ -1,6 +1,8 @@
 //! Memory that changes hands between a host and a VM, on machines whose frames have no bytes; and who has a frame, in
 //! a machine of any size. For benches.
 
+use std::sync::Arc;
+
 use super::Guest;
 use super::calls::message;
 use super::given::Side;
@@ -16,7 +18,6 @@ use crate::hyp::gunyah::rm::{Vmid, release};
 use crate::hyp::gunyah::{Gunyah, World};
 use crate::range::{GfnRange, PfnRange};
 use crate::stage2::GuestRun;
-use crate::sync::Arc;
 
 /// A host and a VM that runs.
 #[derive(Debug)]

@@ -1,5 +1,7 @@
 //! A VM's life: the resource manager makes it, starts it, and takes it apart.
 
+use std::sync::Arc;
+
 use super::Guest;
 use super::calls::{Resources, message};
 use super::given::Book;
@@ -11,7 +13,6 @@ use crate::hyp::gunyah::rm::vm::{Auth, Image, VmState};
 use crate::hyp::gunyah::rm::{Vmid, release};
 use crate::hyp::gunyah::{Gunyah, World};
 use crate::range::PfnRange;
-use crate::sync::Arc;
 
 /// What a VM finds its image at. Its place is free again when it runs.
 const IMAGE_AT: u64 = 0;

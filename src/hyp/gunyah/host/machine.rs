@@ -1,6 +1,8 @@
 //! The machine behind a pool: its frames with their bytes, and behind them some pages of the kernel's own, the
 //! hypervisor's heap and a device, all without.
 
+use std::sync::Arc;
+
 use super::kernel::Kernel;
 use crate::addr::Pfn;
 use crate::backing::Arena;
@@ -11,7 +13,6 @@ use crate::hyp::gunyah::aspace::BbmLevel;
 use crate::hyp::gunyah::machine::{Bank, Machine};
 use crate::hyp::gunyah::rm::{Fate, Vmid};
 use crate::range::PfnRange;
-use crate::sync::Arc;
 
 /// What VMs begin with: a page for each that there can be.
 const NR_KERNEL: u64 = (Vmid::LAST_DYNAMIC.0 - Vmid::FIRST_DYNAMIC.0 + 1) as u64;

@@ -31,11 +31,12 @@ mod provide;
 #[cfg(test)]
 pub(super) mod tests;
 
+use std::sync::Arc;
+
 use self::calls::Resources;
 use self::given::Book;
 use super::Gunyah;
 use super::rm::Vmid;
-use crate::sync::Arc;
 
 pub(crate) use self::given::Side;
 pub(crate) use self::provide::Contents;

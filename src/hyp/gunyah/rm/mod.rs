@@ -29,6 +29,7 @@ pub(super) mod spec;
 pub(super) mod vm;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::attrs::{Access, MapAttrs, MapType};
 use super::error::{HypError, RmError};
@@ -37,7 +38,6 @@ use super::machine::Machine;
 use super::memdb::ExtentId;
 use crate::addr::{Gfn, Pfn};
 use crate::geometry::PAGE_SHIFT;
-use crate::sync::Arc;
 use firmware::Firmware;
 use message::{AttrEntry, Request, Transfer};
 use spec::Spec;

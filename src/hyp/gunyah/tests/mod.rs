@@ -18,6 +18,8 @@ mod touch;
 mod vmmio;
 mod vms;
 
+use std::sync::Arc;
+
 use super::aspace::{AspaceId, BbmLevel};
 use super::attrs::{Access, MapAttrs, MapType};
 use super::cspace::{CapId, Cspace, Object, Rights};
@@ -29,7 +31,6 @@ use super::memdb::{ExtentId, Owner};
 use crate::addr::{Gfn, Pa, Pfn};
 use crate::backing::Arena;
 use crate::range::PfnRange;
-use crate::sync::Arc;
 
 /// Memory with bytes: four blocks of 2 MiB.
 const RAM: u64 = 0x2000;

@@ -11,6 +11,8 @@ mod memory;
 mod paging;
 mod reach;
 
+use std::sync::Arc;
+
 use self::memory::Memory;
 use self::paging::Binding;
 use super::{Guest, Vmid};
@@ -19,7 +21,6 @@ use crate::backing::Arena;
 use crate::error::Errno;
 use crate::geometry::HUGE_PAGES;
 use crate::hyp::gunyah::Gunyah;
-use crate::sync::Arc;
 
 pub(crate) use self::memory::{Kind, MemoryId, Place};
 pub(crate) use self::paging::{Bind, Ran, Span, VmId};
