@@ -69,6 +69,8 @@ use machine::Machine;
 use rm::message::Notification;
 use rm::{Fate, Reply, Rm, Vmid};
 
+use crate::sync::RwLock;
+
 pub use front::SharedMemory;
 pub(super) use front::{Machine as FrontMachine, Vcpu};
 
