@@ -49,6 +49,19 @@ fn a_raw_host_meets_el2_where_the_object_would_have_refused() {
     vcpu.store(ipa(1), b"secret").unwrap();
     let stopped = world.raw().load(RawPath::Dma, &world.memfd, at(1), &mut seen).unwrap();
     assert_eq!(stopped, RawOutcome::DmaFault);
+    // Of what is the host's alone the kernel has told it.
+    world.convert(range(4, 1), Visibility::Shared).unwrap();
+    world.memfd.write(at(4), b"host's").unwrap();
+    for _ in 0..2 {
+        let reached = world.raw().load(RawPath::Dma, &world.memfd, at(4), &mut seen).unwrap();
+        assert_eq!((reached, &seen), (RawOutcome::Done, b"host's"));
+    }
+    // And it is told when that is over: the page can be the guest's.
+    world.convert(range(4, 1), Visibility::Private).unwrap();
+    vcpu.load(ipa(4), &mut seen).unwrap();
+    let stopped = world.raw().load(RawPath::Dma, &world.memfd, at(4), &mut seen).unwrap();
+    assert_eq!(stopped, RawOutcome::DmaFault);
+    world.sound();
 }
 
 /// The hazard, and what is left of it: the bytes, and nothing else that anybody trusts in.

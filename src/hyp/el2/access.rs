@@ -148,10 +148,6 @@ impl El2 {
     ///
     /// # Errors
     /// `ENOSYS` in others; as for the transition.
-    #[cfg_attr(
-        not(any(test, feature = "oracle")),
-        expect(dead_code, reason = "the host of a pool has no devices that ask")
-    )]
     pub(crate) fn map_dma(&self, pages: Pages) -> Result<(), Errno> {
         match self.profile.is_android() {
             true => use_dma(&mut self.host.lock(), pages),
@@ -163,10 +159,6 @@ impl El2 {
     ///
     /// # Errors
     /// As for [`Self::map_dma`].
-    #[cfg_attr(
-        not(any(test, feature = "oracle")),
-        expect(dead_code, reason = "the host of a pool has no devices that ask")
-    )]
     pub(crate) fn unmap_dma(&self, pages: Pages) -> Result<(), Errno> {
         match self.profile.is_android() {
             true => unuse_dma(&mut self.host.lock(), pages),

@@ -167,7 +167,7 @@ impl Pages {
         Self { start, nr }
     }
 
-    const fn one(pfn: Pfn) -> Self {
+    pub(crate) const fn one(pfn: Pfn) -> Self {
         Self::new(pfn, 1)
     }
 

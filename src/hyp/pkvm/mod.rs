@@ -40,7 +40,7 @@ use self::cpus::Cpus;
 use self::frames::FreePages;
 pub(super) use self::vcpu::Vcpu;
 use self::vm::VmCore;
-use super::el2::{Books, Bytes, El2, IncidentCounts, KernelOutcome, PIECE, Signal, State};
+use super::el2::{Books, Bytes, El2, IncidentCounts, KernelOutcome, PIECE, Pages, Signal, State};
 use super::incidents::IncidentStat;
 use super::kernel::Calls;
 use super::monitor::{Given, Guest, Monitor};
@@ -160,11 +160,25 @@ impl Monitor for Machine {
                 KernelOutcome::Oops => RawOutcome::Oops,
                 KernelOutcome::Stuck => RawOutcome::Stuck,
             },
-            RawPath::Dma => match self.el2.dma(at, bytes) {
+            RawPath::Dma => match self.dma(at, bytes) {
                 Ok(()) => RawOutcome::Done,
                 Err(_) => RawOutcome::DmaFault,
             },
         }
+    }
+}
+
+impl Machine {
+    /// A driver maps what its device is to reach, where the IOMMU wants to be told.
+    fn dma(&self, at: Pa, bytes: Bytes<'_>) -> Result<(), Errno> {
+        if !self.profile.is_android() {
+            return self.el2.dma(at, bytes);
+        }
+        let page = Pages::one(at.pfn());
+        self.el2.map_dma(page)?;
+        let done = self.el2.dma(at, bytes);
+        self.el2.unmap_dma(page)?;
+        done
     }
 }
 
