@@ -16,8 +16,8 @@ const LARGE: ByteSize = ByteSize::from_mib(512);
 const SMALL: ByteSize = ByteSize::from_mib(64);
 /// A thread that is held up by the system is held up in this round, and not in all.
 const NR_ROUNDS: usize = 4;
-/// What a piece may take, and then the same as often as the quiet machine shows.
-const FLOOR: Duration = Duration::from_millis(5);
+/// What a piece may take on a host that others use as well, and then the same as often as the quiet machine shows.
+const FLOOR: Duration = Duration::from_millis(25);
 const MOST_TIMES_QUIET: u32 = 10;
 
 /// The longest that one touch of fresh memory took while something went on, and how many there were.
