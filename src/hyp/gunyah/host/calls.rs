@@ -158,6 +158,7 @@ fn errno_of(register: u64) -> Errno {
     match () {
         () if is(HypError::NoMem) => Errno::ENOMEM,
         () if denied.into_iter().any(is) => Errno::EACCES,
+        () if is(HypError::Busy) => Errno::EBUSY,
         () if is(HypError::Unimplemented) => Errno::EOPNOTSUPP,
         () => Errno::EINVAL,
     }
@@ -176,6 +177,7 @@ impl From<RmError> for Errno {
             RmError::NoMem => Self::ENOMEM,
             RmError::NoResource => Self::ENODEV,
             RmError::Denied => Self::EPERM,
+            RmError::Busy => Self::EBUSY,
             RmError::Unimplemented => Self::EOPNOTSUPP,
             _ => Self::EINVAL,
         }
@@ -212,6 +214,7 @@ mod tests {
             (HypError::CapNull, Errno::EACCES),
             (HypError::InsufficientRights, Errno::EACCES),
             (HypError::WrongObjectType, Errno::EACCES),
+            (HypError::Busy, Errno::EBUSY),
             (HypError::Unimplemented, Errno::EOPNOTSUPP),
             (HypError::NotOwner, Errno::EINVAL),
             (HypError::MappingsFull, Errno::EINVAL),
@@ -223,6 +226,7 @@ mod tests {
             (RmError::NoMem, Errno::ENOMEM),
             (RmError::NoResource, Errno::ENODEV),
             (RmError::Denied, Errno::EPERM),
+            (RmError::Busy, Errno::EBUSY),
             (RmError::Unimplemented, Errno::EOPNOTSUPP),
             (RmError::MemInUse, Errno::EINVAL),
             (RmError::VmState, Errno::EINVAL),
