@@ -36,6 +36,17 @@ pub(crate) struct Heap {
     /// What operations keep that let go of everything half way.
     purses: BTreeMap<u64, Vec<Pfn>>,
     nr_purses_ever: u64,
+    /// So many are for what takes memory back.
+    pub(super) reserve: u64,
+}
+
+/// What an operation needs tables for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// A guest gets memory, or gets it in another way: it does without the reserve.
+    Give,
+    /// Memory comes back, or an operation is taken back.
+    TakeBack,
 }
 
 /// Frames of the heap that one operation keeps, with what its own changes give back: so it can always be taken back.
@@ -51,8 +62,13 @@ impl Heap {
     ///
     /// # Errors
     /// `NoMem`.
-    pub(super) fn fill(&mut self, nr: u64) -> Result<Purse, HypError> {
-        let left = (self.free.len() as u64).checked_sub(nr).ok_or(HypError::NoMem)?;
+    pub(super) fn fill(&mut self, nr: u64, purpose: Purpose) -> Result<Purse, HypError> {
+        let least = match purpose {
+            Purpose::Give => self.reserve,
+            Purpose::TakeBack => 0,
+        };
+        let left = (self.free.len() as u64).checked_sub(nr).filter(|&left| left >= least);
+        let left = left.ok_or(HypError::NoMem)?;
         let kept = self.free.split_off(index(left));
         let purse = Purse(self.nr_purses_ever);
         self.nr_purses_ever += 1;

@@ -132,15 +132,7 @@ impl Stage2 for VmCore {
             }
             (false, true) => guest.turn(&plan.turning, Side::Lent, &mut prepare_all),
             (true, false) => guest.provide(&plan.absent, Side::Lent, true, &mut prepare_all),
-            (false, false) => {
-                guest.turn(&plan.turning, Side::Lent, &mut || ())?;
-                // What was turned the guest could reach before, so it may be prepared together with the rest.
-                let given = guest.provide(&plan.absent, Side::Lent, true, &mut prepare_all);
-                given.inspect_err(|_| {
-                    let undone = guest.turn(&plan.turning, Side::Shared, &mut || ());
-                    debug_assert_eq!(undone, Ok(()), "what was turned can be turned back");
-                })
-            }
+            (false, false) => guest.lend_all(&plan.turning, &plan.absent, &mut prepare_all),
         }
     }
 
@@ -216,8 +208,19 @@ impl Stage2 for VmCore {
 
     fn invalidate_range(&self, runs: &[GuestRun]) {
         let _state = self.book.state.write();
-        let hidden = self.hide(&mut self.guest.lock(), runs.iter().copied());
-        debug_assert_eq!(hidden, Ok(()), "what is shown can be hidden");
+        let mut guest = self.guest.lock();
+        // In pieces, for which there are always tables.
+        for run in runs {
+            let mut nr_done = 0;
+            while let Some(gfn) = run.gfn.checked_add(nr_done).filter(|_| nr_done < run.nr_pages) {
+                let (given, nr_pages) = guest.given(gfn, run.nr_pages - nr_done);
+                if let Some(given) = given.filter(|given| given.side == Side::Shared) {
+                    let hidden = guest.reclaim(&[given.run], Contents::Keep);
+                    debug_assert_eq!(hidden, Ok(()), "what is shown can be hidden");
+                }
+                nr_done += nr_pages.max(1);
+            }
+        }
     }
 
     /// As the original's host does: also while the guest lives.

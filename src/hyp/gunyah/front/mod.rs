@@ -88,6 +88,19 @@ impl Machine {
         self.frames_of(owner).iter().map(PfnRange::nr_pages).sum()
     }
 
+    /// What no guest has is the host's.
+    fn check_host(&self, nr_with_guests: u64) -> Option<String> {
+        let host = self.gunyah.world.read().rm.vms.get(&Vmid::HLOS).and_then(|vm| vm.home)?;
+        let nr_with_host = self.nr_pages_of(Owner::Extent(host.memory));
+        let nr_pages = self.arena.nr_pages();
+        (nr_with_host + nr_with_guests != nr_pages).then(|| {
+            format!(
+                "of {nr_pages} pages the host has {nr_with_host} and its guests {nr_with_guests}: \
+                 some were left with a guest that is gone"
+            )
+        })
+    }
+
     fn touch_as_host(&self, by: RawPath, at: Pa, bytes: OneWay<'_>) -> RawOutcome {
         // The host sees all memory where it is.
         let at = Gfn::new(at.pfn().get()).ipa().checked_add(at.in_page());
@@ -152,7 +165,10 @@ impl Monitor for Machine {
 
     fn check(&self, borrowed: Vec<Pfn>) -> Vec<String> {
         let mut wrong = self.gunyah.check();
-        wrong.extend(self.guests().iter().flat_map(|guest| guest.check()));
+        let guests = self.guests();
+        wrong.extend(guests.iter().flat_map(|guest| guest.check()));
+        let nr_with_guests = guests.iter().map(|guest| guest.nr_pages()).map(|(a, b)| a + b).sum();
+        wrong.extend(self.check_host(nr_with_guests));
         let world = self.gunyah.world.read();
         let seen = world.space_of_running(Vmid::HLOS);
         for pfn in borrowed.into_iter().collect::<BTreeSet<_>>() {

@@ -7,7 +7,7 @@ use super::vcpu::Vcpu;
 use crate::addr::{ByteSize, Gfn};
 use crate::error::Errno;
 use crate::hyp::gunyah::aspace::AspaceId;
-use crate::hyp::gunyah::host::{self, Contents};
+use crate::hyp::gunyah::host;
 use crate::hyp::gunyah::memdb::{ExtentId, Owner};
 use crate::hyp::gunyah::rm::Vmid;
 use crate::hyp::monitor::{Guest, Has};
@@ -19,7 +19,7 @@ use crate::state::Visibility;
 use crate::sync::Mutex;
 
 /// How many pieces of what was given a teardown takes back without letting go of the guest.
-const RECLAIM_BATCH: usize = 64;
+const RECLAIM_BATCH: usize = 8;
 
 /// The guest as the host's kernel has it.
 #[derive(Debug)]
@@ -131,15 +131,16 @@ impl Guest for VmCore {
 
     /// Nobody who is gone has asked for anything: what it had to itself comes back cleared.
     fn reclaim_all(&self) -> Result<(), Errno> {
+        let mut outcome = Ok(());
         loop {
             let _state = self.book.state.write();
             let mut guest = self.guest.lock();
             let batch: Vec<_> =
                 guest.all_given().take(RECLAIM_BATCH).map(|given| given.run).collect();
             if batch.is_empty() {
-                return Ok(());
+                return outcome;
             }
-            guest.reclaim(&batch, Contents::Clear)?;
+            outcome = outcome.and(guest.reclaim_or_forsake(&batch));
         }
     }
 

@@ -22,20 +22,29 @@ const MIN_HEAP: u64 = 1 << 13;
 const POOL_PAGES_PER_HEAP_PAGE: u64 = 32;
 const GIANT_PAGES: u64 = 1 << GIANT_ORDER;
 
+/// Frames of the heap that only what takes memory back may use, so that no guest can keep its memory by using up tables.
+/// Three times as many as there are tables if all memory is seen page by page: those of the host, those of blocks of
+/// guests' that are taken back in part, and those that the addresses on the way may need; and for many VMs at once, each
+/// with some pieces far apart.
+fn reserve_for(nr_pages: u64) -> u64 {
+    let nr_tables = nr_pages.div_ceil(HUGE_PAGES) + nr_pages.div_ceil(GIANT_PAGES) + 2;
+    3 * nr_tables + MIN_HEAP / 2
+}
+
 impl Gunyah {
     /// Boots on a machine whose first frames are the arena's, with what they hold.
     ///
     /// # Errors
     /// `EINVAL` for an arena larger than machines are, `ENOMEM`.
     pub(crate) fn on_arena(arena: &Arc<Arena>) -> Result<Self, Errno> {
-        Self::on_machine(arena.nr_pages(), Some(Arc::clone(arena)))
+        let gunyah = Self::on_machine(arena.nr_pages(), Some(Arc::clone(arena)))?;
+        gunyah.with(|world| world.hyp.heap.reserve = reserve_for(arena.nr_pages()));
+        Ok(gunyah)
     }
 
     /// The same with so many frames, which may have no bytes.
     pub(super) fn on_machine(nr_pages: u64, bytes: Option<Arc<Arena>>) -> Result<Self, Errno> {
-        // The host's own tables, if it had all of its memory page by page.
-        let nr_tables = nr_pages.div_ceil(HUGE_PAGES) + nr_pages.div_ceil(GIANT_PAGES) + 2;
-        let nr_heap = MIN_HEAP + nr_tables + nr_pages / POOL_PAGES_PER_HEAP_PAGE;
+        let nr_heap = MIN_HEAP + reserve_for(nr_pages) + nr_pages / POOL_PAGES_PER_HEAP_PAGE;
         let start = (nr_pages + 1).next_multiple_of(GIANT_PAGES);
         let range = |start, nr| PfnRange::new(Pfn::new(start), nr).map_err(|error| error.errno());
         let own = range(start, NR_KERNEL)?;

@@ -8,7 +8,7 @@ use super::given::{Given, Side};
 use super::pieces::{self, Piece, pieces};
 use crate::addr::{Gfn, Pfn};
 use crate::error::Errno;
-use crate::hyp::gunyah::aspace::Purse;
+use crate::hyp::gunyah::aspace::{Purpose, Purse};
 use crate::hyp::gunyah::rm::ADDRESS_LIMIT;
 use crate::hyp::gunyah::{Gunyah, World};
 use crate::stage2::GuestRun;
@@ -110,9 +110,9 @@ impl<'a> Rounds<'a> {
         gunyah: &'a Gunyah,
         resources: &'a mut Resources,
         parts: &'a [Given],
+        purpose: Purpose,
     ) -> Result<Self, Errno> {
-        let nr_tables = pieces::nr_tables(parts);
-        let purse = gunyah.with(|world| world.hyp.heap.fill(nr_tables))?;
+        let purse = fill(gunyah, parts, purpose)?;
         Ok(Self { gunyah, resources, parts, purse: Some(purse) })
     }
 
@@ -153,6 +153,12 @@ impl Drop for Rounds<'_> {
             self.gunyah.with(|world| world.hyp.heap.empty(purse));
         }
     }
+}
+
+/// Frames for all tables that parts may need.
+fn fill(gunyah: &Gunyah, parts: &[Given], purpose: Purpose) -> Result<Purse, Errno> {
+    let nr_tables = pieces::nr_tables(parts);
+    Ok(gunyah.with(|world| world.hyp.heap.fill(nr_tables, purpose))?)
 }
 
 fn round_of_map(side: Side) -> Round {
@@ -197,7 +203,7 @@ impl Guest {
         parts.extend(runs.iter().map(|&run| Given { run, side, writes }));
         let give = if side == Side::Lent { LEND } else { SHARE };
         {
-            let mut rounds = Rounds::new(&self.gunyah, &mut self.resources, &parts)?;
+            let mut rounds = Rounds::new(&self.gunyah, &mut self.resources, &parts, Purpose::Give)?;
             rounds.run(give)?;
             prepare();
             let mapped = rounds.run(round_of_map(side));
@@ -219,6 +225,47 @@ impl Guest {
         to: Side,
         prepare: &mut dyn FnMut(),
     ) -> Result<(), Errno> {
+        let parts = self.turnable(runs, to)?;
+        let purse = fill(&self.gunyah, &parts, Purpose::Give)?;
+        self.turn_parts(parts, to, prepare, purse)
+    }
+
+    /// Turns some of what is to be lent, which the guest has with the host, and provides the rest: both or neither.
+    ///
+    /// # Errors
+    /// As for [`Self::turn`] and [`Self::provide`].
+    pub(crate) fn lend_all(
+        &mut self,
+        turning: &[GuestRun],
+        absent: &[GuestRun],
+        prepare: &mut dyn FnMut(),
+    ) -> Result<(), Errno> {
+        let parts = self.turnable(turning, Side::Lent)?;
+        // For the way back, which cannot fail then.
+        let spare = fill(&self.gunyah, &parts, Purpose::Give)?;
+        let turned = self.turn(turning, Side::Lent, &mut || ());
+        // What is turned the guest could reach before, so it may be prepared together with the rest.
+        let provided = turned.map(|()| self.provide(absent, Side::Lent, true, prepare));
+        match provided {
+            Ok(Err(errno)) => {
+                let back = parts.into_iter().map(|given| Given { side: Side::Lent, ..given });
+                let undone = self.turn_parts(back.collect(), Side::Shared, &mut || (), spare);
+                debug_assert_eq!(undone, Ok(()), "what was turned can be turned back");
+                Err(errno)
+            }
+            Ok(Ok(())) => {
+                self.gunyah.with(|world| world.hyp.heap.empty(spare));
+                Ok(())
+            }
+            Err(errno) => {
+                self.gunyah.with(|world| world.hyp.heap.empty(spare));
+                Err(errno)
+            }
+        }
+    }
+
+    /// What the guest has of runs, if that is all of it and on the other side.
+    fn turnable(&self, runs: &[GuestRun], to: Side) -> Result<Vec<Given>, Errno> {
         pieces::check(runs, GFN_LIMIT, ADDRESS_LIMIT)?;
         let parts = self.book.within(runs)?;
         let nr_has: u64 = parts.iter().map(|given| given.run.nr_pages).sum();
@@ -226,13 +273,24 @@ impl Guest {
         if nr_has < nr_wanted || parts.iter().any(|given| given.side == to) {
             return Err(Errno::EAGAIN);
         }
+        Ok(parts)
+    }
+
+    fn turn_parts(
+        &mut self,
+        parts: Vec<Given>,
+        to: Side,
+        prepare: &mut dyn FnMut(),
+        purse: Purse,
+    ) -> Result<(), Errno> {
         let (from, turn) = match to {
             Side::Lent => (Side::Shared, TURN_LENT),
             Side::Shared => (Side::Lent, TURN_SHARED),
         };
         let unmap = round_of_map(from).reversed();
         {
-            let mut rounds = Rounds::new(&self.gunyah, &mut self.resources, &parts)?;
+            let (gunyah, resources) = (&*self.gunyah, &mut self.resources);
+            let mut rounds = Rounds { gunyah, resources, parts: &parts, purse: Some(purse) };
             rounds.run(unmap)?;
             if to == Side::Shared {
                 prepare();
@@ -271,6 +329,32 @@ impl Guest {
         Ok(())
     }
 
+    /// Takes as much back as can be, cleared, and forgets of the rest that the guest had it: memory that cannot be cleared is
+    /// nobody's from then on.
+    ///
+    /// # Errors
+    /// The first refusal.
+    pub(crate) fn reclaim_or_forsake(&mut self, runs: &[GuestRun]) -> Result<(), Errno> {
+        if self.reclaim(runs, Contents::Clear).is_ok() {
+            return Ok(());
+        }
+        let mut outcome = Ok(());
+        for run in runs {
+            for nth in 0..run.nr_pages {
+                let page = GuestRun {
+                    gfn: run.gfn.checked_add(nth).ok_or(Errno::EINVAL)?,
+                    pfn: run.pfn.checked_add(nth).ok_or(Errno::EINVAL)?,
+                    nr_pages: 1,
+                };
+                if let Err(errno) = self.reclaim(&[page], Contents::Clear) {
+                    self.book.remove(page);
+                    outcome = outcome.and(Err(errno));
+                }
+            }
+        }
+        outcome
+    }
+
     fn take_back(
         &mut self,
         lent: &[Given],
@@ -282,7 +366,8 @@ impl Guest {
             Contents::Clear => TAKE_CLEARED,
         };
         // What cannot be brought back comes last.
-        let mut of_shared = Rounds::new(&self.gunyah, &mut self.resources, shared)?;
+        let mut of_shared =
+            Rounds::new(&self.gunyah, &mut self.resources, shared, Purpose::TakeBack)?;
         of_shared.run(MAP_SHARED.reversed())?;
         let taken = of_shared.run(SHARE.reversed());
         taken.inspect_err(|_| of_shared.undo_all(MAP_SHARED.reversed()))?;
@@ -300,7 +385,7 @@ fn rounds_of_lent(
     lent: &[Given],
     take: Round,
 ) -> Result<(), Errno> {
-    let mut rounds = Rounds::new(gunyah, resources, lent)?;
+    let mut rounds = Rounds::new(gunyah, resources, lent, Purpose::TakeBack)?;
     rounds.run(MAP_LENT.reversed())?;
     rounds.run(take).inspect_err(|_| rounds.undo_all(MAP_LENT.reversed()))
 }

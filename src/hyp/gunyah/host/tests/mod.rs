@@ -11,7 +11,7 @@ use crate::addr::{Gfn, Ipa, Pa, Pfn};
 use crate::backing::Arena;
 use crate::error::Errno;
 use crate::geometry::PAGE_BYTES;
-use crate::hyp::gunyah::aspace::Purse;
+use crate::hyp::gunyah::aspace::{Purpose, Purse};
 use crate::hyp::gunyah::touch::Bytes;
 use crate::stage2::GuestRun;
 
@@ -82,7 +82,9 @@ impl Scene {
 
     /// Leaves the hypervisor nothing for tables; it may have one frame after the other back.
     fn exhaust(&self) -> Vec<Purse> {
-        self.gunyah.with(|world| std::iter::from_fn(|| world.hyp.heap.fill(1).ok()).collect())
+        self.gunyah.with(|world| {
+            std::iter::from_fn(|| world.hyp.heap.fill(1, Purpose::TakeBack).ok()).collect()
+        })
     }
 
     fn give_back(&self, frame: Purse) {
