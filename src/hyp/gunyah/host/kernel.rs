@@ -28,6 +28,12 @@ impl Kernel {
         Self { free: own.iter().rev().collect(), ..Self::default() }
     }
 
+    /// One more page of its own.
+    #[cfg(any(test, feature = "oracle"))]
+    pub(crate) fn free_page(&mut self, pfn: Pfn) {
+        self.free.push(pfn);
+    }
+
     /// A frame's mappings and pins.
     pub(crate) fn uses(&self, pfn: Pfn) -> Uses {
         self.uses.get(&pfn).copied().unwrap_or_default()

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::super::World;
 use super::super::invariants::{Mapped, mapped};
 use super::super::memdb::Owner;
-use super::super::rm::vm::Home;
+use super::super::rm::vm::{Home, VmState};
 use super::super::rm::{Parcel, Vmid};
 use crate::addr::{Pa, Pfn};
 use crate::range::PfnRange;
@@ -17,6 +17,7 @@ pub(crate) struct Snapshot {
     pub(super) mapped: BTreeMap<Pfn, Vec<Mapped>>,
     pub(crate) parcels: BTreeMap<u32, Parcel>,
     vms: Vec<String>,
+    pub(super) states: BTreeMap<Vmid, VmState>,
     pub(super) homes: BTreeMap<Vmid, Option<Home>>,
     extents: String,
     /// The first bytes of every frame.
@@ -48,6 +49,7 @@ impl Snapshot {
             mapped: mapped(&world.hyp),
             parcels,
             vms: vms.collect(),
+            states: world.rm.vms.iter().map(|(&vmid, vm)| (vmid, vm.state)).collect(),
             homes: world.rm.vms.iter().map(|(&vmid, vm)| (vmid, vm.home)).collect(),
             extents: format!("{:?} {vmmio:?}", world.hyp.extents),
             heads: frames.iter().map(|&pfn| (pfn, head(pfn))).collect(),

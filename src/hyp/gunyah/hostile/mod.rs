@@ -7,8 +7,10 @@
 //! | `messages` | what they send, which could work, or is anything |
 //! | `wire` | messages as bytes |
 //! | `calls` | hypercalls with any registers |
+//! | `paging` | memory that the host provides on demand |
 //! | `touches` | loads and stores |
 //! | `life` | VMs that come and go |
+//! | `rules` | what one step may lead to, by name |
 //! | `judge` | what a step may have changed, bytes included |
 //! | `taint` | who was given what is in a frame |
 //! | `flaw` | mistakes that the code can be made to seem to make |
@@ -18,6 +20,8 @@ mod flaw;
 pub(super) mod judge;
 mod life;
 mod messages;
+mod paging;
+mod rules;
 pub(super) mod taint;
 mod touches;
 mod vms;
@@ -31,7 +35,7 @@ use super::rm::Vmid;
 use crate::addr::Pfn;
 use crate::hyp::choices::Choices;
 use crate::range::PfnRange;
-use judge::{Snapshot, Zeroed, bytes_are_right};
+use judge::{Snapshot, Zeroed};
 use taint::Taint;
 use vms::Vms;
 
@@ -108,6 +112,7 @@ impl Vms {
             0..=8 => self.message(choices),
             9..=13 => self.touch(choices, nth),
             14 | 15 => self.life(choices),
+            16 => self.page(choices),
             _ => self.hypercall(choices),
         }
     }
@@ -135,16 +140,21 @@ pub(crate) fn run(bytes: &[u8], flaw: Option<Flaw>) -> Result<Coverage, String> 
         if let Some((handle, tag)) = step.tagged {
             before.parcels.entry(handle).and_modify(|parcel| parcel.tag = Some(tag));
         }
-        let changed = step.refused.then(|| before.difference(&after)).flatten();
-        let wrong = changed
-            .or_else(|| before.difference_outside(&after, step.within.as_ref()?))
-            .or_else(|| bytes_are_right(&before, &after, &step.zeroed))
+        let change = rules::Change { before: &before, after: &after, step: &step };
+        let wrong = rules::check(&change)
             .or_else(|| vms.gunyah.with(|world| world.check().into_iter().next()));
         if let Some(wrong) = wrong {
+            if flaw.is_some() {
+                vms.abandon();
+            }
             return Err(format!("step {nth}, {}: {wrong}", step.what));
         }
-        let tainted = follow(&mut taint, &step, &before, &after);
-        tainted.map_err(|wrong| format!("step {nth}, {}: {wrong}", step.what))?;
+        if let Err(wrong) = follow(&mut taint, &vms, &step, &before, &after) {
+            if flaw.is_some() {
+                vms.abandon();
+            }
+            return Err(format!("step {nth}, {}: {wrong}", step.what));
+        }
         *coverage.answers.entry(step.what).or_default() += 1;
         before = after;
     }
@@ -154,6 +164,7 @@ pub(crate) fn run(bytes: &[u8], flaw: Option<Flaw>) -> Result<Coverage, String> 
 
 fn follow(
     taint: &mut Taint,
+    vms: &Vms,
     step: &Step,
     before: &Snapshot,
     after: &Snapshot,
@@ -168,6 +179,11 @@ fn follow(
         Some(Touched { pfn, by, value, is_load: true }) => taint.load(pfn, value, by)?,
         Some(Touched { pfn, by, value, is_load: false }) => taint.store(pfn, value, by, before),
         None => {}
+    }
+    if let Some(vmid) = vms.paged.vmid() {
+        let runs = vms.paged.all_given().map(|given| given.run);
+        let frames = runs.flat_map(|run| (0..run.nr_pages).map(move |nth| run.pfn.get() + nth));
+        taint.provide(frames.map(Pfn::new), vmid);
     }
     taint.moved(before, after)
 }

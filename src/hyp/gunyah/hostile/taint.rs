@@ -35,6 +35,15 @@ impl Taint {
         self.written.insert(pfn, Written { value, by, given });
     }
 
+    /// The host provides a VM with frames.
+    pub(crate) fn provide(&mut self, frames: impl Iterator<Item = Pfn>, to: Vmid) {
+        for pfn in frames {
+            if let Some(written) = self.written.get_mut(&pfn) {
+                written.given.insert(to);
+            }
+        }
+    }
+
     pub(crate) fn clear(&mut self, frames: &[Pfn]) {
         for pfn in frames {
             self.written.remove(pfn);

@@ -5,7 +5,7 @@ use super::super::rm::Vmid;
 use super::super::touch::Bytes;
 use super::judge::{Zeroed, behind};
 use super::messages::ipa_of;
-use super::vms::{GUESTS, NR_RAM, PAGE, RAM, Vms};
+use super::vms::{GUESTS, NR_PAGED, PAGE, PAGED, RAM, Vms};
 use super::{Step, Touched};
 use crate::addr::{Gfn, Ipa};
 use crate::hyp::choices::Choices;
@@ -47,7 +47,7 @@ impl Vms {
             _ => self.gunyah.vcpu(vmid, at, bytes).is_ok(),
         };
         let is_head = at.in_page().get() == 0;
-        let memory = RAM..RAM + NR_RAM;
+        let memory = RAM..PAGED + NR_PAGED + 1;
         let touched = behind.filter(|at| done && is_head && memory.contains(&at.pfn().get()));
         let touched = touched.map(|at| {
             let value = if is_load { u64::from_le_bytes(load) } else { token };

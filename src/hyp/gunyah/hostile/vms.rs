@@ -2,10 +2,12 @@
 //! capabilities for.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::super::aspace::BbmLevel;
 use super::super::cspace::{Cspace, Object, Rights};
 use super::super::error::HypError;
+use super::super::host::Guest;
 use super::super::hypercall::EXTENT_DERIVE;
 use super::super::machine::{Bank, Machine};
 use super::super::rm::message::{AclEntry, Create, Request, SglEntry, Transfer};
@@ -16,6 +18,7 @@ use super::judge::Snapshot;
 use super::wire::encode;
 use crate::addr::Pfn;
 use crate::backing::Arena;
+use crate::error::Errno;
 use crate::range::PfnRange;
 
 pub(super) const RAM: u64 = 0x2000;
@@ -26,7 +29,10 @@ pub(super) const BARE: u64 = RAM + NR_RAM;
 pub(super) const NR_BARE: u64 = 0x20;
 pub(super) const DEVICE: u64 = 0x9000;
 pub(super) const NR_DEVICE: u64 = 4;
-const NR_HEAP: u64 = 0x80;
+/// What the host has for a VM that it pages, and for that VM's image.
+pub(super) const PAGED: u64 = BARE + NR_BARE;
+pub(super) const NR_PAGED: u64 = 8;
+const NR_HEAP: u64 = 0xa0;
 pub(super) const GUESTS: [Vmid; 3] = [Vmid(0x80), Vmid(0x81), Vmid(0x82)];
 pub(super) const PAGE: u64 = 4096;
 
@@ -42,15 +48,22 @@ pub(super) struct Holder {
 
 #[derive(Debug)]
 pub(super) struct Vms {
-    pub(super) gunyah: Gunyah,
+    pub(super) gunyah: Arc<Gunyah>,
     /// Parcels that somebody wants cleared; `None` if an accept was refused on the way.
     pub(super) wishes: BTreeMap<u32, Option<bool>>,
     /// One with all rights, and one with few.
     pub(super) holders: [Holder; 2],
+    /// It is paged, and its number is none of those.
+    pub(super) paged: Guest,
 }
 
 fn range(start: u64, nr: u64) -> Result<PfnRange, HypError> {
     PfnRange::new(Pfn::new(start), nr).map_err(|_| HypError::ArgumentInvalid)
+}
+
+/// Frames of the paged VM's.
+pub(super) fn paged() -> Result<PfnRange, HypError> {
+    range(PAGED, NR_PAGED)
 }
 
 /// Frames that the resource manager has no part in.
@@ -59,8 +72,9 @@ pub(super) fn bare() -> Result<PfnRange, HypError> {
 }
 
 fn machine() -> Result<Machine, HypError> {
-    let banks = vec![Bank { frames: range(RAM, NR_RAM + NR_BARE)?, bytes: Some(Pfn::new(0)) }];
-    let arena = Arena::heap(NR_RAM + NR_BARE).map_err(|_| HypError::NoMem)?;
+    let nr = NR_RAM + NR_BARE + NR_PAGED + 1;
+    let banks = vec![Bank { frames: range(RAM, nr)?, bytes: Some(Pfn::new(0)) }];
+    let arena = Arena::heap(nr).map_err(|_| HypError::NoMem)?;
     Machine::new(banks, range(DEVICE, NR_DEVICE)?, range(0x100, NR_HEAP)?, Some(arena))
 }
 
@@ -75,12 +89,32 @@ impl Vms {
         for (vmid, page) in GUESTS.into_iter().zip([BARE - 1, BARE - 2]).take(2) {
             begin(&gunyah, vmid, page).map_err(|what| format!("boot of {vmid:?}: {what}"))?;
         }
-        Ok(Self { gunyah, wishes: BTreeMap::new(), holders })
+        let gunyah = Arc::new(gunyah);
+        let paged =
+            begin_paged(&gunyah).map_err(|errno| format!("boot of a paged VM: {errno:?}"))?;
+        Ok(Self { gunyah, wishes: BTreeMap::new(), holders, paged })
+    }
+
+    /// A machine with a mistake in it cannot be taken apart.
+    pub(super) fn abandon(self) {
+        std::mem::forget(self.paged);
     }
 
     pub(super) fn snapshot(&self) -> Snapshot {
         self.gunyah.with(|world| Snapshot::of(world))
     }
+}
+
+/// A guest that runs, and is paged. The numbers of the others are not for it.
+fn begin_paged(gunyah: &Arc<Gunyah>) -> Result<Guest, Errno> {
+    let kept = GUESTS[2];
+    gunyah.with(|World { rm, kernel, .. }| {
+        kernel.free_page(Pfn::new(PAGED + NR_PAGED));
+        rm.allocate(Vmid::HLOS, kept).map(drop)
+    })?;
+    let paged = Guest::create(gunyah)?;
+    gunyah.with(|world| world.rm.deallocate(Vmid::HLOS, kept))?;
+    Ok(paged)
 }
 
 /// A guest that runs, with one page.

@@ -33,7 +33,7 @@ pub(crate) enum VmState {
 
 impl VmState {
     /// Whether there is a way from here to there.
-    fn leads_to(self, to: Self) -> bool {
+    pub(crate) fn leads_to(self, to: Self) -> bool {
         use VmState::{
             Auth, Exited, Init, InitFailed, Load, Paused, Ready, Reset, Resetting, Running,
         };
